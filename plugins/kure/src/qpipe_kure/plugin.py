@@ -1,0 +1,125 @@
+"""The plugin `kure`: a kurtosis penalty on the weights that will be quantized."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from qpipe import ModelError, Options, Plugin, ReportSection, Run, TrainingError, WeightLoss, hookimpl
+from qpipe_kure.penalty import KurtosisPenalty, kurtosis
+from qpipe_kure.report import FILE, section
+from qpipe_kure.selection import Candidate, matching, select, table
+
+logger = logging.getLogger("qpipe.kure")
+
+
+class KureOptions(Options):
+    """Options of `kure`."""
+
+    target: float = Field(1.8, ge=1, description="kurtosis aimed at: 1.8 is a uniform distribution, 3 a normal one")
+    weight: float = Field(1.0, ge=0, description="factor of the penalty in the loss (lambda)")
+    penalty: Literal["squared", "linear"] = Field("squared", description="`squared`: (K - target)^2; `linear`: K itself")
+    reduction: Literal["mean", "sum"] = Field("mean", description="how the penalties of several weights combine")
+    include: tuple[str, ...] = Field(
+        (), description="patterns over module paths; default: every quantized weight except embeddings"
+    )
+    exclude: tuple[str, ...] = Field((), description="patterns over module paths to leave out")
+    skip_above: float | None = Field(
+        None, gt=0, description="leave out weights whose kurtosis before training is larger"
+    )
+
+
+class Kure(Plugin):
+    """Pulls the kurtosis of weights towards that of a uniform distribution, which quantizes well at any bit width."""
+
+    Options = KureOptions
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self.candidates: tuple[Candidate, ...] = ()
+
+    def penalty(self, weight: Tensor) -> Tensor:
+        """The penalty on one weight of any shape, a float scalar."""
+        options = self.options
+        value: Tensor = KurtosisPenalty.apply(weight, options.target, options.penalty == "squared")
+        return value
+
+    def candidate_names(self, run: Run) -> list[str]:
+        """Module paths of the weights that `include` selects: the quantized ones without embeddings if it is empty.
+
+        Raises:
+            SiteError: a pattern matches nothing.
+        """
+        if self.options.include:
+            named = [site.path for site in run.instruments.sites.values() if site.slot == "weight"]
+            return matching(named, self.options.include, "include")
+        planned = [entry.site.path for entry in run.plan.sites.values() if entry.site.slot == "weight"]
+        return [path for path in planned if not isinstance(run.student.get_submodule(path), nn.Embedding)]
+
+    @hookimpl
+    def qpipe_weight_losses(self, run: Run) -> Iterable[WeightLoss]:
+        """Measure the weights while they are whole on every process, and penalise the selected ones."""
+
+        def measure(path: str) -> float:
+            weight: Tensor = run.student.get_submodule(path).weight.detach()  # type: ignore[assignment,operator,union-attr]
+            if not bool(torch.isfinite(weight).all()):
+                raise ModelError(f"the weight of {path} holds NaN or infinity before training; load another checkpoint")
+            return kurtosis(weight)
+
+        names = self.candidate_names(run)
+        self.candidates = tuple(select(names, self.options.exclude, self.options.skip_above, measure))
+        if run.engine.rank == 0:
+            logger.info("%s", table(self.candidates))
+        chosen = frozenset(c.name for c in self.candidates if not c.left_out)
+        yield WeightLoss("kure", self.penalty, self.options.weight, chosen.__contains__, self.options.reduction)
+
+    def _record(self) -> dict[str, Any]:
+        options = self.options.model_dump(mode="json")
+        return {"options": options, "weights": [c.to_json() for c in self.candidates]}
+
+    @hookimpl
+    def qpipe_run_start(self, run: Run) -> None:
+        """Leave the table in the run directory, for the report."""
+        if run.engine.rank == 0:
+            (run.out / FILE).write_text(json.dumps(self._record(), indent=1), encoding="utf-8")
+
+    @hookimpl
+    def qpipe_state(self, run: Run) -> Mapping[str, Any]:
+        """The table, measured before the first step."""
+        return {"weights": [c.to_json() for c in self.candidates]}
+
+    @hookimpl
+    def qpipe_restore(self, run: Run, state: Mapping[str, Any]) -> None:
+        """Take the first start's table; what is regularized must not change within a training.
+
+        Raises:
+            TrainingError: another set of weights is selected now.
+        """
+        before = tuple(Candidate(**entry) for entry in state["weights"])
+        then, now = ({c.name for c in cs if not c.left_out} for cs in (before, self.candidates))
+        if then != now:
+            changed = sorted(then ^ now)
+            raise TrainingError(
+                f"kure: the resumed run would regularize other weights than before ({changed[0]!r} and "
+                f"{len(changed) - 1} more differ); resume with the options and model it was started with"
+            )
+        self.candidates = before
+
+    @hookimpl
+    def qpipe_export_metadata(self, run: Run) -> Mapping[str, Any]:
+        """Options, and kurtosis before training of every candidate."""
+        return self._record()
+
+    @hookimpl
+    def qpipe_report_sections(self, run_dir: Path) -> Iterable[ReportSection]:
+        """Kurtosis of each weight before and after training."""
+        found = section(Path(run_dir))
+        if found is not None:
+            yield found

@@ -1,0 +1,109 @@
+"""Kurtosis before and after training, as a section of the HTML report."""
+
+from __future__ import annotations
+
+import json
+import math
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from qpipe import CheckpointError, ReportSection
+
+FILE = "kure.json"
+"""What a run leaves in its directory: options, and kurtosis before training."""
+
+BAR = 260
+ROW = 20
+LABEL = 300
+
+
+def read(path: Path) -> Any:
+    """Content of a JSON file, None if there is none.
+
+    Raises:
+        CheckpointError: it is not JSON.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); write it again by repeating the run") from error
+
+
+def after_training(run_dir: Path) -> dict[str, float]:
+    """Kurtosis of the exported weights by module path; empty before the export."""
+    entries = read(run_dir / "tensors.json") or []
+    return {
+        entry["name"].removesuffix(":weight").removesuffix(".weight"): entry["kurtosis"]
+        for entry in entries
+        if entry.get("kurtosis") is not None
+    }
+
+
+def section(run_dir: Path) -> ReportSection | None:
+    """The report section of a run directory; None if the run has not started."""
+    record = read(run_dir / FILE)
+    if record is None:
+        return None
+    after = after_training(run_dir)
+    rows = [(w["name"], w["kurtosis"], after.get(w["name"]), w["left_out"]) for w in record["weights"]]
+    target = record["options"]["target"]
+    intro = (
+        f"<p>Kurtosis of the weights before and after training; the target is {target:g}. "
+        "A uniform distribution has 1.8, a normal one 3, and outliers raise it without bound.</p>"
+    )
+    return ReportSection("Kurtosis regularization", intro + chart(rows, target) + html_table(rows), order=60)
+
+
+def _position(value: float, top: float) -> float:
+    """Bar length on a logarithmic axis from 1, the smallest kurtosis there is."""
+    return BAR * min(1.0, math.log(max(value, 1.0)) / math.log(top))
+
+
+def chart(rows: list[tuple[str, float | None, float | None, str]], target: float) -> str:
+    """Two bars per weight on a logarithmic axis, and a line at the target, as inline SVG."""
+    values = [v for _, before, after, _ in rows for v in (before, after) if v is not None]
+    top = max([*values, target, 2.0]) * 1.05
+    height = ROW * len(rows) + 24
+    line = LABEL + _position(target, top)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LABEL + BAR + 80} {height}" role="img" '
+        f'aria-label="kurtosis of each weight before and after training" font-size="11" font-family="sans-serif" '
+        f'style="max-width:100%;height:auto">'
+    ]
+    for number, (name, before, after, left_out) in enumerate(rows):
+        y = ROW * number
+        shown = name if len(name) <= 48 else "…" + name[-47:]
+        parts.append(
+            f'<text x="{LABEL - 6}" y="{y + 13}" text-anchor="end" fill="currentColor">{escape(shown)}</text>'
+        )
+        for value, offset, colour in ((before, 2, "#9aa5b1"), (after, 10, "#2f6fab")):
+            if value is None:
+                continue
+            opacity = 0.4 if left_out else 1
+            parts.append(
+                f'<rect x="{LABEL}" y="{y + offset}" width="{_position(value, top):.1f}" height="7" fill="{colour}" '
+                f'opacity="{opacity}"><title>{escape(name)}: {value:.4g}</title></rect>'
+            )
+    parts.append(f'<line x1="{line:.1f}" x2="{line:.1f}" y1="0" y2="{height - 20}" stroke="#b0413e"/>')
+    parts.append(
+        f'<text x="{LABEL}" y="{height - 6}" fill="currentColor">grey: before, blue: after, pale: not regularized, '
+        f"red line: target {target:g}; logarithmic axis from 1 to {top:.3g}</text></svg>"
+    )
+    return "".join(parts)
+
+
+def html_table(rows: list[tuple[str, float | None, float | None, str]]) -> str:
+    """The numbers behind the chart."""
+
+    def cell(value: float | None) -> str:
+        return "<td></td>" if value is None else f"<td>{value:.4g}</td>"
+
+    body = "".join(
+        f"<tr><td>{escape(name)}</td>{cell(before)}{cell(after)}<td>{escape(left_out)}</td></tr>"
+        for name, before, after, left_out in rows
+    )
+    head = "<tr><th>weight</th><th>before</th><th>after</th><th>left out because</th></tr>"
+    return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"

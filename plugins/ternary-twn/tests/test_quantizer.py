@@ -1,0 +1,178 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from qpipe_ternary_twn import TernaryOptions, TernaryTwn, TernaryTwnOptions, TernaryWeight
+from qpipe_ternary_twn import quantizer as module
+from safetensors.torch import load_file
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = json.loads((GOLDEN / "twn.json").read_text())["cases"]
+TENSORS = load_file(GOLDEN / "twn.safetensors")
+
+
+def golden(case, name):
+    return TENSORS[f"c{case['case']:02d}.{name}"]
+
+
+def groups_of(case):
+    """The reference's granularity as ours, or None where groups are neither the tensor nor its rows."""
+    params = case["params"]
+    if "layerwise" in params:
+        return "tensor" if params["layerwise"] else "channel"
+    return {1: "tensor", golden(case, "w").shape[0]: "channel"}.get(params["num_groups"])
+
+
+EXPRESSIBLE = [c for c in CASES if groups_of(c)]
+
+
+def make(**options):
+    return TernaryWeight(TernaryOptions(**options))
+
+
+def weights(*shape, seed=0, dtype=torch.float32):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.05).to(dtype)
+
+
+def reference(row, threshold=0.7):
+    """One group in float64, straight from the definition."""
+    row = row.double()
+    keep = row.abs() > threshold * row.abs().mean()
+    return torch.where(keep, row.sign() * row.abs()[keep].mean(), 0.0)
+
+
+@pytest.mark.parametrize("case", EXPRESSIBLE, ids=lambda c: f"case{c['case']}")
+def test_reference_forward_and_gradient(case):
+    clip = 2.5 if "clip_val" in case["params"] else None
+    quantizer = make(granularity=groups_of(case), clip=clip)
+    weight = golden(case, "w").clone().requires_grad_()
+    out = quantizer(weight)
+    # The reference divides 0 by 0 where a group holds only zeros; the right answer is 0.
+    torch.testing.assert_close(out.detach(), golden(case, "out").nan_to_num(0.0), rtol=1e-6, atol=1e-7)
+    (grad,) = torch.autograd.grad(out, weight, golden(case, "g"))
+    assert torch.equal(grad, golden(case, "grad_w"))
+
+
+def test_only_groups_inside_rows_or_across_rows_are_not_expressible():
+    assert [c["case"] for c in CASES if not groups_of(c)] == [21, 24]
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(33, 47), (1, 9), (9, 1), (4, 3, 3, 3), (13,)])
+@pytest.mark.parametrize("block", [8, 100, 1 << 18])
+def test_quantize_is_bitwise_encode_decode(granularity, dtype, shape, block, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", block)
+    weight = weights(*shape, dtype=dtype)
+    quantizer = make(granularity=granularity)
+    record = quantizer.encode(weight)
+    decoded = record.decode(dtype)
+    assert torch.equal(quantizer.quantize(weight), decoded)
+    out = torch.full_like(weight, 7.0)
+    assert quantizer.quantize(weight, out=out) is out
+    assert torch.equal(out, decoded)
+    assert torch.equal(record.integers().float(), record.codes)
+    assert set(record.codes.unique().tolist()) <= {-1.0, 0.0, 1.0}
+    assert record.bits == 2 and record.granularity == ("channel" if record.scale.numel() > 1 else "tensor")
+    assert not torch.signbit(decoded[decoded == 0]).any()
+
+
+def test_scales_have_the_shape_of_their_granularity():
+    weight = weights(6, 4, 3, 3)
+    assert make(granularity="tensor").encode(weight).scale.shape == (1, 1, 1, 1)
+    assert make(granularity="channel").encode(weight).scale.shape == (6, 1, 1, 1)
+
+
+@pytest.mark.parametrize("block", [50, 1 << 18])
+def test_rows_equal_the_definition(block, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", block)
+    weight = weights(12, 25)
+    per_row = make(granularity="channel").quantize(weight)
+    torch.testing.assert_close(per_row.double(), torch.stack([reference(r) for r in weight]), rtol=1e-6, atol=1e-9)
+    per_tensor = make(granularity="tensor").quantize(weight)
+    torch.testing.assert_close(per_tensor.double(), reference(weight.flatten()).view_as(weight), rtol=1e-6, atol=1e-9)
+
+
+def test_non_contiguous_weights():
+    weight = weights(10, 6).t()
+    assert torch.equal(make(granularity="channel").quantize(weight), make(granularity="channel")(weight.contiguous()))
+
+
+def test_zero_rows_stay_zero():
+    weight = weights(3, 8)
+    weight[1] = 0
+    out = make(granularity="channel").quantize(weight)
+    assert torch.equal(out[1], torch.zeros(8)) and bool(out[0].abs().sum() > 0)
+    assert torch.equal(make().quantize(torch.zeros(4, 4)), torch.zeros(4, 4))
+
+
+def test_equal_magnitudes_are_all_kept():
+    weight = torch.tensor([[0.5, -0.5, 0.5, -0.5]])
+    assert torch.equal(make().quantize(weight), weight)
+
+
+def test_a_nan_is_not_hidden():
+    weight = weights(3, 8)
+    weight[1, 2] = torch.nan
+    out = make(granularity="channel").quantize(weight)
+    assert out[1].isnan().all() and not out[0].isnan().any()
+
+
+def test_scales_that_the_export_type_rounds_to_zero_give_zeros():
+    weight = torch.full((2, 4), 1e-9)
+    weight[1] = 0.5
+    quantizer = make(granularity="channel")
+    quantizer.context.scale_dtype = torch.float16
+    assert torch.equal(quantizer.quantize(weight), torch.tensor([[0.0] * 4, [0.5] * 4]))
+
+
+def test_scales_are_snapped_to_the_export_type():
+    quantizer = make(granularity="channel")
+    quantizer.context.scale_dtype = torch.bfloat16
+    scale = quantizer.encode(weights(5, 40)).scale
+    assert torch.equal(scale, scale.bfloat16().float())
+
+
+def test_clip_blocks_the_gradient_and_bounds_the_scale():
+    weight = torch.tensor([[3.0, -2.5, 1.0, 0.1]], requires_grad=True)
+    out = make(clip=2.5)(weight)
+    out.sum().backward()
+    assert torch.equal(weight.grad, torch.tensor([[0.0, 0.0, 1.0, 1.0]]))
+    # Mean magnitude of the clipped weights 6.1 / 4, limit 1.0675: two are kept at 2.5.
+    torch.testing.assert_close(out.detach(), torch.tensor([[2.5, -2.5, 0.0, 0.0]]))
+
+
+def test_without_clip_the_gradient_passes_unchanged():
+    weight = (weights(4, 5) * 100).requires_grad_()
+    grad = torch.randn(4, 5)
+    make()(weight).backward(grad)
+    assert torch.equal(weight.grad, grad)
+
+
+def test_threshold():
+    weight = weights(4, 50)
+    zeros = [int((make(threshold=t).quantize(weight) == 0).sum()) for t in (0.0, 0.5, 0.9)]
+    assert zeros[0] == 0 < zeros[1] < zeros[2]
+    with pytest.raises(ValidationError, match="threshold"):
+        TernaryOptions(threshold=1.0)
+
+
+def test_rules():
+    plugin = TernaryTwn(TernaryTwnOptions(embedding=True, clip=2.5))
+    blocks, embedding = plugin.qpipe_quant_rules()
+    assert (blocks.site, blocks.quantizer) == ("{block}.*:weight", "ternary-twn")
+    assert blocks.options == {"granularity": "tensor", "threshold": 0.7, "clip": 2.5}
+    assert (embedding.site, embedding.options["granularity"]) == ("{embedding}:weight", "channel")
+    assert list(TernaryTwn(TernaryTwnOptions(rules=False, embedding=True)).qpipe_quant_rules()) == []
+
+
+def test_rule_options_build_the_offered_quantizer():
+    plugin = TernaryTwn()
+    (kind,) = plugin.qpipe_quantizers()
+    (rule,) = plugin.qpipe_quant_rules()
+    assert kind.name == rule.quantizer and kind.slots == {"weight"}
+    assert isinstance(kind.build(kind.options(**rule.options)), TernaryWeight)
+    with pytest.raises(ValidationError):
+        kind.options(bits=3)

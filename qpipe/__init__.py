@@ -1,0 +1,97 @@
+"""qpipe: quantization-aware training on DeepSpeed and Accelerate.
+
+The names below are all that plugins may use, beside `qpipe.testing`. They are loaded on first use, so that importing
+qpipe costs nothing and the command line starts at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Plugin": "qpipe.plugin",
+    "Options": "qpipe.plugin",
+    "hookimpl": "qpipe.plugin",
+    "QpipeError": "qpipe.errors",
+    "ConfigError": "qpipe.errors",
+    "PluginError": "qpipe.errors",
+    "SiteError": "qpipe.errors",
+    "ModelError": "qpipe.errors",
+    "DataError": "qpipe.errors",
+    "TrainingError": "qpipe.errors",
+    "CheckpointError": "qpipe.errors",
+    "FormatError": "qpipe.errors",
+    "CalibrationPass": "qpipe.types",
+    "Exporter": "qpipe.types",
+    "Loss": "qpipe.types",
+    "Metric": "qpipe.types",
+    "ModelMap": "qpipe.types",
+    "ParamGroup": "qpipe.types",
+    "QuantizerKind": "qpipe.types",
+    "ReportSection": "qpipe.types",
+    "Rule": "qpipe.types",
+    "Signals": "qpipe.types",
+    "Site": "qpipe.types",
+    "TapStage": "qpipe.types",
+    "Task": "qpipe.types",
+    "WeightLoss": "qpipe.types",
+    "QTensor": "qpipe.quant.tensor",
+    "Quantizer": "qpipe.quant.quantizer",
+    "straight_through": "qpipe.quant.quantizer",
+    "QuantModule": "qpipe.quant.modules",
+    "Inject": "qpipe.model.gradients",
+    "StopGradient": "qpipe.model.gradients",
+    "Run": "qpipe.run",
+    "Step": "qpipe.run",
+    "RunConfig": "qpipe.config",
+    "resolve": "qpipe.config",
+    "execute": "qpipe.stages",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from qpipe.config import RunConfig, resolve
+    from qpipe.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        FormatError,
+        ModelError,
+        PluginError,
+        QpipeError,
+        SiteError,
+        TrainingError,
+    )
+    from qpipe.model.gradients import Inject, StopGradient
+    from qpipe.plugin import Options, Plugin, hookimpl
+    from qpipe.quant.modules import QuantModule
+    from qpipe.quant.quantizer import Quantizer, straight_through
+    from qpipe.quant.tensor import QTensor
+    from qpipe.run import Run, Step
+    from qpipe.stages import execute
+    from qpipe.types import (
+        CalibrationPass,
+        Exporter,
+        Loss,
+        Metric,
+        ModelMap,
+        ParamGroup,
+        QuantizerKind,
+        ReportSection,
+        Rule,
+        Signals,
+        Site,
+        TapStage,
+        Task,
+        WeightLoss,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'qpipe' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)

@@ -1,0 +1,1 @@
+"""The host's own features, written as plugins of itself."""

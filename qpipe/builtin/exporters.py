@@ -1,0 +1,54 @@
+"""The file formats of the host. Their writers are imported when used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from qpipe.plugin import Plugin, hookimpl
+from qpipe.types import Exporter
+
+
+def _write_compressed(record: Any, directory: Path) -> None:
+    from qpipe.export import compressed
+
+    compressed.write(record, directory)
+
+
+def _check_compressed(sites: Any) -> Iterable[str]:
+    from qpipe.export import compressed
+
+    return compressed.check(sites)
+
+
+def _write_native(record: Any, directory: Path) -> None:
+    from qpipe.export import native
+
+    native.write(record, directory)
+
+
+def _check_native(sites: Any) -> Iterable[str]:
+    from qpipe.export import native
+
+    return native.check(sites)
+
+
+class Exporters(Plugin):
+    """Offers `compressed-tensors` and `native`."""
+
+    @hookimpl
+    def qpipe_exporters(self) -> Iterable[Exporter]:
+        """Both formats; each writes an `ExportRecord` and checks a list of `PlannedSite`."""
+        yield Exporter(
+            "compressed-tensors",
+            _write_compressed,
+            _check_compressed,
+            "Linear and Embedding weights of 1 to 8 bits; loads in stock transformers",
+        )
+        yield Exporter(
+            "native",
+            _write_native,
+            _check_native,
+            "any module, packed embeddings, ternary at 1.6 bits; read by qpipe or the numpy reader in docs/format.md",
+        )

@@ -1,0 +1,103 @@
+"""Loading Hugging Face models, and the maps of known families."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from qpipe.config import ModelConfig
+from qpipe.data.locate import locate
+from qpipe.errors import ModelError
+from qpipe.model.attention import attention_paths, recorded_paths
+from qpipe.plugin import Plugin, hookimpl
+from qpipe.types import ModelMap, Task
+
+PROJECTIONS = (
+    (("query", "key", "value"), ("../output/dense",)),
+    (("q_lin", "k_lin", "v_lin"), ("out_lin",)),
+    (("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj")),
+)
+"""Names of the query, key and value projections in an attention module, and of its output projection."""
+
+
+class Models(Plugin):
+    """Hugging Face models by task."""
+
+    @hookimpl(trylast=True)
+    def qpipe_load_model(self, spec: ModelConfig, task: Task, num_labels: int) -> nn.Module | None:
+        """`AutoModelFor...from_pretrained` in float32."""
+        import transformers
+
+        classes = {
+            "classification": transformers.AutoModelForSequenceClassification,
+            "regression": transformers.AutoModelForSequenceClassification,
+            "image-classification": transformers.AutoModelForImageClassification,
+            "causal-lm": transformers.AutoModelForCausalLM,
+        }
+        overrides: dict[str, Any] = dict(spec.config)
+        if task.kind != "causal-lm":
+            overrides["num_labels"] = num_labels
+            overrides["ignore_mismatched_sizes"] = True
+        if task.kind == "regression":
+            overrides["problem_type"] = "regression"
+        try:
+            return classes[task.kind].from_pretrained(  # type: ignore[no-any-return]
+                locate(spec.name),
+                revision=spec.revision or "main",
+                trust_remote_code=spec.trust_remote_code,
+                dtype="float32",
+                **overrides,
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"model {spec.name!r} does not load for task kind {task.kind!r}: {error}. "
+                "Give a folder, a hub name, or package:NAME/PATH"
+            ) from error
+
+    @hookimpl(trylast=True)
+    def qpipe_model_map(self, model: nn.Module) -> ModelMap | None:
+        """Maps of transformers models, from transformers' own records and the usual names of projections."""
+        if not hasattr(model, "base_model_prefix"):
+            return ModelMap()
+        attention = attention_paths(model)
+        inputs, outputs = projections(model, attention)
+        prefix = f"{model.base_model_prefix}."
+        modules = dict(model.named_modules())
+        head = tuple(n for n, m in modules.items() if n and not m._modules and not (n + ".").startswith(prefix))
+        embedding = model.get_input_embeddings() if _has_embedding(model) else None
+        return ModelMap(
+            blocks=recorded_paths(model, "hidden_states"),
+            attention=attention,
+            attention_inputs=inputs,
+            attention_output=outputs,
+            embedding=next((n for n, m in modules.items() if m is embedding and isinstance(m, nn.Embedding)), None),
+            head=tuple(n for n in head if next(modules[n].parameters(), None) is not None),
+        )
+
+
+def _has_embedding(model: Any) -> bool:
+    try:
+        return model.get_input_embeddings() is not None
+    except NotImplementedError:
+        return False
+
+
+def projections(
+    model: nn.Module, attention: tuple[str, ...]
+) -> tuple[tuple[tuple[str, str, str], ...], tuple[str, ...]]:
+    """Paths of the q, k, v projections and of the output projection of each attention module; empty if unknown."""
+    modules = dict(model.named_modules())
+    inputs, outputs = [], []
+    for path in attention:
+        parent = path.rpartition(".")[0]
+        for names, candidates in PROJECTIONS:
+            if f"{path}.{names[0]}" not in modules:
+                continue
+            spots = [c.replace("../", f"{parent}/") if c.startswith("../") else f"{path}/{c}" for c in candidates]
+            found = [s.replace("/", ".") for s in spots if s.replace("/", ".") in modules]
+            if found:
+                inputs.append((f"{path}.{names[0]}", f"{path}.{names[1]}", f"{path}.{names[2]}"))
+                outputs.append(found[0])
+                break
+    return (tuple(inputs), tuple(outputs)) if len(inputs) == len(attention) else ((), ())

@@ -1,0 +1,62 @@
+"""The tasks that come with qpipe: GLUE with its official metrics, and general ones for your own data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from qpipe.data import metrics
+from qpipe.plugin import Plugin, hookimpl
+from qpipe.types import Metric, Task
+
+ACCURACY = Metric("accuracy", metrics.accuracy)
+F1 = Metric("f1", metrics.f1)
+MACRO_F1 = Metric("macro_f1", metrics.macro_f1)
+MATTHEWS = Metric("matthews", metrics.matthews)
+PEARSON = Metric("pearson", metrics.pearson)
+SPEARMAN = Metric("spearman", metrics.spearman)
+MSE = Metric("mse", metrics.mean_squared_error, higher_is_better=False)
+PERPLEXITY = Metric("perplexity", metrics.perplexity, higher_is_better=False)
+
+GLUE = "nyu-mll/glue"
+"""Wang et al., "GLUE: A multi-task benchmark and analysis platform" (2019), table 1 names the metrics."""
+
+
+def _glue(name: str, columns: tuple[str, ...], measured: tuple[Metric, ...], num_labels: int = 2) -> Task:
+    return Task(
+        name=name,
+        kind="regression" if num_labels == 1 else "classification",
+        metrics=measured,
+        text_columns=columns,
+        num_labels=num_labels,
+        hub=(GLUE, name),
+        splits=("train", "validation_matched" if name == "mnli" else "validation"),
+    )
+
+
+PAIR = ("sentence1", "sentence2")
+
+TASKS = (
+    _glue("cola", ("sentence",), (MATTHEWS,)),
+    _glue("sst2", ("sentence",), (ACCURACY,)),
+    _glue("mrpc", PAIR, (ACCURACY, F1)),
+    _glue("stsb", PAIR, (PEARSON, SPEARMAN), num_labels=1),
+    _glue("qqp", ("question1", "question2"), (ACCURACY, F1)),
+    _glue("mnli", ("premise", "hypothesis"), (ACCURACY,), num_labels=3),
+    _glue("qnli", ("question", "sentence"), (ACCURACY,)),
+    _glue("rte", PAIR, (ACCURACY,)),
+    Task("classification", "classification", (ACCURACY, MACRO_F1), ("text",)),
+    Task("pair-classification", "classification", (ACCURACY, MACRO_F1), PAIR),
+    Task("regression", "regression", (PEARSON, SPEARMAN, MSE), ("text",), num_labels=1),
+    Task("image-classification", "image-classification", (ACCURACY, MACRO_F1)),
+    Task("causal-lm", "causal-lm", (PERPLEXITY,), ("text",), label_column=""),
+)
+"""Of the metrics of a task the first one selects the best checkpoint."""
+
+
+class Tasks(Plugin):
+    """The built-in tasks."""
+
+    @hookimpl
+    def qpipe_tasks(self) -> Iterable[Task]:
+        """Offer the GLUE tasks and the general ones."""
+        return TASKS

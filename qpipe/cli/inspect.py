@@ -1,0 +1,82 @@
+"""`qpipe inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qpipe.cli.options import ConfigArgument, JsonOption, PluginsOption, RunArgument, SetOption, split_names
+from qpipe.cli.output import print_json, print_table
+
+app = typer.Typer(help="Look at a plan, a run or a packed checkpoint.", no_args_is_help=True)
+
+
+@app.command()
+def plan(
+    config: ConfigArgument = None,
+    plugins: PluginsOption = "",
+    set_: SetOption = None,
+    show_config: Annotated[bool, typer.Option("--config", help="Print the resolved configuration too.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Print what would be quantized, and how. Trains nothing."""
+    from qpipe.config import dump, resolve
+    from qpipe.stages import plan_run
+
+    resolved = resolve(config, set_ or [], split_names(plugins))
+    sites = plan_run(resolved).plan.sites
+    rows = [{"site": name, **_site(site)} for name, site in sites.items()]
+    if as_json:
+        print_json({"config": resolved.model_dump(mode="json"), "sites": rows} if show_config else rows)
+        return
+    if show_config:
+        typer.echo(dump(resolved))
+    columns = ("site", "quantizer", "bits", "granularity", "options")
+    print_table(columns, [[*(row[c] for c in columns[:-1]), _pairs(row["options"])] for row in rows])
+    typer.echo(f"{len(rows)} sites")
+
+
+def _site(site: Any) -> dict[str, Any]:
+    options = site.options.model_dump(mode="json")
+    return {
+        "quantizer": site.quantizer,
+        "bits": options.pop("bits", None),
+        "granularity": options.pop("granularity", None),
+        "options": options,
+    }
+
+
+def _pairs(options: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in options.items() if value is not None)
+
+
+@app.command()
+def run(directory: RunArgument, as_json: JsonOption = False) -> None:
+    """Summarize a run directory."""
+    from qpipe.cli.run_summary import summarize
+
+    summary = summarize(directory)
+    if as_json:
+        print_json(summary)
+        return
+    for section, values in summary.items():
+        print_table((section, ""), values.items())
+
+
+@app.command()
+def checkpoint(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Packed checkpoint.", exists=True, file_okay=False)],
+    as_json: JsonOption = False,
+) -> None:
+    """List the tensors of a packed checkpoint."""
+    from qpipe.export.inspect import describe
+
+    rows = describe(directory)
+    if as_json:
+        print_json(rows)
+        return
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    print_table(columns, [[row.get(column) for column in columns] for row in rows])

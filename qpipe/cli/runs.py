@@ -1,0 +1,59 @@
+"""Commands that take a finished run: `evaluate`, `export`, `verify`, `report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qpipe.cli.options import JsonOption, RunArgument
+from qpipe.cli.output import print_json, print_table
+
+
+def evaluate(run: RunArgument, as_json: JsonOption = False) -> None:
+    """Evaluate the trained model of a run."""
+    from qpipe.stages import evaluate_run
+
+    metrics = evaluate_run(run)
+    if as_json:
+        print_json(metrics)
+    else:
+        print_table(("metric", "value"), metrics.items())
+
+
+def export(
+    run: RunArgument,
+    format: Annotated[str | None, typer.Option(help="Exporter. Default: the run's export.format.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write. Default: RUN/export.")] = None,
+) -> None:
+    """Write the packed checkpoint of a run."""
+    from qpipe.stages import export_run
+
+    typer.echo(str(export_run(run, format, out)))
+
+
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Packed checkpoint.", exists=True, file_okay=False)],
+) -> None:
+    """Prove that a packed checkpoint is the trained model.
+
+    Reloads it in a fresh process without qpipe, and compares weights, logits and the metric.
+    """
+    from qpipe.export.verify import verify as verify_directory
+
+    result = verify_directory(directory)
+    for line in result.lines():
+        typer.echo(line)
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+def report(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option(help="File to write. Default: RUN/report.html.")] = None,
+) -> None:
+    """Write a self-contained HTML report of a run."""
+    from qpipe.report import write_report
+
+    typer.echo(str(write_report(run, out)))

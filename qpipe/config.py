@@ -1,0 +1,279 @@
+"""The configuration of a run: YAML in, validated models out. Unknown keys are refused everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qpipe.errors import ConfigError
+from qpipe.host import describe
+
+
+class Section(BaseModel):
+    """Base of all sections."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """Which model to load."""
+
+    name: str = Field(description="hub name, folder, or `package:NAME/PATH` inside an installed package")
+    revision: str | None = Field(None, description="hub revision")
+    tokenizer: str | None = Field(None, description="where the tokenizer (or image processor) is; default: `name`")
+    config: dict[str, Any] = Field(default_factory=dict, description="overrides of the model's own configuration")
+    trust_remote_code: bool = False
+
+
+class TeacherConfig(Section):
+    """The full-precision teacher. Without `name`, the run fine-tunes `model` first and uses the result."""
+
+    name: str | None = Field(None, description="a fine-tuned model; same forms as `model.name`")
+    epochs: float = Field(2.0, gt=0, description="length of the fine-tuning, where there is one")
+    learning_rate: float = Field(5e-5, gt=0)
+    init_student: bool = Field(True, description="start the student from the teacher's weights")
+
+
+class DataConfig(Section):
+    """Where the data are. Without `train`, the task's own hub data set is used."""
+
+    train: str | None = Field(
+        None, description="parquet, CSV, JSON or JSON lines file, `package:NAME/PATH`, or hub data set name"
+    )
+    validation: str | None = Field(None, description="same forms; default: a seeded part of `train`")
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="part of `train` held out where none is named")
+    text_columns: tuple[str, ...] | None = Field(None, description="one or two columns; default: the task's")
+    label_column: str | None = None
+    labels: tuple[str | int, ...] | None = Field(
+        None, description="label values in the order of their ids; rows with other values are an error"
+    )
+    keep_labels: tuple[str | int, ...] | None = Field(None, description="drop rows with other label values first")
+    max_length: int = Field(128, gt=1, description="tokens per example; longer ones are truncated")
+    pad_to_max_length: bool = False
+    max_train_examples: int | None = Field(None, gt=0, description="use a seeded sample of this size")
+    max_eval_examples: int | None = Field(None, gt=0)
+
+
+class RuleConfig(Section):
+    """Quantize the sites that match a pattern."""
+
+    site: str = Field(description="`fnmatch` pattern over `module.path:slot`; `{block}`, `{embedding}`, `{head}` expand")
+    quantizer: str = Field("uniform", description="name of a quantizer, or `none`")
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class QuantizationConfig(Section):
+    """What is quantized, and how."""
+
+    preset: str | None = Field(None, description="a named list of rules that comes before `rules`: see `qpipe.presets`")
+    rules: tuple[RuleConfig, ...] = ()
+    scale_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="scales are rounded to this type while training; auto: the type the model is exported in"
+    )
+    calibration_batches: int = Field(8, gt=0, description="batches for static activation ranges")
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    epochs: float = Field(3.0, gt=0)
+    max_steps: int | None = Field(None, gt=0, description="optimizer steps; overrides `epochs`")
+    batch_size: int = Field(32, gt=0, description="examples per optimizer step over all processes")
+    accumulation: int = Field(1, gt=0, description="micro-batches per optimizer step")
+    eval_batch_size: int = Field(64, gt=0, description="examples per evaluation batch and process")
+    learning_rate: float = Field(5e-5, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup: float = Field(0.1, ge=0, lt=1, description="part of all steps")
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
+    eval_every: int | None = Field(None, gt=0, description="optimizer steps between evaluations; default: an epoch")
+    save_every: int | None = Field(None, gt=0, description="optimizer steps between checkpoints; default: an epoch")
+    log_every: int = Field(10, gt=0)
+    keep_checkpoints: int = Field(2, gt=0)
+    keep_best: bool = Field(True, description="end with the weights of the best evaluation instead of the last")
+    activation_checkpointing: bool = False
+    dropout: float | None = Field(None, ge=0, lt=1, description="overrides every dropout of the model")
+
+
+class EngineConfig(Section):
+    """How processes work together."""
+
+    name: Literal["deepspeed", "accelerate"] = "deepspeed"
+    zero: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage (deepspeed)")
+    offload: Literal["none", "optimizer", "all"] = Field("none", description="what to keep in CPU memory (deepspeed)")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 where the hardware computes in it, else float32"
+    )
+    config_file: str | None = Field(None, description="DeepSpeed JSON whose keys are added to those qpipe sets")
+    fsdp: bool = Field(False, description="shard with FSDP2 instead of DDP (accelerate)")
+    cpu: bool = Field(False, description="use CPUs even if there are GPUs")
+
+
+class ExportConfig(Section):
+    """The packed checkpoint."""
+
+    format: str = Field("compressed-tensors", description="name of an exporter")
+    reference_examples: int = Field(16, gt=0, description="validation examples whose logits `verify` compares")
+
+
+class RunConfig(Section):
+    """A whole run. `qpipe inspect plan` prints it resolved; docs/config.md lists every key."""
+
+    model: ModelConfig
+    teacher: TeacherConfig = TeacherConfig()  # type: ignore[call-arg]
+    task: str = Field("classification", description="name of a task")
+    data: DataConfig = DataConfig()  # type: ignore[call-arg]
+    quantization: QuantizationConfig = QuantizationConfig()  # type: ignore[call-arg]
+    train: TrainConfig = TrainConfig()  # type: ignore[call-arg]
+    engine: EngineConfig = EngineConfig()  # type: ignore[call-arg]
+    export: ExportConfig = ExportConfig()  # type: ignore[call-arg]
+    plugins: dict[str, dict[str, Any]] = Field(default_factory=dict, description="options by plugin name, in order")
+    seed: int = 0
+    out: str = Field("runs/default", description="the run directory")
+
+
+def read_yaml(text: str, source: str) -> dict[str, Any]:
+    """Parse a YAML mapping.
+
+    Raises:
+        ConfigError: it is not YAML, or not a mapping.
+    """
+    try:
+        value = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{source} must hold a mapping of sections, not a {type(value).__name__}")
+    return value
+
+
+def default_recipe() -> dict[str, Any]:
+    """The recipe of `qpipe launch` without a configuration file, as a mapping."""
+    return read_yaml(files("qpipe").joinpath("recipes/default.yaml").read_text(), "the default recipe")
+
+
+def parse_value(text: str) -> Any:
+    """A `--set` value: YAML, except that `1e-4` is a number, as everyone expects."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Set `a.b=value` in a nested mapping; a list item is `rules.0.site`. `kure.weight=1` reaches plugin `kure`.
+
+    Raises:
+        ConfigError: an override has no `=`, or its path runs through something that is not a mapping.
+    """
+    result: dict[str, Any] = _deep_copy(data)
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"--set {override!r}: write key=value, such as train.learning_rate=1e-4")
+        keys = path.strip().split(".")
+        if keys[0] not in RunConfig.model_fields and keys[0] in result.get("plugins", {}):
+            keys = ["plugins", *keys]
+        _set(result, keys, parse_value(text), override)
+    return result
+
+
+def _deep_copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _deep_copy(v) for k, v in value.items()}
+    return [_deep_copy(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _set(target: Any, keys: list[str], value: Any, override: str) -> None:
+    for position, key in enumerate(keys[:-1]):
+        if isinstance(target, list):
+            target = _item(target, key, override)
+            continue
+        if target.get(key) is None:
+            target[key] = {}
+        target = target[key]
+        if not isinstance(target, dict | list):
+            raise ConfigError(f"--set {override!r}: {'.'.join(keys[: position + 1])} is a value, not a section")
+    if isinstance(target, list):
+        _item(target, keys[-1], override)
+        target[int(keys[-1])] = value
+    else:
+        target[keys[-1]] = value
+
+
+def _item(items: list[Any], key: str, override: str) -> Any:
+    if not key.isdigit() or int(key) >= len(items):
+        raise ConfigError(f"--set {override!r}: {key!r} is no index of a list of {len(items)}")
+    return items[int(key)]
+
+
+def _number_strings(value: Any) -> Any:
+    """YAML 1.1 reads `1e-4` as text; configuration files mean the number."""
+    if isinstance(value, dict):
+        return {k: _number_strings(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_number_strings(v) for v in value]
+    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def resolve(
+    source: str | Path | Mapping[str, Any] | None = None,
+    overrides: Iterable[str] = (),
+    plugins: Iterable[str] = (),
+) -> RunConfig:
+    """Make a configuration from a file (or mapping, or the default recipe), plugin names and `--set` overrides.
+
+    Raises:
+        ConfigError: the file is missing or a key or value is not allowed; the message names each problem.
+    """
+    if source is None:
+        data = default_recipe()
+    elif isinstance(source, Mapping):
+        data = _deep_copy(source)
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise ConfigError(f"configuration {str(path)!r} does not exist; give a YAML file, or none for the default")
+        data = read_yaml(path.read_text(), str(path))
+    data["plugins"] = {**(data.get("plugins") or {})}
+    for name in plugins:
+        data["plugins"].setdefault(name, {})
+    data["plugins"] = {k: v or {} for k, v in data["plugins"].items()}
+    data = apply_overrides(_number_strings(data), overrides)
+    try:
+        return RunConfig(**data)
+    except ValidationError as error:
+        raise ConfigError(f"configuration: {_describe_nested(error)}") from error
+
+
+def _describe_nested(error: ValidationError) -> str:
+    """Like `describe`, with the allowed keys of the section that the problem is in."""
+    sections: dict[str, type[BaseModel]] = {
+        name: field.annotation
+        for name, field in RunConfig.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    }
+    first = error.errors()[0]["loc"]
+    if len(first) > 1 and first[0] in sections:
+        model = sections[str(first[0])]
+        text = describe(error, model)
+        return text if "; did you mean" in text or "allowed" in text else text
+    return describe(error, RunConfig)
+
+
+def dump(config: RunConfig) -> str:
+    """The configuration as YAML; `resolve` of it gives an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

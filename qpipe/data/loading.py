@@ -1,0 +1,157 @@
+"""From a configuration and a task to data that a model can be called with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+
+from qpipe.config import DataConfig, RunConfig
+from qpipe.data import labels as labelling
+from qpipe.data.images import image_collate, image_rows, load_processor
+from qpipe.data.sources import Split, read_splits
+from qpipe.data.text import (
+    Collate,
+    chunk,
+    chunk_collate,
+    load_tokenizer,
+    padding_collate,
+    require_padding,
+    tokenize,
+)
+from qpipe.errors import ConfigError, suggest
+from qpipe.types import Task
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The processed splits of a task.
+
+    Attributes:
+        train: model inputs and `labels`; images are still encoded and become pixels in `collate`.
+        validation: likewise.
+        collate: makes a batch from rows: tensors by the argument names of the model's forward.
+        tokenizer: tokenizer or image processor, saved beside the model; None if there is none.
+        num_labels: size of the head; 1 for regression, 0 for language models.
+        label_names: names of the classes in the order of their ids; empty unless classes are predicted.
+    """
+
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    collate: Collate
+    tokenizer: Any
+    num_labels: int
+    label_names: tuple[str, ...]
+
+
+def find_task(tasks: Mapping[str, Task], name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        ConfigError: there is none; suggests the nearest and lists all.
+    """
+    if name not in tasks:
+        raise ConfigError(f"no task is named {name!r}{suggest(name, tasks)}; tasks: {', '.join(sorted(tasks))}")
+    return tasks[name]
+
+
+def load_data(config: RunConfig, task: Task) -> TaskData:
+    """Read, filter, label and tokenize the data of a run.
+
+    The result depends on `config.data`, `config.model` and the task, not on `config.seed`, the process or the number
+    of processes; nothing is written into the folder of the data.
+
+    Raises:
+        ConfigError: a data set, tokenizer or label list cannot be what the configuration says.
+        DataError: a file, column, label or text is wrong, or a split is empty.
+    """
+    if task.kind == "causal-lm":
+        return _language(config, task)
+    train, validation = read_splits(config.data, task)
+    inputs, label_column = _input_columns(config.data, task), config.data.label_column or task.label_column
+    train = _filtered(train, inputs, label_column, config.data)
+    names: tuple[str, ...] = ()
+    if task.kind != "regression":
+        names = labelling.class_table(train, label_column, config.data.labels, task)
+    if validation is None:
+        train, validation = train.hold_out(config.data.validation_fraction)
+    else:
+        validation = _filtered(validation, inputs, label_column, config.data)
+    train_labels, validation_labels = _labels(train, validation, label_column, names)
+    train, train_labels = _sample(train, train_labels, config.data.max_train_examples)
+    validation, validation_labels = _sample(validation, validation_labels, config.data.max_eval_examples)
+    num_labels = len(names) or 1
+    if task.kind == "image-classification":
+        processor = load_processor(config.model)
+        return TaskData(
+            image_rows(train, inputs[0], train_labels),
+            image_rows(validation, inputs[0], validation_labels),
+            image_collate(processor),
+            processor,
+            num_labels,
+            names,
+        )
+    length = config.data.max_length
+    tokenizer = load_tokenizer(config.model, length)
+    require_padding(tokenizer)
+    return TaskData(
+        tokenize(train, inputs, tokenizer, length, train_labels),
+        tokenize(validation, inputs, tokenizer, length, validation_labels),
+        padding_collate(tokenizer, length if config.data.pad_to_max_length else None),
+        tokenizer,
+        num_labels,
+        names,
+    )
+
+
+def _input_columns(config: DataConfig, task: Task) -> tuple[str, ...]:
+    """The columns that are read: one or two of text, or one of images (default `image`)."""
+    columns = config.text_columns or task.text_columns or ("image",)
+    most = 2 if task.kind in ("classification", "regression") else 1
+    if not 1 <= len(columns) <= most:
+        raise ConfigError(
+            f"task {task.name!r} reads {'one column' if most == 1 else 'one or two columns'}, but data.text_columns "
+            f"names {len(columns)}: {', '.join(columns)}"
+        )
+    return columns
+
+
+def _filtered(split: Split, inputs: tuple[str, ...], label_column: str, config: DataConfig) -> Split:
+    split.require(inputs, f"data.text_columns (now {list(inputs)})")
+    split.require([label_column], f"data.label_column (now {label_column!r})")
+    kept = labelling.keep_rows(split, label_column, config.keep_labels)
+    kept.require_rows()
+    return kept
+
+
+def _labels(
+    train: Split, validation: Split, column: str, names: tuple[str, ...]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Class ids, or numbers where there are no class names."""
+    if not names:
+        return labelling.encode_numbers(train, column), labelling.encode_numbers(validation, column)
+    ids = labelling.encode_classes(train, column, names)
+    labelling.require_two_classes(train, column, ids, names)
+    return ids, labelling.encode_classes(validation, column, names)
+
+
+def _sample(split: Split, labels: np.ndarray[Any, Any], size: int | None) -> tuple[Split, np.ndarray[Any, Any]]:
+    positions = Split(split.data, split.source, np.arange(len(split.data))).sample(size).rows
+    return split.select(positions), labels[positions]
+
+
+def _language(config: RunConfig, task: Task) -> TaskData:
+    train, validation = read_splits(config.data, task)
+    (column,) = _input_columns(config.data, task)
+    if validation is None:
+        train, validation = train.hold_out(config.data.validation_fraction)
+    tokenizer = load_tokenizer(config.model, config.data.max_length)
+    pieces = []
+    for split, most in ((train, config.data.max_train_examples), (validation, config.data.max_eval_examples)):
+        split.require([column], f"data.text_columns (now {[column]})")
+        data = chunk(split, column, tokenizer, config.data.max_length)
+        pieces.append(Split(data, split.source, np.arange(len(data))).sample(most).data)
+    return TaskData(pieces[0], pieces[1], chunk_collate, tokenizer, 0, ())

@@ -1,0 +1,119 @@
+"""Accelerate: one process, DDP, or FSDP2. Parameters stay in float32; bfloat16 is used by autocast in training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from qpipe.config import EngineConfig, TrainConfig
+from qpipe.engine.base import Processes, choose_device, default_environment, resolve_precision
+from qpipe.engine.deepspeed import micro_batch_size
+from qpipe.errors import ConfigError
+
+
+class AccelerateEngine(Processes):
+    """See `Engine`."""
+
+    name = "accelerate"
+
+    def __init__(self, config: EngineConfig) -> None:
+        if config.zero not in (0, 1) or config.offload != "none" or config.config_file:
+            raise ConfigError(
+                "engine.zero, engine.offload and engine.config_file belong to DeepSpeed; "
+                "set engine.name: deepspeed, or for sharding here engine.fsdp: true"
+            )
+        if config.fsdp:
+            raise ConfigError("engine.fsdp is not available in this version; use engine.name: deepspeed, engine.zero: 3")
+        default_environment()
+        from accelerate import Accelerator
+
+        self._accelerator = Accelerator(cpu=choose_device(config).type == "cpu")
+        self.device = self._accelerator.device
+        self.rank, self.world_size = self._accelerator.process_index, self._accelerator.num_processes
+        self.dtype = torch.float32
+        self._autocast = resolve_precision(config, self.device) == torch.bfloat16
+        self.partitioned = False
+        self._model: Any = None
+        self._module: Any = None
+        self._optimizer: Any = None
+        self._scheduler: Any = None
+        self._train: TrainConfig | None = None
+        self._norm: float | None = None
+        self._stepping = False
+
+    def wrap(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, train: TrainConfig) -> None:
+        """Hand model and optimizer to Accelerate; the schedule is stepped here, once per optimizer step."""
+        micro_batch_size(train, self.world_size)
+        self._module = model
+        self._model = self._accelerator.prepare_model(model)
+        self._optimizer, self._scheduler, self._train = optimizer, scheduler, train
+
+    def serve(self, model: nn.Module) -> None:
+        """Take a model for evaluation only, as it is."""
+        self._module = self._model = model
+
+    def begin_micro_batch(self, last: bool) -> None:
+        """Exchange gradients in the last micro-batch only."""
+        self._stepping = last
+        if hasattr(self._model, "require_backward_grad_sync"):
+            self._model.require_backward_grad_sync = last
+
+    def forward(self, **inputs: Tensor) -> Any:
+        """Call the wrapped model; autocast in training only, so that evaluation computes as the export does."""
+        if not self._module.training:
+            return self._module(**inputs)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            return self._model(**inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate."""
+        assert self._train is not None
+        (loss / self._train.accumulation).backward()
+
+    def step(self) -> None:
+        """Clip and update, after the last micro-batch."""
+        if not self._stepping:
+            return
+        assert self._train is not None
+        limit = self._train.clip or float("inf")
+        self._norm = float(nn.utils.clip_grad_norm_(self._module.parameters(), limit))
+        self._optimizer.step()
+        self._scheduler.step()
+        self._optimizer.zero_grad()
+
+    def grad_norm(self) -> float | None:
+        """Norm before clipping."""
+        return self._norm
+
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        """Every process holds all weights."""
+        return nullcontext()
+
+    def save(self, folder: Path) -> None:
+        """One file, written by process 0."""
+        if self.rank == 0:
+            (folder / "engine").mkdir()
+            state = {
+                "model": self._module.state_dict(),
+                "optimizer": self._optimizer.state_dict(),
+                "scheduler": self._scheduler.state_dict(),
+            }
+            torch.save(state, folder / "engine" / "state.pt")
+
+    def load(self, folder: Path) -> None:
+        """Read it back on every process."""
+        state = torch.load(folder / "engine" / "state.pt", map_location=self.device, weights_only=True)
+        self._module.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scheduler.load_state_dict(state["scheduler"])
+
+    def close(self) -> None:
+        """Forget the wrapped model."""
+        self._model = self._module = self._optimizer = self._scheduler = None

@@ -1,0 +1,151 @@
+"""The protocol between the stages and whatever runs the processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from qpipe.config import EngineConfig, TrainConfig
+
+
+class Engine(Protocol):
+    """One process's view of all processes.
+
+    Attributes:
+        name: what the configuration calls it.
+        rank: number of this process, from 0.
+        world_size: how many there are.
+        device: where this process computes.
+        dtype: type of the model's parameters and of the exported float tensors.
+        partitioned: True if weights exist only while their module runs.
+    """
+
+    name: str
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+    partitioned: bool
+
+    def wrap(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, train: TrainConfig) -> None:
+        """Take over the model (already on `device`, in `dtype`) and its optimizer."""
+
+    def begin_micro_batch(self, last: bool) -> None:
+        """Before each training forward pass; `last` marks the micro-batch that ends the optimizer step."""
+
+    def forward(self, **inputs: Tensor) -> Any:
+        """Call the wrapped model."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of `loss / accumulation`."""
+
+    def step(self) -> None:
+        """After every micro-batch; updates the weights after the last one."""
+
+    def grad_norm(self) -> float | None:
+        """Global gradient norm of the last optimizer step, if known."""
+
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        """Within, the parameters are whole on every process (read only)."""
+
+    def save(self, folder: Path) -> None:
+        """Write weights, optimizer and schedule; called by all processes."""
+
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote, at the same world size."""
+
+    def close(self) -> None:
+        """Release the wrapped model and optimizer."""
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+
+    def reduce(self, values: Mapping[str, float], op: str = "mean") -> dict[str, float]:
+        """Mean, min or max over processes, by key."""
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The values of all processes, in rank order."""
+
+    def broadcast_object(self, value: Any) -> Any:
+        """The value of process 0."""
+
+
+class Processes:
+    """Communication that both engines share."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def reduce(self, values: Mapping[str, float], op: str = "mean") -> dict[str, float]:
+        """Mean, min or max over processes, by key; every process passes the same keys."""
+        if self.world_size == 1 or not values:
+            return dict(values)
+        tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, {"mean": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[op])
+        if op == "mean":
+            tensor /= self.world_size
+        return dict(zip(values, tensor.tolist(), strict=True))
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The values of all processes, in rank order, on every process."""
+        if self.world_size == 1:
+            return [value]
+        result: list[Any] = [None] * self.world_size
+        dist.all_gather_object(result, value)
+        return result
+
+    def broadcast_object(self, value: Any) -> Any:
+        """The value of process 0, on every process."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def bf16_is_native(device: torch.device) -> bool:
+    """True if the hardware multiplies matrices in bfloat16, rather than emulating it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def resolve_precision(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """The compute type that `engine.precision` stands for on this hardware."""
+    if config.precision == "auto":
+        return torch.bfloat16 if bf16_is_native(device) else torch.float32
+    return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+
+
+def choose_device(config: EngineConfig) -> torch.device:
+    """This process's GPU, or the CPU if there is none or the configuration says so."""
+    if config.cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def default_environment() -> None:
+    """Let a single process run without a launcher."""
+    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(key, value)
+    if "MASTER_PORT" not in os.environ:
+        import socket
+
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])

@@ -1,0 +1,183 @@
+"""DeepSpeed, called directly: ZeRO 0 to 3 and offload, on GPUs over NCCL or CPUs over gloo."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from qpipe.config import EngineConfig, TrainConfig
+from qpipe.engine.base import Processes, choose_device, default_environment, resolve_precision
+from qpipe.errors import ConfigError
+
+MANAGED = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16",
+    "fp16",
+    "optimizer",
+    "scheduler",
+)
+"""DeepSpeed keys that qpipe's own configuration decides."""
+
+
+def micro_batch_size(train: TrainConfig, world_size: int) -> int:
+    """Examples per process and micro-batch.
+
+    Raises:
+        ConfigError: processes times accumulation does not divide the batch size.
+    """
+    parts = world_size * train.accumulation
+    if train.batch_size % parts:
+        raise ConfigError(
+            f"train.batch_size {train.batch_size} is not divisible by {world_size} processes x "
+            f"{train.accumulation} micro-batches; choose a multiple of {parts}"
+        )
+    return train.batch_size // parts
+
+
+class DeepSpeedEngine(Processes):
+    """See `Engine`."""
+
+    name = "deepspeed"
+
+    def __init__(self, config: EngineConfig) -> None:
+        default_environment()
+        self.device = choose_device(config)
+        if self.device.type == "cpu":
+            # DeepSpeed picks its accelerator when it is imported.
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self._deepspeed = deepspeed
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if not dist.is_initialized():
+            deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo", verbose=False)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.config = config
+        self.dtype = resolve_precision(config, self.device)
+        self.partitioned = False
+        self._engine: Any = None
+
+    def settings(self, train: TrainConfig) -> dict[str, Any]:
+        """The DeepSpeed configuration.
+
+        Raises:
+            ConfigError: `engine.config_file` sets a key that qpipe manages.
+        """
+        zero: dict[str, Any] = {"stage": self.config.zero}
+        if self.config.offload != "none":
+            zero["offload_optimizer"] = {"device": "cpu"}
+        if self.config.offload == "all":
+            zero["offload_param"] = {"device": "cpu"}
+        settings: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": micro_batch_size(train, self.world_size),
+            "gradient_accumulation_steps": train.accumulation,
+            "gradient_clipping": train.clip,
+            "bf16": {"enabled": self.dtype == torch.bfloat16},
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9,
+        }
+        return merge_config_file(settings, self.config)
+
+    def wrap(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, train: TrainConfig) -> None:
+        """Hand model and optimizer to DeepSpeed."""
+        if self.config.offload != "none" and self.config.zero == 0:
+            raise ConfigError("engine.offload needs engine.zero 1, 2 or 3")
+        if self.config.offload == "all" and self.config.zero != 3:
+            raise ConfigError("engine.offload: all keeps weights in CPU memory and needs engine.zero: 3")
+        settings = self.settings(train)
+        self._engine, *_ = self._deepspeed.initialize(
+            model=model, optimizer=optimizer, lr_scheduler=scheduler, config=settings, dist_init_required=False
+        )
+        self.partitioned = settings["zero_optimization"]["stage"] == 3
+
+    def begin_micro_batch(self, last: bool) -> None:
+        """Nothing to do: DeepSpeed counts micro-batches itself."""
+
+    def forward(self, **inputs: Tensor) -> Any:
+        """Call the DeepSpeed engine."""
+        return self._engine(**inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """DeepSpeed divides by the accumulation steps."""
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        """Count the micro-batch; update at the end of the step."""
+        self._engine.step()
+
+    def grad_norm(self) -> float | None:
+        """Norm before clipping."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        """Gather partitioned parameters on every process."""
+        if not self.partitioned:
+            return nullcontext()
+        return self._deepspeed.zero.GatheredParameters(list(parameters))  # type: ignore[no-any-return]
+
+    def save(self, folder: Path) -> None:
+        """DeepSpeed's own checkpoint, in `folder/engine`."""
+        self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read `folder/engine`.
+
+        Raises:
+            RuntimeError: DeepSpeed finds nothing there.
+        """
+        path, _ = self._engine.load_checkpoint(str(folder), tag="engine")
+        if path is None:
+            raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
+
+    def close(self) -> None:
+        """Release DeepSpeed's buffers and hooks."""
+        if self._engine is not None:
+            self._engine.destroy()
+            self._engine = None
+
+
+def merge_config_file(settings: dict[str, Any], config: EngineConfig) -> dict[str, Any]:
+    """Add the keys of `engine.config_file`.
+
+    Raises:
+        ConfigError: the file is missing, is not JSON, or sets a managed key or another ZeRO stage.
+    """
+    if config.config_file is None:
+        return settings
+    path = Path(config.config_file)
+    try:
+        extra = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"engine.config_file {config.config_file!r} cannot be read: {error}") from error
+    clash = [key for key in MANAGED if key in extra and extra[key] != "auto"]
+    if clash:
+        raise ConfigError(
+            f"engine.config_file sets {', '.join(clash)}, which qpipe decides; remove them and use train.batch_size, "
+            "train.accumulation, train.clip, train.learning_rate, engine.precision"
+        )
+    zero = {**extra.pop("zero_optimization", {})}
+    stage = zero.pop("stage", config.zero)
+    if stage != config.zero:
+        raise ConfigError(f"engine.config_file asks for ZeRO stage {stage}, engine.zero is {config.zero}; set both equal")
+    merged = {**{k: v for k, v in extra.items() if k not in MANAGED}, **settings}
+    merged["zero_optimization"] = {**settings["zero_optimization"], **zero}
+    return merged

@@ -1,0 +1,1 @@
+"""Packed checkpoints: writing, checking and describing them. Nothing here trains."""

@@ -1,0 +1,141 @@
+"""Run as a script by `verify`, in a process of its own in which qpipe cannot be imported.
+
+`python -P _fresh.py JOB RESULT` reads a JSON list of jobs and writes a JSON list of findings. It holds to what anyone
+has who downloads a checkpoint: torch, transformers, compressed-tensors, safetensors and numpy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+
+class _NoQpipe:
+    """Import hook that hides qpipe, so that nothing in the checkpoint can lean on it."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        if name == "qpipe" or name.startswith("qpipe."):
+            raise ImportError("qpipe is hidden while an export is verified")
+
+
+sys.meta_path.insert(0, _NoQpipe())  # type: ignore[arg-type]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+
+def digest(value: torch.Tensor) -> str:
+    """SHA-256 of a tensor's contiguous bytes."""
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def predict(model: Any, batches: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    """Predictions and references of the prepared batches, named `<batch>.<input>`."""
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in batches.items():
+        batch, _, key = name.partition(".")
+        groups.setdefault(batch, {})[key] = value
+    predictions, references = [], []
+    for batch in sorted(groups):
+        inputs = groups[batch]
+        labels = inputs.pop("labels")
+        inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+        logits = model(**inputs).logits
+        if kind == "causal-lm":
+            targets = labels[:, 1:]
+            shifted = logits[:, :-1].float().transpose(1, 2)
+            losses = torch.nn.functional.cross_entropy(shifted, targets, ignore_index=-100, reduction="none")
+            predictions.append(losses.double().sum(1))
+            references.append((targets != -100).sum(1))
+        else:
+            predictions.append(logits.float())
+            references.append(labels)
+    return {"predictions": torch.cat(predictions), "references": torch.cat(references)}
+
+
+def stock(job: dict[str, Any]) -> dict[str, Any]:
+    """Load with stock transformers, run the reference, hash every tensor, predict the prepared batches."""
+    import transformers
+
+    directory = job["directory"]
+    extra = {"attn_implementation": job["attention"]} if job["attention"] else {}
+    auto = getattr(transformers, job["auto_class"])
+    model, info = auto.from_pretrained(directory, output_loading_info=True, **extra)
+    model.eval()
+    problems = [f"{key}: {sorted(map(str, info[key]))}" for key in ("missing_keys", "unexpected_keys") if info[key]]
+    reference = load_file(f"{directory}/{job['reference']}")
+    inputs = {k.removeprefix("inputs."): v for k, v in reference.items() if k.startswith("inputs.")}
+    with torch.inference_mode():
+        logits = model(**inputs).logits  # compressed-tensors unpacks the weights before the first forward pass
+        outputs = {"logits": logits.contiguous()}
+        if job["batches"]:
+            outputs |= predict(model, load_file(job["batches"]), job["kind"])
+    state = model.state_dict()
+    save_file(outputs, job["outputs"])
+    return {"hashes": {n: digest(state[n]) for n in job["names"] if n in state}, "problems": problems}
+
+
+def read_weight(directory: Path, name: str, layout: dict[str, Any], files: dict[str, str]) -> np.ndarray[Any, Any]:
+    """One weight of a native checkpoint, float32, by the recipe of docs/format.md."""
+    w = layout["weights"][name]
+    with safe_open(directory / files.get(name, "model.safetensors"), "numpy") as f:
+        rows, b, n = f.get_tensor(name).reshape(w["shape"][0], -1), w["bits"], math.prod(w["shape"][1:])
+    with safe_open(directory / files.get(name + "_scale", "model.safetensors"), "numpy") as f:
+        s = f.get_tensor(name + "_scale")
+    if w["packer"] == "trits":
+        q = (rows[..., None] // 3 ** np.arange(5) % 3).reshape(len(rows), -1)[:, :n] - 1.0
+    else:
+        planes = np.unpackbits(rows, axis=1, count=n * b, bitorder="little").reshape(len(rows), n, b)
+        q = planes @ 2.0 ** np.arange(b) - 2.0 ** (b - 1)
+    z = np.zeros((1, 1))
+    with safe_open(directory / files.get(name + "_zero_point", "model.safetensors"), "numpy") as f:
+        if name + "_zero_point" in f.keys():
+            z = f.get_tensor(name + "_zero_point")
+    q = q.reshape(len(rows), s.shape[1], -1)
+    return ((q - z[..., None]).astype(np.float32) * s[..., None]).reshape(w["shape"])
+
+
+def native(job: dict[str, Any]) -> dict[str, Any]:
+    """Decode a native checkpoint with numpy and hash every tensor."""
+    directory = Path(job["directory"])
+    layout = json.loads((directory / "quantization.json").read_text())
+    index = directory / "model.safetensors.index.json"
+    files: dict[str, str] = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+    dtype = getattr(torch, layout["dtype"])
+    hashes = {}
+    for name in job["names"]:
+        if name in layout["weights"]:
+            hashes[name] = digest(torch.from_numpy(read_weight(directory, name, layout, files)).to(dtype))
+        else:
+            with safe_open(directory / files.get(name, "model.safetensors"), "pt") as f:
+                hashes[name] = digest(f.get_tensor(name))
+    return {"hashes": hashes, "problems": []}
+
+
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """Findings of one job; an error becomes a finding, so that the other jobs still run."""
+    try:
+        if job["num_threads"]:
+            torch.set_num_threads(job["num_threads"])
+        return native(job) if job["format"] == "native" else stock(job)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+
+
+def main(job_file: str, result_file: str) -> None:
+    """Work through the jobs."""
+    jobs = json.loads(Path(job_file).read_text())
+    Path(result_file).write_text(json.dumps([work(job) for job in jobs]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,93 @@
+"""The metric of a checkpoint, from the data that the run was evaluated on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qpipe.config import resolve
+from qpipe.errors import QpipeError
+
+if TYPE_CHECKING:
+    from qpipe.types import Metric
+
+RELATIVE_TOLERANCE = 0.005
+"""Batches of another size or machine round otherwise; a wrong weight moves a metric further."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Validation batches on disk, or the reason why there are none.
+
+    Attributes:
+        batches: safetensors file with `<batch>.<input>`, or None.
+        kind: of the task.
+        metrics: of the task.
+        reason: why there are no batches.
+    """
+
+    batches: Path | None = None
+    kind: str = ""
+    metrics: tuple[Metric, ...] = ()
+    reason: str = ""
+
+
+def prepare(about: Mapping[str, Any], target: Path) -> Prepared:
+    """Write the validation batches of the recorded run to `target`.
+
+    Args:
+        about: contents of `qpipe.json`; needs `config` and `metrics`.
+        target: safetensors file to write.
+    """
+    if not isinstance(about.get("config"), Mapping) or not about.get("metrics"):
+        return Prepared(reason="qpipe.json records no run configuration with metrics")
+    from qpipe.data.loading import find_task, load_data
+    from qpipe.host import load_plugins
+
+    try:
+        config = resolve(about["config"])
+        task = find_task(load_plugins(config.plugins).collect("qpipe_tasks"), config.task)
+        data = load_data(config, task)
+    except (QpipeError, OSError, ImportError) as error:
+        return Prepared(reason=f"the data of the run cannot be loaded here: {error}")
+    rows: Any = data.validation
+    size = config.train.eval_batch_size
+    found: dict[str, Tensor] = {}
+    for number, start in enumerate(range(0, len(rows), size)):
+        batch = data.collate([rows[i] for i in range(start, min(start + size, len(rows)))])
+        found |= {f"{number:06d}.{key}": value.contiguous() for key, value in batch.items()}
+    save_file(found, target)
+    return Prepared(target, task.kind, task.metrics)
+
+
+def compare_metrics(
+    about: Mapping[str, Any], prepared: Prepared, predictions: Tensor, references: Tensor
+) -> tuple[bool, str, dict[str, float]]:
+    """Compute the task's metrics and compare those that were recorded: `(agrees, detail, values)`.
+
+    Args:
+        about: contents of `qpipe.json`.
+        prepared: what `prepare` returned.
+        predictions: `[examples, ...]` from the fresh process.
+        references: `[examples]`.
+    """
+    recorded = about["metrics"]
+    known: Sequence[Metric] = [m for m in prepared.metrics if m.name in recorded]
+    if not known:
+        return False, f"the recorded metrics {sorted(recorded)} are not those of task {about.get('task')}", {}
+    parts, passed = [], True
+    values: dict[str, float] = {}
+    for metric in known:
+        value = values[metric.name] = float(metric.fn(predictions.numpy(), references.numpy()))
+        expected = float(recorded[metric.name])
+        # One example that flips on a rounding difference is no damage.
+        allowed = max(RELATIVE_TOLERANCE * max(1.0, abs(expected)), 1.0 / len(references))
+        passed &= math.isclose(value, expected, rel_tol=0.0, abs_tol=allowed)
+        parts.append(f"{metric.name} {value:.6g}, recorded {expected:.6g}, allowed difference {allowed:.2g}")
+    return passed, f"{len(references)} examples: {'; '.join(parts)}", values

@@ -1,0 +1,267 @@
+"""Proof that a packed checkpoint is the trained model: files, weights, logits, metric."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qpipe.errors import FormatError
+from qpipe.export.companions import environment
+from qpipe.export.folder import METADATA, REFERENCE, check_sums, read_json
+from qpipe.export.metric import Prepared, compare_metrics, prepare
+
+Status = Literal["pass", "fail", "skip"]
+
+ROUNDING: Mapping[str, float] = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+"""Largest difference of logits between machines, relative to the largest logit: some hundred units of rounding."""
+
+ACTIVATION_ROUNDING = 5e-2
+"""Added where activations are quantized: a last-bit difference can move a value to the next of 255 levels."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of a verification.
+
+    Attributes:
+        name: what was checked: `files`, `weights`, `logits` or `metric`.
+        status: `pass`, `fail`, or `skip` if it could not be checked.
+        detail: what was compared and found.
+    """
+
+    name: str
+    status: Status
+    detail: str
+
+
+@dataclass
+class VerifyResult:
+    """Outcome for one checkpoint; `metrics` are those of the reloaded model, empty if the data could not be had."""
+
+    directory: Path
+    checks: list[Check] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """True if nothing failed and the weights were compared."""
+        weights_checked = any(c.name == "weights" and c.status == "pass" for c in self.checks)
+        return weights_checked and all(c.status != "fail" for c in self.checks)
+
+    def add(self, name: str, status: Status, detail: str) -> None:
+        """Append a check."""
+        self.checks.append(Check(name, status, detail))
+
+    def lines(self) -> list[str]:
+        """The outcome for people, one line per check and a last one for all."""
+        words = {"pass": "ok", "fail": "FAILED", "skip": "not checked"}
+        lines = [f"{c.name}: {words[c.status]}: {c.detail}" for c in self.checks]
+        return [*lines, f"{self.directory}: {'verified' if self.passed else 'NOT VERIFIED'}"]
+
+
+@dataclass(frozen=True)
+class _Case:
+    directory: Path
+    about: dict[str, Any]
+    result: VerifyResult
+    prepared: Prepared
+    outputs: Path
+
+
+def verify(directory: Path | str, check_metric: bool = True) -> VerifyResult:
+    """Check one checkpoint; see `verify_all`."""
+    return verify_all([directory], check_metric)[0]
+
+
+def verify_all(directories: Sequence[Path | str], check_metric: bool = True) -> list[VerifyResult]:
+    """Check packed checkpoints in one fresh process in which qpipe cannot be imported.
+
+    Compared are the checksums of all files; every decoded weight and every other tensor, whose difference must be
+    exactly 0; the logits of the reference examples, exactly in an unchanged environment, else within `ROUNDING`; and
+    the metrics, if the data of the run can be loaded.
+
+    Args:
+        directories: packed checkpoints.
+        check_metric: False leaves the metric out, which needs the data.
+    """
+    results = [VerifyResult(Path(d)) for d in directories]
+    with tempfile.TemporaryDirectory(prefix="qpipe-verify-") as scratch:
+        cases = []
+        for number, result in enumerate(results):
+            about = _files(result)
+            if about is not None:
+                folder = Path(scratch) / str(number)
+                folder.mkdir()
+                prepared = _metric_source(about, folder, check_metric)
+                cases.append(_Case(result.directory.resolve(), about, result, prepared, folder / "outputs.safetensors"))
+        for case, found in zip(cases, _run([_job(c) for c in cases], Path(scratch)), strict=True):
+            _judge(case, found)
+    return results
+
+
+def _files(result: VerifyResult) -> dict[str, Any] | None:
+    """Check the files; the metadata, or None if there is no point in going on."""
+    try:
+        problems = check_sums(result.directory)
+        about = read_json(result.directory / METADATA) if not problems else {}
+        if not problems:
+            for key in ("format", "auto_class", "dtype", "weights", "tensors", "environment"):
+                if key not in about:
+                    raise FormatError(f"{result.directory / METADATA} lacks {key!r}")
+            load_file(result.directory / REFERENCE)
+    except (FormatError, SafetensorError, OSError) as error:
+        result.add("files", "fail", str(error))
+        return None
+    for problem in problems:
+        result.add("files", "fail", problem)
+    if problems:
+        return None
+    result.add("files", "pass", "every file has the checksum in SHA256SUMS")
+    return about
+
+
+def _metric_source(about: Mapping[str, Any], folder: Path, wanted: bool) -> Prepared:
+    if not wanted:
+        return Prepared(reason="not asked for")
+    if about["format"] == "native":
+        return Prepared(reason="native checkpoints are compared by weights and logits")
+    return prepare(about, folder / "batches.safetensors")
+
+
+def _job(case: _Case) -> dict[str, Any]:
+    about = case.about
+    return {
+        "directory": str(case.directory),
+        "format": about["format"],
+        "auto_class": about["auto_class"],
+        "attention": about.get("attention"),
+        "num_threads": about["environment"].get("num_threads"),
+        "reference": REFERENCE,
+        "names": [*about["weights"], *about["tensors"]],
+        "kind": case.prepared.kind,
+        "batches": str(case.prepared.batches) if case.prepared.batches else None,
+        "outputs": str(case.outputs),
+    }
+
+
+def _run(jobs: list[dict[str, Any]], scratch: Path) -> list[dict[str, Any]]:
+    if not jobs:
+        return []
+    job_file, result_file = scratch / "jobs.json", scratch / "results.json"
+    job_file.write_text(json.dumps(jobs))
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+    script = Path(__file__).with_name("_fresh.py")
+    # -P keeps the script's own folder, a part of qpipe, off the import path.
+    done = subprocess.run(
+        [sys.executable, "-P", str(script), str(job_file), str(result_file)],
+        cwd=scratch,
+        env={**os.environ, **quiet},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0 or not result_file.is_file():
+        tail = "\n".join(done.stderr.strip().splitlines()[-5:])
+        return [{"error": f"the fresh process ended with status {done.returncode}: {tail}"}] * len(jobs)
+    found: list[dict[str, Any]] = json.loads(result_file.read_text())
+    return found
+
+
+def _judge(case: _Case, found: Mapping[str, Any]) -> None:
+    result, about = case.result, case.about
+    if "error" in found:
+        result.add("weights", "fail", f"loading without qpipe failed: {found['error']}")
+        return
+    expected = {**about["weights"], **about["tensors"]}
+    wrong = [n for n, entry in expected.items() if found["hashes"].get(n) != entry["sha256"]]
+    for problem in found["problems"]:
+        result.add("weights", "fail", f"loading left {problem}")
+    if wrong:
+        shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        result.add("weights", "fail", f"{len(wrong)} of {len(expected)} tensors differ from those trained: {shown}")
+    elif not found["problems"]:
+        count = len(about["weights"])
+        result.add(
+            "weights", "pass", f"{count} quantized and {len(about['tensors'])} other tensors, difference exactly 0"
+        )
+    _judge_logits(case)
+    if case.prepared.batches is None:
+        result.add("metric", "skip", case.prepared.reason)
+    else:
+        outputs = load_file(case.outputs)
+        ok, detail, result.metrics = compare_metrics(
+            about, case.prepared, outputs["predictions"], outputs["references"]
+        )
+        result.add("metric", "pass" if ok else "fail", detail)
+
+
+def _judge_logits(case: _Case) -> None:
+    reference = load_file(case.directory / REFERENCE)
+    if case.about["format"] == "native":
+        inside = [a for a in case.about["activations"] if a["slot"] not in ("input", "output")]
+        if inside:
+            reason = f"activations inside attention ({inside[0]['module']}:{inside[0]['slot']}) run only within qpipe"
+            case.result.add("logits", "skip", reason)
+            return
+        logits = native_logits(case.directory, case.about, reference)
+    else:
+        logits = load_file(case.outputs)["logits"]
+    status, detail = compare_logits(case.about, reference["logits"], logits)
+    case.result.add("logits", status, detail)
+
+
+def native_logits(directory: Path, about: Mapping[str, Any], reference: Mapping[str, Tensor]) -> Tensor:
+    """Logits of a native checkpoint: decoded weights in the plain model, activations quantized by qpipe."""
+    from qpipe.export.activations import quantize_activations
+    from qpipe.export.native import load_native
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(about["environment"].get("num_threads") or threads)
+    try:
+        model: Any = load_native(directory, about.get("attention"))
+        quantize_activations(model, about["activations"])
+        inputs = {k.removeprefix("inputs."): v for k, v in reference.items() if k.startswith("inputs.")}
+        with torch.inference_mode():
+            logits: Tensor = model(**inputs).logits
+    finally:
+        torch.set_num_threads(threads)
+    return logits.contiguous()
+
+
+def changed_environment(about: Mapping[str, Any]) -> list[str]:
+    """What differs between the recorded environment and this one, such as `torch 2.12.0 -> 2.13.0`."""
+    recorded = about["environment"]
+    now = {"device": "cpu", **environment(getattr(torch, about["dtype"])), "num_threads": recorded.get("num_threads")}
+    return [f"{key} {value} -> {now.get(key)}" for key, value in recorded.items() if now.get(key) != value]
+
+
+def compare_logits(about: Mapping[str, Any], expected: Tensor, found: Tensor) -> tuple[Status, str]:
+    """Compare logits `[examples, ...]` exactly, or within rounding where the environment changed."""
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return "fail", f"{tuple(found.shape)} {found.dtype} instead of {tuple(expected.shape)} {expected.dtype}"
+    examples = f"{len(expected)} reference examples"
+    if torch.equal(expected, found):
+        return "pass", f"{examples}, difference exactly 0"
+    difference = (expected.double() - found.double()).abs().max().item()
+    changes = changed_environment(about)
+    if not changes:
+        return "fail", f"{examples}, largest difference {difference:.3g} in the environment of the export, expected 0"
+    relative = ROUNDING[about["dtype"]] + (ACTIVATION_ROUNDING if about["activations"] else 0.0)
+    bound = relative * max(1.0, expected.double().abs().max().item())
+    status: Status = "pass" if difference <= bound else "fail"  # a NaN compares false and fails
+    return status, (
+        f"{examples}, largest difference {difference:.3g}, allowed {bound:.3g} for rounding in {about['dtype']} "
+        f"because the environment changed: {'; '.join(changes)}"
+    )

@@ -1,0 +1,79 @@
+"""Writing files so that a killed process never leaves half of one."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qpipe.errors import CheckpointError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary name, flush to disk, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with disk_errors(path.parent):
+        with temporary.open("w") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of JSON."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush every file below `folder`, so that a rename afterwards publishes complete files."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a full or unwritable disk into an error that says how much room there is.
+
+    Raises:
+        CheckpointError: the disk is full, or writing is not allowed.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not _is_disk_problem(error):
+            raise
+        free = shutil.disk_usage(_existing(folder)).free / 2**20
+        raise CheckpointError(
+            f"cannot write to {folder}: {error}. {free:.0f} MiB are free there; make room, or choose another folder "
+            "with --out. What was saved before is untouched"
+        ) from error
+
+
+def _is_disk_problem(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
+    # torch.save reports a failed write as a RuntimeError of its zip writer.
+    return "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder

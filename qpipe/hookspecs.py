@@ -1,0 +1,152 @@
+"""Every hook, in the order of a run. This file is the manual; `docs/hooks.md` is generated from it.
+
+How results combine:
+
+* **all**: the results of every plugin, flattened; names are unique, and a clash is an error that names both plugins.
+* **first**: the first result that is not None; the built-ins come last, so that a plugin can stand in for them.
+* **event**: called for its effect; what it returns is ignored.
+
+An implementation takes any subset of a hook's arguments. Plugins are called in the order of `--plugins`; nothing numeric
+depends on it. An exception carries the name and version of the plugin it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from qpipe.plugin import hookspec
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from qpipe import types
+    from qpipe.config import ModelConfig
+    from qpipe.run import Run, Step
+
+
+class Specs:
+    """The hooks. Each method is a specification: its arguments are what implementations may ask for."""
+
+    # --- build ------------------------------------------------------------------------------------------------------
+
+    @hookspec(firstresult=True)
+    def qpipe_load_model(self, spec: ModelConfig, task: types.Task, num_labels: int) -> nn.Module | None:  # type: ignore[empty-body]
+        """Load a model (first). Called for the student and for the teacher.
+
+        Args:
+            spec: `model` or `teacher` section of the configuration.
+            task: what the model has to predict.
+            num_labels: size of the head, 1 for regression, 0 for language models.
+        """
+
+    @hookspec(firstresult=True)
+    def qpipe_model_map(self, model: nn.Module) -> types.ModelMap | None:  # type: ignore[empty-body]
+        """Say where blocks, attention and head of a model are (first). None if the model is of an unknown family."""
+
+    @hookspec
+    def qpipe_tasks(self) -> Iterable[types.Task]:  # type: ignore[empty-body]
+        """Offer tasks (all)."""
+
+    # --- prepare ----------------------------------------------------------------------------------------------------
+
+    @hookspec
+    def qpipe_quantizers(self) -> Iterable[types.QuantizerKind]:  # type: ignore[empty-body]
+        """Offer quantizers that rules can name (all)."""
+
+    @hookspec(firstresult=True)
+    def qpipe_quantize_module(self, module: nn.Module) -> type[nn.Module] | None:  # type: ignore[empty-body]
+        """Name the class that hosts quantizers in place of this module's class (first).
+
+        The class must derive from `qpipe.QuantModule` and from the module's own class, and keep its parameter names.
+        """
+
+    @hookspec
+    def qpipe_quant_rules(self, run: Run, sites: tuple[types.Site, ...]) -> Iterable[types.Rule]:  # type: ignore[empty-body]
+        """Contribute quantization rules (all). The user's own rules come after them, and the last match wins."""
+
+    @hookspec
+    def qpipe_weight_losses(self, run: Run) -> Iterable[types.WeightLoss]:  # type: ignore[empty-body]
+        """Contribute penalties on weights (all). Exact under every ZeRO stage."""
+
+    @hookspec
+    def qpipe_model_prepared(self, run: Run) -> None:
+        """The quantizers are in place and the engine has not wrapped the model yet (event): add taps here."""
+
+    @hookspec
+    def qpipe_param_groups(self, run: Run) -> Iterable[types.ParamGroup]:  # type: ignore[empty-body]
+        """Give some parameters their own learning rate or weight decay (all)."""
+
+    @hookspec(firstresult=True)
+    def qpipe_optimizer(self, run: Run, groups: list[dict[str, Any]]) -> Optimizer | None:  # type: ignore[empty-body]
+        """Make the optimizer (first). `groups` is what `torch.optim` optimizers take."""
+
+    @hookspec(firstresult=True)
+    def qpipe_scheduler(self, run: Run, optimizer: Optimizer) -> LRScheduler | None:  # type: ignore[empty-body]
+        """Make the learning-rate schedule (first), stepped once per optimizer step; `run.total_steps` is its length."""
+
+    # --- calibrate --------------------------------------------------------------------------------------------------
+
+    @hookspec
+    def qpipe_calibration(self, run: Run) -> Iterable[types.CalibrationPass]:  # type: ignore[empty-body]
+        """Ask for passes over calibration data (all), run one after another in plugin order."""
+
+    # --- train ------------------------------------------------------------------------------------------------------
+
+    @hookspec
+    def qpipe_losses(self, run: Run) -> Iterable[types.Loss]:  # type: ignore[empty-body]
+        """Contribute loss terms (all). Called once, when training starts."""
+
+    @hookspec
+    def qpipe_run_start(self, run: Run) -> None:
+        """Training is about to start, or to resume (event)."""
+
+    @hookspec
+    def qpipe_step_start(self, run: Run, step: Step) -> None:
+        """A micro-batch is about to go forward (event): change phase here."""
+
+    @hookspec
+    def qpipe_signals(self, run: Run) -> types.Signals | None:  # type: ignore[empty-body]
+        """Say which tensors of student and teacher this step needs (all, united). Called after `qpipe_step_start`."""
+
+    @hookspec
+    def qpipe_step_end(self, run: Run, step: Step, metrics: Mapping[str, float]) -> None:
+        """An optimizer step has been taken (event). `metrics` holds `loss`, its parts, `lr` and `samples_per_second`."""
+
+    @hookspec
+    def qpipe_evaluated(self, run: Run, metrics: Mapping[str, float]) -> None:
+        """An evaluation has ended (event)."""
+
+    @hookspec
+    def qpipe_state(self, run: Run) -> Mapping[str, Any] | None:  # type: ignore[empty-body]
+        """Return what a checkpoint must hold of the plugin (all, kept by plugin name)."""
+
+    @hookspec
+    def qpipe_restore(self, run: Run, state: Mapping[str, Any]) -> None:
+        """Take back what `qpipe_state` of the same plugin returned (event). Called on resume, before training."""
+
+    @hookspec
+    def qpipe_run_end(self, run: Run) -> None:
+        """Training has ended (event)."""
+
+    @hookspec
+    def qpipe_run_error(self, run: Run, error: BaseException) -> None:
+        """The run failed (event). What an implementation raises is logged, not raised."""
+
+    # --- export and report ------------------------------------------------------------------------------------------
+
+    @hookspec
+    def qpipe_exporters(self) -> Iterable[types.Exporter]:  # type: ignore[empty-body]
+        """Offer file formats (all)."""
+
+    @hookspec
+    def qpipe_export_metadata(self, run: Run) -> Mapping[str, types.Json] | None:  # type: ignore[empty-body]
+        """Return what the exported metadata should say about the plugin's work (all, kept by plugin name)."""
+
+    @hookspec
+    def qpipe_report_sections(self, run_dir: Path) -> Iterable[types.ReportSection]:  # type: ignore[empty-body]
+        """Add sections to the HTML report of a finished or running run (all, by title)."""

@@ -1,0 +1,247 @@
+"""Finding, building and calling plugins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pluggy
+from pydantic import ValidationError
+
+from qpipe.discovery import GROUP
+from qpipe.discovery import PluginInfo as PluginInfo
+from qpipe.discovery import installed as installed
+from qpipe.errors import PluginError, QpipeError, suggest
+from qpipe.hookspecs import Specs
+from qpipe.plugin import Plugin
+
+BUILTIN_PREFIX = "qpipe.builtin."
+
+BUILTINS: Mapping[str, str] = {
+    "models": "qpipe.builtin.models:Models",
+    "tasks": "qpipe.builtin.tasks:Tasks",
+    "uniform": "qpipe.builtin.uniform:UniformQuantizers",
+    "modules": "qpipe.builtin.modules:QuantModules",
+    "ranges": "qpipe.builtin.ranges:StaticRanges",
+    "optim": "qpipe.builtin.optim:Optim",
+    "losses": "qpipe.builtin.losses:TaskLoss",
+    "log": "qpipe.builtin.log:Log",
+    "exporters": "qpipe.builtin.exporters:Exporters",
+    "report": "qpipe.builtin.report:ReportSections",
+}
+"""The host's own features, registered through the same hooks as everybody else's, before the plugins asked for."""
+
+
+class _Attributed:
+    """A hook implementation that names its plugin in whatever it raises."""
+
+    def __init__(self, impl: Any, label: str) -> None:
+        self._impl = impl
+        self._label = label
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._impl, name)
+
+    def function(self, *args: Any) -> Any:
+        try:
+            return self._impl.function(*args)
+        except Exception as error:
+            note = f"raised by plugin {self._label} in hook {self._impl.function.__name__}"
+            if note not in getattr(error, "__notes__", ()):
+                error.add_note(note)
+            raise
+
+
+class _Manager(pluggy.PluginManager):
+    labels: dict[str, str]
+
+    def _hookexec(self, hook_name: str, methods: Sequence[Any], kwargs: Mapping[str, Any], firstresult: bool) -> Any:
+        attributed = [
+            m if (m.wrapper or m.hookwrapper) else _Attributed(m, self.labels.get(m.plugin_name, m.plugin_name))
+            for m in methods
+        ]
+        return super()._hookexec(hook_name, attributed, kwargs, firstresult)
+
+
+class Host:
+    """The plugins of one run. Make it with `load_plugins`."""
+
+    def __init__(self) -> None:
+        self._manager = _Manager("qpipe")
+        self._manager.labels = {}
+        self._manager.add_hookspecs(Specs)
+        self.plugins: dict[str, Plugin] = {}
+        self.versions: dict[str, str] = {}
+
+    @property
+    def hook(self) -> Any:
+        """The hook relay: `host.hook.qpipe_step_start(run=run, step=step)`."""
+        return self._manager.hook
+
+    def register(self, name: str, plugin: Plugin, version: str | None = None) -> None:
+        """Add a plugin object; its hooks run before those registered earlier.
+
+        Raises:
+            PluginError: a hook is unknown or asks for an argument that the hook does not have.
+        """
+        self._manager.labels[name] = f"{name!r} {version}" if version else repr(name)
+        try:
+            self._manager.register(plugin, name=name)
+            self._manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            raise PluginError(f"plugin {name!r}: {error}; is the plugin newer than this qpipe?") from error
+        unknown = [
+            attribute
+            for attribute in dir(type(plugin))
+            if attribute.startswith("qpipe_") and not hasattr(Specs, attribute)
+        ]
+        if unknown:
+            raise PluginError(
+                f"plugin {name!r} implements the unknown hook {unknown[0]!r}"
+                f"{suggest(unknown[0], [h for h in vars(Specs) if h.startswith('qpipe_')])}; "
+                "is the plugin newer than this qpipe?"
+            )
+        if version is not None:
+            self.plugins[name] = plugin
+            self.versions[name] = version
+
+    def implementations(self, hook: str) -> list[tuple[str, Callable[..., Any]]]:
+        """`(plugin name, callable taking the hook's keyword arguments)` in calling order."""
+        caller = getattr(self._manager.hook, hook)
+        label = self._manager.labels
+
+        def bind(impl: Any) -> Callable[..., Any]:
+            attributed = _Attributed(impl, label.get(impl.plugin_name, impl.plugin_name))
+            return lambda **kwargs: attributed.function(*[kwargs[a] for a in impl.argnames])
+
+        return [(impl.plugin_name, bind(impl)) for impl in reversed(caller.get_hookimpls())]
+
+    def is_used(self, hook: str) -> bool:
+        """True if any plugin of the run implements the hook."""
+        return bool(getattr(self._manager.hook, hook).get_hookimpls())
+
+    def collect(self, hook: str, key: str = "name", **kwargs: Any) -> dict[str, Any]:
+        """The contributions of an **all** hook by name, in plugin order.
+
+        Raises:
+            PluginError: two plugins offer the same name.
+        """
+        result: dict[str, Any] = {}
+        sources: dict[str, str] = {}
+        for plugin, call in self.implementations(hook):
+            for item in call(**kwargs) or ():
+                name = getattr(item, key)
+                if name in result:
+                    label = self._manager.labels
+                    raise PluginError(
+                        f"{hook}: {name!r} is offered by both {label.get(sources[name])} and {label.get(plugin)}; "
+                        "leave one of the two plugins out"
+                    )
+                result[name], sources[name] = item, plugin
+        return result
+
+    def collect_list(self, hook: str, **kwargs: Any) -> list[tuple[str, Any]]:
+        """`(plugin name, item)` of an **all** hook whose items have no names."""
+        return [(plugin, item) for plugin, call in self.implementations(hook) for item in call(**kwargs) or ()]
+
+    def collect_mappings(self, hook: str, **kwargs: Any) -> dict[str, Mapping[str, Any]]:
+        """What each plugin returned from a hook that returns one mapping, by plugin name."""
+        results = ((plugin, call(**kwargs)) for plugin, call in self.implementations(hook))
+        return {plugin: result for plugin, result in results if result is not None}
+
+    def first(self, hook: str, error: QpipeError, **kwargs: Any) -> Any:
+        """The first result of a **first** hook.
+
+        Raises:
+            QpipeError: `error`, if every implementation returned None.
+        """
+        result = getattr(self._manager.hook, hook)(**kwargs)
+        if result is None:
+            raise error
+        return result
+
+
+def import_plugin(info: PluginInfo) -> Any:
+    """Import what an entry point names.
+
+    Raises:
+        PluginError: the import fails; names the plugin, its distribution and the reason.
+    """
+    try:
+        return info.entry_point.load()
+    except Exception as error:
+        raise PluginError(
+            f"plugin {info.name!r} ({info.distribution} {info.version}, {info.target}) failed to import: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def build_plugin(name: str, factory: Any, options: Mapping[str, Any]) -> Plugin:
+    """Make a plugin from its class, or from a function of options with an `Options` attribute.
+
+    Raises:
+        PluginError: the options are not valid, or the result is no `Plugin`.
+    """
+    model = getattr(factory, "Options", None)
+    if model is None:
+        raise PluginError(f"plugin {name!r}: {factory!r} has no `Options`; derive it from qpipe.Plugin")
+    try:
+        plugin = factory(model(**options))
+    except ValidationError as error:
+        raise PluginError(f"options of plugin {name!r}: {describe(error, model)}") from error
+    if not isinstance(plugin, Plugin):
+        raise PluginError(f"plugin {name!r}: {factory!r} made a {type(plugin).__name__}, not a qpipe.Plugin")
+    return plugin
+
+
+def describe(error: ValidationError, model: Any) -> str:
+    """One line per problem: which key, what was given, what is allowed."""
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            fields = list(getattr(model, "model_fields", {}))
+            hint = suggest(key, fields) or f"; allowed: {', '.join(fields) or 'no options'}"
+            lines.append(f"{key} is not an option{hint}")
+        else:
+            lines.append(f"{key} = {problem.get('input')!r}: {problem['msg']}")
+    return "; ".join(lines)
+
+
+def load_plugins(
+    options: Mapping[str, Mapping[str, Any]],
+    found: Mapping[str, PluginInfo] | None = None,
+    extra: Iterable[tuple[str, Plugin]] = (),
+) -> Host:
+    """Build a host with the built-ins and the plugins named in `options`, in that order.
+
+    Args:
+        options: options by plugin name; its order is the calling order.
+        found: what is installed; None looks it up. Only plugins named in `options` are imported.
+        extra: further plugin objects, for tests.
+
+    Raises:
+        PluginError: a plugin is not installed (names the nearest), does not import, has wrong options, or implements
+            an unknown hook.
+    """
+    available = installed() if found is None else dict(found)
+    built: list[tuple[str, Plugin, str]] = []
+    for name in options:
+        if name not in available:
+            raise PluginError(
+                f"no plugin named {name!r} is installed{suggest(name, available)}; "
+                f"installed: {', '.join(available) or 'none'}"
+            )
+        info = available[name]
+        built.append((name, build_plugin(name, import_plugin(info), options[name]), info.version))
+    host = Host()
+    for name, target in BUILTINS.items():
+        point = EntryPoint(name=name, value=target, group=GROUP)
+        host.register(BUILTIN_PREFIX + name, point.load()())
+    for name, plugin in extra:
+        host.register(name, plugin, version="0")
+    # pluggy calls the plugin registered last first, so registering backwards makes the calling order that of `options`.
+    for name, plugin, version in reversed(built):
+        host.register(name, plugin, version)
+    return host

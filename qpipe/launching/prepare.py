@@ -1,0 +1,150 @@
+"""The configuration of a launch, and the checks that need no worker."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from qpipe.config import RunConfig, default_recipe, dump, resolve
+from qpipe.errors import ConfigError
+from qpipe.launching import rundir
+from qpipe.launching.topology import Topology
+
+
+def configuration(
+    source: Path | None,
+    overrides: Iterable[str],
+    plugins: Iterable[str],
+    out: Path | None,
+    resume: bool,
+    node_rank: int,
+) -> tuple[RunConfig, list[str]]:
+    """Resolve what to run.
+
+    With `resume` and no `source` the run directory's own configuration is the source.
+
+    Returns:
+        The configuration, and the keys that differ from the configuration saved in the run directory (empty for a new
+        run).
+
+    Raises:
+        ConfigError: a key or value is not allowed, or there is nothing to resume.
+    """
+    overrides = list(overrides)
+    if out is not None:
+        overrides.append(f"out={json.dumps(str(out))}")
+    if not resume:
+        return resolve(source, overrides, plugins), []
+    directory = out or Path(resolve(source, overrides, plugins).out if source else str(default_recipe().get("out", "")))
+    saved = _saved_path(directory, node_rank)
+    if source is None and saved is None:
+        raise ConfigError(
+            f"--resume: {directory} holds no {rundir.CONFIG_NAME}; give its CONFIG, or --out with the run"
+        )
+    if out is None:
+        overrides.append(f"out={json.dumps(str(directory))}")
+    config = resolve(source or saved, overrides, plugins)
+    changes = differences(resolve(saved), config) if saved else []
+    return config, changes
+
+
+def _saved_path(out: Path, node_rank: int) -> Path | None:
+    for path in (rundir.config_path(out, 0), rundir.config_path(out, node_rank)):
+        if path.is_file():
+            return path
+    return None
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """`key: old -> new` for each value that differs, in the order of the configuration."""
+    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    missing = object()
+
+    def show(value: Any) -> str:
+        return "not set" if value is missing else json.dumps(value)
+
+    keys = dict.fromkeys([*before, *after])
+    pairs = ((key, before.get(key, missing), after.get(key, missing)) for key in keys)
+    return [f"{key}: {show(a)} -> {show(b)}" for key, a, b in pairs if a != b]
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    if not value and prefix:
+        return {prefix: {}}
+    return {
+        k: v for key, item in value.items() for k, v in _flatten(item, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
+def with_device(config: RunConfig, cpu: bool) -> RunConfig:
+    """The configuration with `engine.cpu` as the processes will run."""
+    if config.engine.cpu == cpu:
+        return config
+    return config.model_copy(update={"engine": config.engine.model_copy(update={"cpu": cpu})})
+
+
+def check(config: RunConfig) -> None:
+    """Find what would fail in every worker, before there are any.
+
+    Raises:
+        ConfigError: the extra DeepSpeed configuration is missing or not JSON.
+        PluginError: a plugin is missing, does not load, or its options are wrong.
+    """
+    if config.engine.config_file is not None:
+        _check_json(Path(config.engine.config_file))
+    from qpipe.host import load_plugins
+
+    load_plugins(config.plugins)
+
+
+def _check_json(path: Path) -> None:
+    try:
+        value = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"engine.config_file {str(path)!r}: {error.strerror}; give a DeepSpeed JSON file") from error
+    except ValueError as error:
+        raise ConfigError(f"engine.config_file {str(path)!r} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"engine.config_file {str(path)!r} must hold an object, not a {type(value).__name__}")
+
+
+def launch(config: RunConfig, topology: Topology, env: dict[str, str], resume: bool) -> None:
+    """Take the run directory, write the configuration and run the workers to their end.
+
+    Raises:
+        ConfigError: the directory is in use, or there is nothing to resume.
+        WorkerError: a worker failed.
+        Interrupted: SIGINT or SIGTERM arrived.
+    """
+    from contextlib import nullcontext
+
+    from qpipe.files import write_text
+    from qpipe.launching.start import start
+
+    out = Path(config.out)
+    path = rundir.config_path(out, topology.node_rank)
+    # Machines may share the directory, so the first one, which also starts the rendezvous, holds it for all.
+    main = topology.node_rank == 0
+    with rundir.Lock(out) if main else nullcontext():
+        if main:
+            check_directory(out, resume)
+            rundir.clear_errors(out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(path, dump(config))
+        start(topology, env, path, resume)
+
+
+def check_directory(out: Path, resume: bool) -> None:
+    """Refuse to start over a run, or to resume where there is none.
+
+    Raises:
+        ConfigError: as said.
+    """
+    if resume:
+        rundir.require_resumable(out)
+    else:
+        rundir.require_unused(out)

@@ -1,0 +1,115 @@
+"""Holding a run directory: who may write to it, and whether a run is there already."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+from types import TracebackType
+
+from qpipe.errors import CheckpointError, ConfigError
+
+CONFIG_NAME = "config.yaml"
+CHECKPOINTS_NAME = "checkpoints"
+ERRORS_NAME = "errors"
+
+
+def config_path(out: Path, node_rank: int) -> Path:
+    """The configuration that the workers of a machine read.
+
+    Only machine 0 writes `config.yaml`, since machines may share the directory.
+    """
+    return out / (CONFIG_NAME if node_rank == 0 else f".node-{node_rank}.yaml")
+
+
+def require_unused(out: Path) -> None:
+    """Refuse a directory that holds a run.
+
+    Raises:
+        ConfigError: there is a configuration or a checkpoint.
+    """
+    for name in (CONFIG_NAME, CHECKPOINTS_NAME):
+        if (out / name).exists():
+            raise ConfigError(
+                f"run directory {out} is already in use: it holds {name}; "
+                "continue that run with --resume, choose another --out, or delete the directory"
+            )
+
+
+def require_resumable(out: Path) -> None:
+    """Refuse to resume where there is no run.
+
+    Raises:
+        ConfigError: the directory holds neither a configuration nor a checkpoint.
+    """
+    if not (out / CONFIG_NAME).exists() and not (out / CHECKPOINTS_NAME).exists():
+        raise ConfigError(
+            f"nothing to resume in {out}: no {CONFIG_NAME} and no checkpoints; leave --resume out to start"
+        )
+
+
+def clear_errors(out: Path) -> None:
+    """Forget what an earlier attempt reported."""
+    shutil.rmtree(out / ERRORS_NAME, ignore_errors=True)
+
+
+class Lock:
+    """Hold `out/.lock` while a run is under way.
+
+    `flock` ties the lock to this process: the kernel frees it when the process ends, however it ends, so a lock never
+    outlives a crash. The file's text only says who holds it.
+
+    Raises:
+        ConfigError: another process holds the directory; names its process id and host.
+        CheckpointError: the directory cannot be made or written to.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._path = out / ".lock"
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> Lock:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot use run directory {self._path.parent}: {error.strerror}; choose another --out"
+            ) from error
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._refuse_or_warn(error)
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        return self
+
+    def _refuse_or_warn(self, error: OSError) -> None:
+        """Some network file systems cannot lock; a run there must go on, and say that nothing guards it."""
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            print(
+                f"warning: {self._path.parent} is not locked ({error.strerror}); use it once at a time", file=sys.stderr
+            )
+            return
+        text = os.pread(self._descriptor or 0, 4096, 0).decode(errors="replace")
+        self.__exit__(None, None, None)
+        try:
+            holder = json.loads(text)
+            who = f"process {holder['pid']} on {holder['host']}"
+        except (ValueError, KeyError, TypeError):
+            who = "another process"
+        raise ConfigError(
+            f"run directory {self._path.parent} is in use by {who}; wait for it, stop it, or choose another --out"
+        ) from error
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

@@ -1,0 +1,85 @@
+"""What each process of a run does."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from qpipe.errors import QpipeError
+from qpipe.launching import failures
+from qpipe.launching.start import LAUNCHER_VARIABLE
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def run_worker(config_path: Path, resume: bool) -> None:
+    """Train as one rank. Failures are written to `errors/rank-N.json` in the run directory.
+
+    Raises:
+        QpipeError: the run failed in a foreseen way and this process is the only one.
+    """
+    launched = LAUNCHER_VARIABLE in os.environ
+    if launched:
+        end_with_launcher(int(os.environ[LAUNCHER_VARIABLE]))
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher reports the interruption
+    out = config_path.parent if launched else None
+    try:
+        from qpipe.config import resolve
+
+        config = resolve(config_path)
+        out = out or Path(config.out)
+        from qpipe.stages import execute
+
+        execute(config, resume=resume)
+    except Exception as error:
+        _fail(out, error, quiet=launched)
+    _destroy_process_group()
+
+
+def end_with_launcher(launcher: int) -> None:
+    """Have the kernel end this process when the launcher ends, even by SIGKILL.
+
+    Left alone, it would go on writing to a directory whose lock is free.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != launcher:  # it ended before the request took effect
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _fail(out: Path | None, error: Exception, quiet: bool) -> None:
+    """Record the error; print it where no launcher does; end without waiting for the other ranks."""
+    if out is not None:
+        try:
+            failures.record(out, int(os.environ.get("RANK", "0")), error)
+        except QpipeError as secondary:
+            error.add_note(f"and the error could not be recorded: {secondary}")
+            quiet = False
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not quiet:
+        raise error
+    if not quiet:
+        _print(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A process group with work under way can block a normal exit for minutes, and the other ranks would wait with it.
+    os._exit(1)
+
+
+def _print(error: Exception) -> None:
+    rank = os.environ.get("RANK", "0")
+    if isinstance(error, QpipeError) and os.environ.get("QPIPE_TRACEBACK") != "1":
+        print(f"error: rank {rank}: {failures.message_of(error)}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+
+
+def _destroy_process_group() -> None:
+    """A process that ends while its group lives can abort after all work is done."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

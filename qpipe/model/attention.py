@@ -1,0 +1,165 @@
+"""Access to q, k, v, scores, probabilities and context of any model that follows transformers' attention interface.
+
+transformers looks the attention function up by name on every call and hands it the attention module. qpipe registers
+one function that passes the call on to the module's own `AttentionSites`; nothing else is global.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from qpipe.errors import ModelError
+from qpipe.model.taps import Tap, run_taps
+from qpipe.quant.quantizer import QuantContext, Quantizer
+
+NAME = "qpipe"
+SLOTS = ("query", "key", "value", "scores", "probs", "context")
+MAP_SLOTS = ("scores", "probs")
+UNSUPPORTED = ("softcap", "position_bias", "s_aux")
+
+
+class AttentionSites(nn.Module):
+    """Taps and quantizers within one attention call; a child of the attention module it serves.
+
+    Shapes: query `[B, H, T, d]`, key and value `[B, Hkv, T, d]`, scores and probs `[B, H, T, T]`, context `[B, T, H, d]`.
+    """
+
+    def __init__(self, path: str, context: QuantContext) -> None:
+        super().__init__()
+        self.path = path
+        self.context = context
+        self.quantizers = nn.ModuleDict()
+        self.taps: dict[str, list[Tap]] = {slot: [] for slot in SLOTS}
+
+    def host(self, slot: str, quantizer: Quantizer) -> None:
+        """Put a quantizer at a slot."""
+        self.quantizers[slot] = quantizer
+
+    def at(self, slot: str, x: Tensor) -> Tensor:
+        """Run what sits at a slot."""
+        x = run_taps(self.taps[slot], x, self.context)
+        return self.quantizers[slot](x) if slot in self.quantizers else x
+
+    def needs_map(self) -> bool:
+        """True if anything at scores or probs is active now; otherwise the fused kernel computes the attention."""
+        if self.context.enabled and any(slot in self.quantizers for slot in MAP_SLOTS):
+            return True
+        if not self.context.taps_active:
+            return False
+        return any(tap.active() for slot in MAP_SLOTS for tap in self.taps[slot])
+
+    def forward(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attention of one layer: `(context [B, T, H, d], probabilities or None)`."""
+        query, key, value = self.at("query", query), self.at("key", key), self.at("value", value)
+        if not self.needs_map():
+            context, _ = sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
+            return self.at("context", context), None
+        self._refuse_unsupported(module, kwargs)
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scores = self.at("scores", torch.matmul(query, key.transpose(-1, -2)) * scaling)
+        scores = masked(scores, attention_mask, self._is_causal(module, kwargs))
+        probs = self.at("probs", torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype))
+        dropped = nn.functional.dropout(probs, dropout, module.training)
+        context = torch.matmul(dropped, value).transpose(1, 2).contiguous()
+        return self.at("context", context), probs
+
+    @staticmethod
+    def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+        given = kwargs.get("is_causal")
+        return bool(getattr(module, "is_causal", False) if given is None else given)
+
+    def _refuse_unsupported(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
+        for name in UNSUPPORTED:
+            if kwargs.get(name) is not None:
+                raise ModelError(
+                    f"{self.path} ({type(module).__name__}) uses {name!r} in its attention, which explicit attention "
+                    "maps do not support; leave out rules and plugins that need scores or probs"
+                )
+
+
+def masked(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Scores with masked entries at the smallest value; accepts boolean (True = keep), additive and missing masks."""
+    queries, keys = scores.shape[-2:]
+    if mask is None and causal and queries > 1:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril(keys - queries)
+    if mask is None:
+        return scores
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores + mask
+
+
+def dispatch(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The registered attention function: pass the call on to the module's sites."""
+    sites = module._modules.get("qpipe_sites")
+    if sites is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    return sites(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+
+
+# Both must be registered: without the mask function transformers passes no mask at all, silently.
+AttentionInterface.register(NAME, dispatch)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def install(model: nn.Module, paths: tuple[str, ...], context: QuantContext) -> dict[str, AttentionSites]:
+    """Give every attention module its sites and switch the model to qpipe's attention function.
+
+    Raises:
+        ModelError: the model does not follow the attention interface.
+    """
+    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        raise ModelError(
+            f"{type(model).__name__} does not follow transformers' attention interface, so its attention cannot be "
+            "observed or quantized; use a model family that does (BERT, RoBERTa, ViT, LLaMA, ...), or rules for "
+            "weights, inputs and outputs only"
+        )
+    result = {}
+    for path in paths:
+        sites = AttentionSites(path, context)
+        model.get_submodule(path).add_module("qpipe_sites", sites)
+        result[path] = sites
+    return result
+
+
+def attention_paths(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the attention modules, from transformers' own record of which class that is, in order."""
+    return recorded_paths(model, "attentions")
+
+
+def recorded_paths(model: nn.Module, kind: str) -> tuple[str, ...]:
+    """Paths of the modules whose outputs transformers records as `attentions` or `hidden_states`."""
+    classes: tuple[type, ...] = ()
+    for module in model.modules():
+        record = getattr(module, "_can_record_outputs", None) or {}
+        entries = record.get(kind) or ()
+        for entry in entries if isinstance(entries, list | tuple) else (entries,):
+            target = getattr(entry, "target_class", entry)
+            classes += (target,) if isinstance(target, type) else ()
+    if not classes:
+        return ()
+    return tuple(name for name, module in model.named_modules() if isinstance(module, classes))

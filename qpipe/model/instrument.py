@@ -1,0 +1,157 @@
+"""`Instruments`: the sites of a model, and ways to put quantizers, taps and captures there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from qpipe.errors import ModelError, SiteError, suggest
+from qpipe.model.attention import SLOTS, AttentionSites, install
+from qpipe.model.taps import Tap, add_sorted, always
+from qpipe.quant.modules import QuantModule
+from qpipe.quant.quantizer import QuantContext, Quantizer
+from qpipe.types import ModelMap, SignalKind, Site, TapStage
+
+HostClass = Callable[[nn.Module], "type[nn.Module] | None"]
+
+
+class Instruments:
+    """Sites of one model. Changes a module's class only where something is put at one of its sites.
+
+    Attributes:
+        model: the model.
+        map: where its parts are.
+        context: shared by its quantizers and taps.
+        sites: every site it has, by `path:slot`.
+    """
+
+    def __init__(self, model: nn.Module, model_map: ModelMap, host_class: HostClass) -> None:
+        self.model = model
+        self.map = model_map
+        self.context = QuantContext()
+        self._host_class = host_class
+        self._attention: dict[str, AttentionSites] = {}
+        self._wanted: frozenset[SignalKind] = frozenset()
+        self._store: dict[tuple[str, int], Tensor] = {}
+        self._capturing = False
+        self.sites = self._discover()
+
+    def _discover(self) -> dict[str, Site]:
+        found: dict[str, Site] = {}
+        for path, module in self.model.named_modules():
+            cls = self._host_class(module)
+            if cls is None:
+                continue
+            if not issubclass(cls, QuantModule):
+                raise ModelError(f"{cls.__name__} is offered to host {path} but does not derive from qpipe.QuantModule")
+            for slot in cls.slots:
+                shape = tuple(module.weight.shape) if slot == "weight" else ()
+                site = Site(path, slot, type(module).__name__, shape)
+                found[site.name] = site
+        for path in self.map.attention:
+            for slot in SLOTS:
+                site = Site(path, slot, type(self.model.get_submodule(path)).__name__)  # type: ignore[arg-type]
+                found[site.name] = site
+        return found
+
+    def site(self, name: str) -> Site:
+        """The site of that name.
+
+        Raises:
+            SiteError: there is none; names the nearest.
+        """
+        if name not in self.sites:
+            raise SiteError(f"the model has no site {name!r}{suggest(name, self.sites)}")
+        return self.sites[name]
+
+    def module(self, site: Site) -> QuantModule | AttentionSites:
+        """The hosting module of a site; makes it one if it is not yet."""
+        if site.slot in SLOTS:
+            return self.attention(site.path)
+        module = self.model.get_submodule(site.path)
+        if not isinstance(module, QuantModule):
+            cls: Any = self._host_class(module)
+            cls.adopt(module, site.path, self.context)
+        return module  # type: ignore[return-value]
+
+    def attention(self, path: str) -> AttentionSites:
+        """The sites within an attention module; the first call switches the model to qpipe's attention function."""
+        if not self._attention:
+            self._attention = install(self.model, self.map.attention, self.context)
+        return self._attention[path]
+
+    def put(self, site: Site, quantizer: Quantizer) -> None:
+        """Put a quantizer at a site."""
+        quantizer.attach(self.context, site.name)
+        self.module(site).host(site.slot, quantizer)
+
+    def quantizers(self) -> dict[str, Quantizer]:
+        """All quantizers by site name."""
+        return {m.site: m for m in self.model.modules() if isinstance(m, Quantizer) and m.site}
+
+    def add_tap(
+        self,
+        site_name: str,
+        stage: TapStage,
+        fn: Callable[[Tensor], Tensor],
+        active: Callable[[], bool] = always,
+    ) -> None:
+        """Put a function at a site. It runs in training steps only, while `active()` is true.
+
+        Args:
+            site_name: `path:slot`.
+            stage: OBSERVE sees the model's own value, REPLACE changes it, QUANTIZE comes last.
+            fn: tensor to tensor of the same shape.
+            active: asked on every call; an active tap at scores or probs makes the model build attention maps.
+
+        Raises:
+            SiteError: the model has no such site, or the site is a weight.
+        """
+        site = self.site(site_name)
+        if site.slot == "weight":
+            raise SiteError(f"taps see activations; {site_name!r} is a weight (use a quantizer or a weight loss)")
+        add_sorted(self.module(site).taps[site.slot], Tap(stage, fn, active))
+
+    # --- signals ------------------------------------------------------------------------------------------------------
+
+    def enable_capture(self) -> None:
+        """Install the captures of all signals; they cost nothing while not wanted."""
+        if self._capturing:
+            return
+        self._capturing = True
+        for layer, path in enumerate(self.map.attention):
+            for kind in ("scores", "probs", "context"):
+                self._capture(f"{path}:{kind}", kind, layer)  # type: ignore[arg-type]
+        for layer, path in enumerate(self.map.attention_output):
+            self._capture(f"{path}:output", "attention_output", layer)
+
+    def _capture(self, site_name: str, kind: SignalKind, layer: int) -> None:
+        def keep(x: Tensor) -> Tensor:
+            self._store[kind, layer] = x
+            return x
+
+        self.add_tap(site_name, TapStage.OBSERVE, keep, lambda: kind in self._wanted)
+
+    def want(self, kinds: frozenset[SignalKind], store: dict[tuple[str, int], Tensor]) -> None:
+        """Capture `kinds` into `store` from the next forward pass on.
+
+        Raises:
+            ModelError: the model has no attention that could be captured.
+        """
+        missing = kinds - {"logits", "hidden_states"}
+        if missing and not self.map.attention:
+            raise ModelError(
+                f"{type(self.model).__name__} offers no {', '.join(sorted(missing))}: its attention is not known. "
+                "Use a model of a known family, or implement qpipe_model_map"
+            )
+        self._wanted, self._store = kinds, store
+
+    def take_outputs(self, output: Any, kinds: frozenset[SignalKind], store: dict[tuple[str, int], Tensor]) -> None:
+        """Add the signals that are part of the model's output."""
+        if "logits" in kinds:
+            store["logits", 0] = output.logits
+        if "hidden_states" in kinds:
+            for layer, hidden in enumerate(output.hidden_states):
+                store["hidden_states", layer] = hidden

@@ -1,0 +1,41 @@
+"""Taps: ordered functions from tensor to tensor at a site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from qpipe.quant.quantizer import QuantContext
+from qpipe.types import TapStage
+
+
+def always() -> bool:
+    """The default condition of a tap."""
+    return True
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A function at a site, with its place in the order and a condition asked on every call."""
+
+    stage: TapStage
+    fn: Callable[[Tensor], Tensor]
+    active: Callable[[], bool] = always
+
+
+def run_taps(taps: Sequence[Tap], x: Tensor, context: QuantContext) -> Tensor:
+    """Apply the active taps in order. Outside a training step none is active."""
+    if not taps or not context.taps_active:
+        return x
+    for tap in taps:
+        if tap.active():
+            x = tap.fn(x)
+    return x
+
+
+def add_sorted(taps: list[Tap], tap: Tap) -> None:
+    """Insert in stage order, keeping the order of addition within a stage."""
+    taps.append(tap)
+    taps.sort(key=lambda t: t.stage)

@@ -1,0 +1,1 @@
+"""Quantizers, quantized modules and plans. Knows nothing of training stages."""

@@ -1,0 +1,172 @@
+"""From rules to a plan: which quantizer, with which options, sits at which site."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from pydantic import BaseModel, ValidationError
+
+from qpipe.errors import SiteError, suggest
+from qpipe.host import describe
+from qpipe.quant.tensor import QTensor
+from qpipe.types import Json, ModelMap, QuantizerKind, Rule, Site
+
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """A site with its quantizer, validated options, and who asked for it.
+
+    Attributes:
+        site: where.
+        quantizer: name of the quantizer.
+        options: its options.
+        source: who asked for it: a preset, a plugin, or the configuration.
+        bits: width of a code; for weights, measured on the weight itself.
+        granularity: what shares a scale; likewise.
+        zero_point: `none`, `integer`, `half` or `float`; likewise.
+    """
+
+    site: Site
+    quantizer: str
+    options: BaseModel
+    source: str
+    bits: int | None = None
+    granularity: str | None = None
+    zero_point: str = "none"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The planned sites by name, in model order."""
+
+    sites: Mapping[str, PlannedSite]
+
+    def measured(self, name: str, tensor: QTensor, zero_point: str) -> Plan:
+        """The plan with bits and granularity of a weight taken from its lattice."""
+        entry = replace(
+            self.sites[name], bits=tensor.bits, granularity=tensor.granularity, zero_point=zero_point
+        )
+        return Plan({**self.sites, name: entry})
+
+    def to_json(self) -> Json:
+        """A list of plain mappings, as written to `plan.json`."""
+        return [
+            {
+                "site": name,
+                "quantizer": entry.quantizer,
+                "bits": entry.bits,
+                "granularity": entry.granularity,
+                "options": entry.options.model_dump(mode="json"),
+                "source": entry.source,
+            }
+            for name, entry in self.sites.items()
+        ]
+
+    def dumps(self) -> str:
+        """`to_json` as text."""
+        return json.dumps(self.to_json(), indent=1)
+
+
+def expand(pattern: str, model_map: ModelMap) -> list[str]:
+    """Replace `{block}`, `{embedding}` and `{head}` by the paths they stand for.
+
+    Raises:
+        SiteError: the model has no such part.
+    """
+    parts = {"{block}": model_map.blocks, "{head}": model_map.head}
+    parts["{embedding}"] = (model_map.embedding,) if model_map.embedding else ()
+    for placeholder, paths in parts.items():
+        if placeholder in pattern:
+            if not paths:
+                raise SiteError(
+                    f"rule {pattern!r}: this model has no {placeholder[1:-1]} that qpipe knows; "
+                    "write module paths instead, as `qpipe inspect plan --sites` lists them"
+                )
+            return [p for path in paths for p in expand(pattern.replace(placeholder, path), model_map)]
+    return [pattern]
+
+
+def matches(rule: Rule, sites: Sequence[Site], model_map: ModelMap) -> list[Site]:
+    """The sites a rule selects, at least one.
+
+    Raises:
+        SiteError: none matches; names the nearest site and what slots exist.
+    """
+    patterns = expand(rule.site, model_map)
+    found = [site for site in sites if any(fnmatchcase(site.name, p) for p in patterns)]
+    if not found:
+        slots = sorted({site.slot for site in sites})
+        near = suggest(patterns[0], [site.name for site in sites])
+        raise SiteError(
+            f"rule {rule.site!r} (quantizer {rule.quantizer!r}) matches no site{near}; a site is `module.path:slot` "
+            f"with slot one of {', '.join(slots)}. `qpipe inspect plan --sites` lists them"
+        )
+    return found
+
+
+def validated(rule: Rule, source: str, kinds: Mapping[str, QuantizerKind]) -> BaseModel:
+    """The options of a rule as the quantizer's own model.
+
+    Raises:
+        SiteError: the quantizer is unknown or an option is not allowed.
+    """
+    if rule.quantizer not in kinds:
+        raise SiteError(
+            f"rule {rule.site!r} of {source}: no quantizer is called {rule.quantizer!r}"
+            f"{suggest(rule.quantizer, kinds)}; available: {', '.join([*kinds, NONE])}"
+        )
+    model = kinds[rule.quantizer].options
+    try:
+        return model(**rule.options)
+    except ValidationError as error:
+        raise SiteError(f"rule {rule.site!r} of {source}: {describe(error, model)}") from error
+
+
+def make_plan(
+    sites: Sequence[Site],
+    rules: Iterable[tuple[str, Rule]],
+    kinds: Mapping[str, QuantizerKind],
+    model_map: ModelMap,
+) -> Plan:
+    """Apply rules in order; the last one that matches a site decides.
+
+    Args:
+        sites: every site of the model.
+        rules: `(who contributed it, rule)`.
+        kinds: quantizers on offer.
+        model_map: for placeholders.
+
+    Raises:
+        SiteError: a rule matches nothing, names an unknown quantizer, gives wrong options, or puts a quantizer where
+            it cannot work.
+    """
+    chosen: dict[str, PlannedSite] = {}
+    for source, rule in rules:
+        found = matches(rule, sites, model_map)
+        if rule.quantizer == NONE:
+            for site in found:
+                chosen.pop(site.name, None)
+            continue
+        options = validated(rule, source, kinds)
+        allowed = kinds[rule.quantizer].slots
+        for site in found:
+            if site.slot not in allowed:
+                raise SiteError(
+                    f"rule {rule.site!r} of {source}: quantizer {rule.quantizer!r} serves "
+                    f"{', '.join(sorted(allowed))}, not {site.name!r}"
+                )
+            chosen[site.name] = PlannedSite(
+                site,
+                rule.quantizer,
+                options,
+                source,
+                bits=getattr(options, "bits", None),
+                granularity=getattr(options, "granularity", None),
+                zero_point="none" if getattr(options, "symmetric", True) else "integer",
+            )
+    return Plan({site.name: chosen[site.name] for site in sites if site.name in chosen})

@@ -1,0 +1,37 @@
+"""Named lists of rules, so that common schemes need no patterns."""
+
+from __future__ import annotations
+
+from qpipe.errors import ConfigError, suggest
+from qpipe.types import Rule
+
+EMBEDDING = Rule("{embedding}:weight", "uniform", {"bits": 8})
+ACTIVATIONS = Rule("{block}.*:input", "uniform-activation", {"bits": 8})
+
+
+def _weights(bits: int) -> tuple[Rule, ...]:
+    return Rule("{block}.*:weight", "uniform", {"bits": bits}), EMBEDDING
+
+
+PRESETS: dict[str, tuple[Rule, ...]] = {
+    **{f"w{bits}": _weights(bits) for bits in (8, 4, 3, 2)},
+    **{f"w{bits}a8": (*_weights(bits), ACTIVATIONS) for bits in (8, 4, 3, 2)},
+    "a8": (EMBEDDING, ACTIVATIONS),
+}
+"""`wB`: B-bit block weights per channel and an 8-bit embedding; `wBa8`: also 8-bit inputs of every linear map in the
+blocks, range per token; `a8`: without block weights, for plugins that bring their own."""
+
+
+def preset_rules(name: str | None) -> tuple[Rule, ...]:
+    """The rules of a preset; none for None.
+
+    Raises:
+        ConfigError: no preset has that name.
+    """
+    if name is None:
+        return ()
+    if name not in PRESETS:
+        raise ConfigError(
+            f"quantization.preset {name!r} is unknown{suggest(name, PRESETS)}; available: {', '.join(sorted(PRESETS))}"
+        )
+    return PRESETS[name]

@@ -1,0 +1,145 @@
+"""`Quantizer`: the module at a site. Its forward is `encode(value).decode()` with a straight-through gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qpipe.quant.tensor import QTensor
+
+
+@dataclass
+class QuantContext:
+    """What the quantizers of one model share.
+
+    Attributes:
+        enabled: False makes every quantizer the identity.
+        version: counts changes of the weights; quantized weights are reused while it stands still.
+        partitioned: True where weights exist only while their module runs (ZeRO-3); nothing full-size is kept then.
+        scale_dtype: scales are rounded to this type, so that the exported file holds them exactly.
+        taps_active: True within a training step; observing and replacing taps do nothing otherwise.
+        weight_losses: values of weight penalties met in this forward pass, by `(penalty, module path)`.
+        collect_weight_losses: True on the micro-batch that ends an optimizer step.
+        visited: names of the sites whose quantizer has run, None while nobody asks.
+    """
+
+    enabled: bool = True
+    version: int = 0
+    partitioned: bool = False
+    scale_dtype: torch.dtype = torch.float32
+    taps_active: bool = False
+    weight_losses: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    collect_weight_losses: bool = False
+    visited: set[str] | None = None
+
+    def weights_changed(self) -> None:
+        """Forget the quantized weights: call after every change of a parameter."""
+        self.version += 1
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Value of the second argument, gradient to the first: exact, where `x + (q - x).detach()` is not."""
+
+    @staticmethod
+    def forward(ctx: Any, surrogate: Tensor, quantized: Tensor) -> Tensor:
+        return quantized.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def straight_through(surrogate: Tensor, quantized: Tensor) -> Tensor:
+    """`quantized` in the forward pass; in the backward pass the gradient goes to `surrogate` unchanged.
+
+    Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons" (2013), section 4.
+
+    Args:
+        surrogate: any float tensor.
+        quantized: tensor of the same shape and dtype.
+    """
+    return _StraightThrough.apply(surrogate, quantized)  # type: ignore[no-any-return]
+
+
+class Quantizer(nn.Module):
+    """Base of all quantizers; one instance serves one site.
+
+    Subclasses implement `encode`, and override `surrogate` where the gradient is not simply passed on. Call the
+    instance, never its methods, in forward passes: ZeRO-3 gathers a quantizer's own parameters around the call.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.context = QuantContext()
+        self.site = ""
+        self.caches = False
+        self._cached: Tensor | None = None
+        self._cached_version = -1
+
+    def attach(self, context: QuantContext, site: str) -> None:
+        """Called once by the host: join the model's shared context, at a site `path:slot`."""
+        self.context = context
+        self.site = site
+        self.caches = site.endswith(":weight")
+
+    def initialize(self, value: Tensor) -> Tensor | None:
+        """Set the quantizer's state from a full-precision value before training.
+
+        Returns:
+            A value to store in place of the weight (for reparameterisations), or None to keep it.
+        """
+        return None
+
+    def encode(self, value: Tensor) -> QTensor:
+        """Put a value on the lattice. Called without gradients.
+
+        Args:
+            value: float tensor of any dtype.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement encode")
+
+    def surrogate(self, value: Tensor) -> Tensor:
+        """The differentiable stand-in whose gradient training uses; by default the value itself."""
+        return value
+
+    def snap(self, scale: Tensor) -> Tensor:
+        """Round scales to the type they are exported in, and replace zeros (of all-zero rows) by 1.
+
+        Args:
+            scale: float tensor, non-negative. Returns float32 of the same shape.
+        """
+        snapped = scale.to(self.context.scale_dtype).float()
+        return torch.where(snapped > 0, snapped, torch.ones_like(snapped))
+
+    def quantize(self, value: Tensor, out: Tensor | None = None) -> Tensor:
+        """`encode(value).decode()` in the value's dtype. Override only with something bitwise equal and faster."""
+        result = self.encode(value).decode(value.dtype)
+        return result if out is None else out.copy_(result)
+
+    def forward(self, value: Tensor) -> Tensor:
+        """Quantize; reuse the last result while the weights have not changed.
+
+        Args:
+            value: the weight or activation at the site. Returns a tensor of the same shape and dtype.
+        """
+        if not self.context.enabled:
+            return value
+        if self.context.visited is not None:
+            self.context.visited.add(self.site)
+        with torch.no_grad():
+            quantized = self._current(value.detach())
+        return straight_through(self.surrogate(value), quantized) if torch.is_grad_enabled() else quantized
+
+    def _current(self, value: Tensor) -> Tensor:
+        if not self.caches or self.context.partitioned:
+            return self.quantize(value)
+        stale = self._cached is None or self._cached.shape != value.shape or self._cached.dtype != value.dtype
+        if stale or self._cached.device != value.device:  # type: ignore[union-attr]
+            self._cached, self._cached_version = self.quantize(value), self.context.version
+        elif self._cached_version != self.context.version:
+            self.quantize(value, out=self._cached)
+            self._cached_version = self.context.version
+        return self._cached  # type: ignore[return-value]

@@ -1,0 +1,109 @@
+"""Build: configuration and plugins become models, data and a task."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from torch import nn
+
+from qpipe.config import ModelConfig, RunConfig
+from qpipe.data.loading import TaskData, find_task, load_data
+from qpipe.engine.base import Engine
+from qpipe.errors import ModelError
+from qpipe.host import Host
+from qpipe.model.instrument import Instruments
+from qpipe.run import Run
+from qpipe.types import Task
+
+
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Seed Python, numpy and torch. Training seeds each rank differently, so that dropout differs between them."""
+    random.seed(seed + rank)
+    np.random.seed((seed + rank) % 2**32)
+    torch.manual_seed(seed + rank)
+
+
+def load_model(host: Host, spec: ModelConfig, task: Task, num_labels: int) -> nn.Module:
+    """A model from the first plugin that can load it.
+
+    Raises:
+        ModelError: none can.
+    """
+    error = ModelError(f"no plugin loads model {spec.name!r} for task {task.name!r}")
+    return host.first("qpipe_load_model", error, spec=spec, task=task, num_labels=num_labels)  # type: ignore[no-any-return]
+
+
+def override_dropout(model: nn.Module, rate: float | None) -> None:
+    """Set every dropout rate of a model, in modules and in its configuration, if a rate is given."""
+    if rate is None:
+        return
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+        for name in ("dropout_prob", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, rate)
+    for name, value in vars(getattr(model, "config", object())).items() if hasattr(model, "config") else ():
+        if "dropout" in name and isinstance(value, float):
+            setattr(model.config, name, rate)
+
+
+def instrument(host: Host, model: nn.Module) -> Instruments:
+    """Find the sites of a model.
+
+    Raises:
+        ModelError: no plugin knows the model's map.
+    """
+    model_map = host.first("qpipe_model_map", ModelError(f"no plugin maps {type(model).__name__}"), model=model)
+    return Instruments(model, model_map, lambda m: host.hook.qpipe_quantize_module(module=m))
+
+
+def check_labels(teacher: nn.Module, student: nn.Module, name: str) -> None:
+    """Refuse a teacher whose head does not fit the student's.
+
+    Raises:
+        ModelError: the numbers of labels differ.
+    """
+    sizes = [getattr(getattr(m, "config", None), "num_labels", None) for m in (teacher, student)]
+    if sizes[0] != sizes[1]:
+        raise ModelError(f"teacher {name!r} has {sizes[0]} labels, the student {sizes[1]}; give a teacher of this task")
+
+
+def build(config: RunConfig, host: Host, engine: Engine, teacher: str | None = None) -> Run:
+    """Load task, data, student and (where named) teacher.
+
+    Args:
+        config: resolved configuration.
+        host: the plugins.
+        engine: connected, not yet wrapped.
+        teacher: where a fine-tuned full-precision model is.
+
+    Raises:
+        QpipeError: something named in the configuration cannot be loaded.
+    """
+    task = find_task(host.collect("qpipe_tasks"), config.task)
+    data: TaskData = load_data(config, task)
+    seed_everything(config.seed)
+    start = config.model
+    if teacher is not None and config.teacher.init_student:
+        start = config.model.model_copy(update={"name": teacher, "revision": None})
+    student = load_model(host, start, task, data.num_labels)
+    override_dropout(student, config.train.dropout)
+    name_labels(student, data)
+    run = Run(config, host, engine, task, data, student)
+    run.instruments = instrument(host, student)
+    if teacher is not None:
+        spec = ModelConfig(name=teacher, trust_remote_code=config.model.trust_remote_code)  # type: ignore[call-arg]
+        run.teacher = load_model(host, spec, task, data.num_labels)
+        check_labels(run.teacher, student, teacher)
+        run.teacher.eval().requires_grad_(False)
+    return run
+
+
+def name_labels(model: nn.Module, data: TaskData) -> None:
+    """Write the label names into the model's configuration, so that the export carries them."""
+    if data.label_names and hasattr(model, "config"):
+        model.config.id2label = dict(enumerate(data.label_names))
+        model.config.label2id = {name: index for index, name in enumerate(data.label_names)}

@@ -1,0 +1,208 @@
+"""Checkpoint: everything needed to go on bit for bit, published by one rename."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qpipe.errors import CheckpointError
+from qpipe.files import disk_errors, sha256, sync_folder, write_json
+from qpipe.run import Run
+
+NAME = re.compile(r"step-(\d{8})")
+
+
+def folder(run: Run, step: int) -> Path:
+    """Where the checkpoint after `step` optimizer steps lies."""
+    return run.out / "checkpoints" / f"step-{step:08d}"
+
+
+def random_state() -> dict[str, Any]:
+    """State of every random generator of this process."""
+    numpy = np.random.get_state(legacy=True)
+    state = {
+        "python": random.getstate(),
+        "numpy": (str(numpy[0]), torch.from_numpy(numpy[1].astype(np.int64)), *map(float, numpy[2:])),  # type: ignore[union-attr]
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Undo of `random_state`."""
+    random.setstate(state["python"])
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), int(position), int(has_gauss), gauss))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def quantizer_buffers(run: Run) -> dict[str, torch.Tensor]:
+    """State of the quantizers that is not in parameters: calibrated ranges and the like."""
+    return {
+        f"{site}/{name}": buffer.detach().cpu().clone()
+        for site, quantizer in run.instruments.quantizers().items()
+        for name, buffer in quantizer.named_buffers()
+    }
+
+
+def save(run: Run, progress: dict[str, Any]) -> Path:
+    """Write a checkpoint under a temporary name, then rename it; called by all processes.
+
+    Args:
+        run: the run, after an optimizer step.
+        progress: JSON-able: `step`, `best_step`, `best_metric`.
+
+    Raises:
+        CheckpointError: the disk is full or not writable. Earlier checkpoints are untouched.
+    """
+    final = folder(run, progress["step"])
+    temporary = final.with_name(f".{final.name}.tmp")
+    problem = None
+    try:
+        with disk_errors(run.out):
+            _write(run, temporary, progress)
+    except CheckpointError as error:
+        problem = error
+    problems = [p for p in run.engine.gather_objects(str(problem) if problem else None) if p]
+    if not problems and run.engine.rank == 0:
+        try:
+            with disk_errors(run.out):
+                _publish(temporary, final)
+        except CheckpointError as error:
+            problems = [str(error)]
+    problems = run.engine.broadcast_object(problems)
+    if problems:
+        if run.engine.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(problems[0])
+    if run.engine.rank == 0:
+        prune(run, progress)
+    run.engine.barrier()
+    return final
+
+
+def _write(run: Run, temporary: Path, progress: dict[str, Any]) -> None:
+    if run.engine.rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    run.engine.barrier()
+    run.engine.save(temporary)
+    state = {
+        "random": random_state(),
+        "plugins": dict(run.host.collect_mappings("qpipe_state", run=run)),
+        "buffers": quantizer_buffers(run),
+    }
+    torch.save(state, temporary / f"rank-{run.engine.rank:05d}.pt")
+    if run.engine.rank == 0:
+        write_json(temporary / "progress.json", {**progress, "world_size": run.engine.world_size})
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    files = sorted(p for p in temporary.rglob("*") if p.is_file())
+    manifest = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
+    write_json(temporary / "manifest.json", manifest)
+    sync_folder(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    sync_folder_entry(final.parent)
+
+
+def sync_folder_entry(parent: Path) -> None:
+    """Make a rename within `parent` durable."""
+    import os
+
+    descriptor = os.open(parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def prune(run: Run, progress: dict[str, Any]) -> None:
+    """Keep the newest checkpoints and the best one."""
+    found = steps(run.out)
+    keep = {*found[-run.config.train.keep_checkpoints :], progress.get("best_step")}
+    for step in found:
+        if step not in keep:
+            shutil.rmtree(folder(run, step), ignore_errors=True)
+
+
+def steps(out: Path) -> list[int]:
+    """Optimizer steps of the complete checkpoints in a run folder, ascending."""
+    root = out / "checkpoints"
+    if not root.is_dir():
+        return []
+    return sorted(int(m[1]) for p in root.iterdir() if (m := NAME.fullmatch(p.name)))
+
+
+def verify_files(path: Path) -> None:
+    """Compare every file with the manifest.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or changed; says which, and how to go on.
+    """
+    advice = f"remove {path} to go on from an earlier checkpoint, or start again without --resume"
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"checkpoint {path} has no readable manifest ({error}); {advice}") from error
+    for name, expected in manifest.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"checkpoint {path} lacks {name}; {advice}")
+        if file.stat().st_size != expected["bytes"]:
+            raise CheckpointError(
+                f"checkpoint file {file} has {file.stat().st_size} bytes, {expected['bytes']} were written; {advice}"
+            )
+        if sha256(file) != expected["sha256"]:
+            raise CheckpointError(f"checkpoint file {file} was changed after it was written; {advice}")
+
+
+def load(run: Run, step: int) -> dict[str, Any]:
+    """Restore a checkpoint into a prepared and wrapped run; returns its progress.
+
+    Raises:
+        CheckpointError: it is damaged, or was written by another number of processes.
+    """
+    path = folder(run, step)
+    problem = None
+    if run.engine.rank == 0:
+        try:
+            verify_files(path)
+        except CheckpointError as error:
+            problem = str(error)
+    problem = run.engine.broadcast_object(problem)
+    if problem:
+        raise CheckpointError(problem)
+    progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
+    if progress["world_size"] != run.engine.world_size:
+        raise CheckpointError(
+            f"checkpoint {path} was written by {progress['world_size']} processes, this run has "
+            f"{run.engine.world_size}; resume with the same number"
+        )
+    run.engine.load(path)
+    state = torch.load(path / f"rank-{run.engine.rank:05d}.pt", weights_only=True, map_location="cpu")
+    _restore_buffers(run, state["buffers"])
+    for plugin, call in run.host.implementations("qpipe_restore"):
+        if plugin in state["plugins"]:
+            call(run=run, state=state["plugins"][plugin])
+    restore_random_state(state["random"])
+    run.instruments.context.weights_changed()
+    return progress
+
+
+def _restore_buffers(run: Run, buffers: dict[str, torch.Tensor]) -> None:
+    for site, quantizer in run.instruments.quantizers().items():
+        for name, buffer in quantizer.named_buffers():
+            buffer.copy_(buffers[f"{site}/{name}"])

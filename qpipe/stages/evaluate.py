@@ -1,0 +1,65 @@
+"""Evaluate: metrics of the quantized model, in the arithmetic it is deployed in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qpipe.data.loader import eval_loader
+from qpipe.data.metrics import token_losses
+from qpipe.run import Run
+from qpipe.stages.calibrate import inference, inputs_of, to_device
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """The task's metrics over the validation split, the same on every process.
+
+    Taps that observe or replace are inactive; every quantizer acts.
+    """
+    rows: list[tuple[int, Any, Any]] = []
+    with inference(run):
+        for batch, indices in eval_loader(
+            run.data,
+            batch_size=run.config.train.eval_batch_size,
+            rank=run.engine.rank,
+            world_size=run.engine.world_size,
+        ):
+            moved = to_device(batch, run)
+            output = run.engine.forward(**inputs_of(moved))
+            predictions, references = predict(run.task.kind, output.logits, moved["labels"])
+            rows += [
+                (int(i), p, r) for i, p, r in zip(indices, predictions, references, strict=True) if int(i) >= 0
+            ]
+    merged = sorted((row for part in run.engine.gather_objects(rows) for row in part), key=lambda row: row[0])
+    predicted = np.stack([row[1] for row in merged])
+    expected = np.stack([row[2] for row in merged])
+    return {metric.name: float(metric.fn(predicted, expected)) for metric in run.task.metrics}
+
+
+def predict(kind: str, logits: Tensor, labels: Tensor) -> tuple[Any, Any]:
+    """Predictions and references of one batch as the task's metrics take them.
+
+    Args:
+        kind: kind of the task.
+        logits: `[batch, labels]`, or `[batch, tokens, vocabulary]` for language models.
+        labels: `[batch]`, or `[batch, tokens]`.
+    """
+    if kind == "causal-lm":
+        losses, counts = token_losses(logits, labels)
+        return losses.cpu().numpy(), counts.cpu().numpy()
+    values = logits.float().cpu().numpy()
+    return (values.squeeze(-1) if kind == "regression" else values.argmax(-1)), labels.cpu().numpy()
+
+
+def is_better(run: Run, metrics: dict[str, float], best: float | None) -> bool:
+    """True if the first metric improves on `best`; NaN never does."""
+    first = run.task.metrics[0]
+    value = metrics[first.name]
+    if not torch.isfinite(torch.tensor(value)):
+        return False
+    if best is None:
+        return True
+    return value > best if first.higher_is_better else value < best

@@ -1,0 +1,145 @@
+"""The stages in a row, and entry points for finished runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qpipe.config import RunConfig, dump
+from qpipe.engine import connect
+from qpipe.errors import CheckpointError
+from qpipe.export.inspect import sizes
+from qpipe.export.verify import verify
+from qpipe.files import write_json, write_text
+from qpipe.host import Host, load_plugins
+from qpipe.run import Run
+from qpipe.stages import checkpoint
+from qpipe.stages.build import build
+from qpipe.stages.calibrate import calibrate
+from qpipe.stages.evaluate import evaluate
+from qpipe.stages.export import export
+from qpipe.stages.prepare import prepare, wrap
+from qpipe.stages.self_check import self_check
+from qpipe.stages.teacher import ensure_teacher
+from qpipe.stages.train import total_steps, train
+from qpipe.stages.trained import alone, restore, save_float
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the time spent within to `seconds[name]`."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - started, 2)
+
+
+def execute(config: RunConfig, resume: bool = False) -> Run:
+    """Run every stage: build, prepare, calibrate, train, evaluate, export, verify.
+
+    Args:
+        config: resolved configuration.
+        resume: go on from the newest checkpoint in `config.out`.
+
+    Raises:
+        QpipeError: something in the configuration, the data or a plugin is wrong, or the run failed.
+    """
+    host = load_plugins(config.plugins)
+    seconds: dict[str, float] = {}
+    run: Run | None = None
+    try:
+        run = assemble(config, host, seconds)
+        started = resume and bool(checkpoint.steps(run.out))
+        record_start(run)
+        with timed(seconds, "calibrate"):
+            if not started:
+                calibrate(run)
+                self_check(run)
+        with timed(seconds, "train"):
+            train(run, resume=resume)
+        conclude(run, seconds)
+    except BaseException as error:
+        report_error(host, run, error)
+        raise
+    return run
+
+
+def assemble(config: RunConfig, host: Host, seconds: dict[str, float]) -> Run:
+    """Teacher, build, prepare and wrap: everything before the first batch."""
+    with timed(seconds, "teacher"):
+        teacher, teacher_metrics = ensure_teacher(config, host)
+    with timed(seconds, "build"):
+        engine = connect(config.engine)
+        run = build(config, host, engine, teacher)
+        if teacher_metrics:
+            run.results["teacher"] = teacher_metrics
+        run.total_steps = total_steps(run)
+        prepare(run)
+        wrap(run)
+    return run
+
+
+def record_start(run: Run) -> None:
+    """Write configuration and plan into the run directory."""
+    if run.engine.rank == 0:
+        run.out.mkdir(parents=True, exist_ok=True)
+        if not (run.out / "config.yaml").exists():
+            write_text(run.out / "config.yaml", dump(run.config))
+        write_text(run.out / "plan.json", run.plan.dumps())
+    run.engine.barrier()
+
+
+def conclude(run: Run, seconds: dict[str, float]) -> None:
+    """Save the trained model, export, verify, and write `results.json`. Without a plan there is nothing to export."""
+    save_float(run, run.out / "model")
+    if run.plan.sites:
+        with timed(seconds, "export"):
+            folder = export(run)
+        if run.engine.rank == 0:
+            with timed(seconds, "verify"):
+                result = verify(folder)
+            run.results["reloaded"] = result.metrics
+            run.results["verified"] = result.passed
+            run.results["size"] = sizes(folder)
+            if not result.passed:
+                raise CheckpointError("the export does not verify:\n" + "\n".join(result.lines()))
+    run.results["seconds"] = seconds
+    if run.engine.rank == 0:
+        write_json(run.out / "results.json", run.results)
+    run.engine.barrier()
+
+
+def report_error(host: Host, run: Run | None, error: BaseException) -> None:
+    """Tell plugins that the run failed; what they raise is noted on the error, not raised."""
+    if run is None:
+        return
+    for plugin, call in host.implementations("qpipe_run_error"):
+        try:
+            call(run=run, error=error)
+        except Exception as secondary:
+            error.add_note(f"qpipe_run_error of plugin {plugin!r} failed too: {secondary}")
+
+
+def plan_run(config: RunConfig) -> Run:
+    """A run with its plan made, on one process and without training: what `inspect plan` shows.
+
+    Raises:
+        QpipeError: model, rules or plugins are wrong.
+    """
+    lonely = alone(config)
+    run = build(lonely, load_plugins(config.plugins), connect(lonely.engine))
+    prepare(run)
+    return run
+
+
+def evaluate_run(run_dir: Path) -> dict[str, float]:
+    """Metrics of a trained run's quantized model, computed on this process."""
+    return evaluate(restore(Path(run_dir)))
+
+
+def export_run(run_dir: Path, format: str | None = None, out: Path | None = None) -> Path:
+    """Export a trained run again, for example in another format."""
+    run = restore(Path(run_dir))
+    run.results["evaluation"] = evaluate(run)
+    return export(run, format, out)

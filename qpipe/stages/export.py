@@ -1,0 +1,187 @@
+"""Export: the trained lattice, written as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import qpipe
+from qpipe.builtin.activation import UniformActivation
+from qpipe.data.locate import locate
+from qpipe.errors import FormatError
+from qpipe.export.record import ActivationSite, ExportRecord, PackedWeight, tensor_sha256
+from qpipe.files import write_json
+from qpipe.quant.quantizer import Quantizer
+from qpipe.quant.tensor import QTensor
+from qpipe.report.statistics import weight_statistics
+from qpipe.run import Run
+from qpipe.stages.calibrate import inference, inputs_of, to_device
+from qpipe.stages.gather import model_tensors, ties
+from qpipe.stages.prepare import find_exporter
+from qpipe.types import Json
+
+
+def export(run: Run, format_name: str | None = None, out: Path | None = None) -> Path:
+    """Write the packed checkpoint; called by all processes.
+
+    Args:
+        run: a trained run.
+        format_name: name of an exporter; default: the configured one.
+        out: folder to write; default: `export/` in the run directory.
+
+    Raises:
+        ConfigError: no exporter has that name.
+        FormatError: the format cannot hold the model.
+    """
+    exporter = find_exporter(run, format_name)
+    folder = out or run.out / "export"
+    record, statistics = build_record(run)
+    if run.engine.rank == 0:
+        exporter.write(record, folder)
+        write_json(run.out / "tensors.json", statistics)
+    run.engine.barrier()
+    return folder
+
+
+def build_record(run: Run) -> tuple[ExportRecord, list[dict[str, Json]]]:
+    """Everything an exporter needs, and statistics of every quantized weight. Complete on process 0 only. Collective.
+
+    Raises:
+        FormatError: the lattice of a weight differs from what the forward pass uses (an error in a quantizer).
+    """
+    weights, statistics = packed_weights(run)
+    tied = ties(run.student)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model_tensors(run):
+        if run.engine.rank == 0 and name not in weights and name not in tied:
+            value = tensor.to("cpu", copy=True)
+            tensors[name] = value.to(run.engine.dtype) if value.is_floating_point() else value
+    record = ExportRecord(
+        model=run.student,
+        dtype=run.engine.dtype,
+        weights=weights,
+        activations=activation_sites(run),
+        tensors=tensors,
+        tied=tied,
+        tokenizer=run.data.tokenizer,
+        metadata=metadata(run),
+        reference=reference(run),
+    )
+    return record, statistics
+
+
+def packed_weights(run: Run) -> tuple[dict[str, PackedWeight], list[dict[str, Json]]]:
+    """Codes of every quantized weight, by parameter name, with statistics."""
+    packed: dict[str, PackedWeight] = {}
+    statistics: list[dict[str, Json]] = []
+    for site, quantizer in run.instruments.quantizers().items():
+        path, _, slot = site.rpartition(":")
+        if slot != "weight":
+            continue
+        module = run.student.get_submodule(path)
+        with run.engine.gathered([module.weight, *quantizer.parameters()]), torch.no_grad():
+            if run.engine.rank != 0:
+                continue
+            tensor = checked_lattice(site, quantizer, module.weight.detach())
+            weight = module.weight.detach().float().cpu()
+        decoded = tensor.decode(run.engine.dtype)
+        name = f"{path}.weight"
+        module_type = run.plan.sites[site].site.module_type
+        packed[name] = PackedWeight(path, module_type, tensor, tensor_sha256(decoded))
+        statistics.append({"name": name, **weight_statistics(weight, tensor)})
+    return packed, statistics
+
+
+def checked_lattice(site: str, quantizer: Quantizer, weight: Tensor) -> QTensor:
+    """The codes of a weight on the CPU, after comparing them with the forward pass.
+
+    Raises:
+        FormatError: they decode to something else.
+    """
+    lattice = quantizer.encode(weight)
+    if not torch.equal(lattice.decode(weight.dtype), quantizer.quantize(weight)):
+        raise FormatError(
+            f"{site}: encode().decode() differs from the forward pass; {type(quantizer).__name__}.quantize must be "
+            "bitwise equal to it (qpipe.testing.check_quantizer tests this)"
+        )
+    return QTensor(
+        lattice.integers().cpu(),
+        lattice.scale.float().cpu(),
+        lattice.zero_point.float().cpu(),
+        lattice.bits,
+        lattice.group_size,
+    )
+
+
+def activation_sites(run: Run) -> list[ActivationSite]:
+    """The quantized activations.
+
+    Raises:
+        FormatError: a quantizer's parameters cannot be described to an exporter.
+    """
+    found = []
+    for site, quantizer in run.instruments.quantizers().items():
+        path, _, slot = site.rpartition(":")
+        if slot == "weight":
+            continue
+        if not isinstance(quantizer, UniformActivation):
+            raise FormatError(f"{site}: no exporter can describe activations of {type(quantizer).__name__}")
+        options = quantizer.options
+        found.append(
+            ActivationSite(
+                path,
+                slot,
+                options.bits,
+                options.dynamic,
+                options.granularity,
+                options.symmetric,
+                None if options.dynamic else float(quantizer.scale),
+                None if options.dynamic else float(quantizer.zero_point),
+            )
+        )
+    return found
+
+
+def metadata(run: Run) -> Mapping[str, Json]:
+    """What the export says about its making."""
+    contributed = run.host.collect_mappings("qpipe_export_metadata", run=run)
+    plugins = {
+        name: {"version": version, **dict(contributed.get(name, {}))} for name, version in run.host.versions.items()
+    }
+    result: dict[str, Json] = {
+        "qpipe": qpipe.__version__,
+        "task": run.task.name,
+        "base_model": run.config.model.name,
+        "plan": run.plan.to_json(),
+        "plugins": plugins,
+        "metrics": dict(run.results.get("evaluation", {})),
+        "config": run.config.model_dump(mode="json"),
+        "attention": "sdpa",
+    }
+    licence = find_licence(run.config.model.name)
+    if licence is not None:
+        result["license_file"] = str(licence)
+    return result
+
+
+def find_licence(model: str) -> Path | None:
+    """A licence file in the model's folder, if it is a folder and has one."""
+    folder = Path(locate(model))
+    if not folder.is_dir():
+        return None
+    return next((p for p in sorted(folder.iterdir()) if p.name.upper().startswith(("LICENSE", "LICENCE"))), None)
+
+
+def reference(run: Run) -> dict[str, Tensor]:
+    """Inputs and logits of the first validation examples, from the trained model. Collective."""
+    count = min(run.config.export.reference_examples, len(run.data.validation))
+    batch = to_device(run.data.collate([run.data.validation[i] for i in range(count)]), run)
+    with inference(run):
+        output: Any = run.engine.forward(**inputs_of(batch))
+    result = {f"inputs.{name}": value.cpu() for name, value in inputs_of(batch).items()}
+    result["logits"] = output.logits.cpu()
+    return result

@@ -1,0 +1,66 @@
+"""Gather: whole tensors of a possibly partitioned model, one module at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from qpipe.quant.quantizer import Quantizer
+from qpipe.run import Run
+
+
+def internal_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the modules that qpipe added; what lies below them is not part of the exported model."""
+    added = [n for n, m in model.named_modules() if isinstance(m, Quantizer) or n.endswith("qpipe_sites")]
+    return tuple(f"{name}." for name in added)
+
+
+def model_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and persistent buffer of the student by name, whole, without what qpipe added.
+
+    A collective operation: all processes iterate together. Tensors stay on their device; do not keep references to
+    parameters beyond one step of the iteration.
+    """
+    prefixes = internal_prefixes(run.student)
+    for name, tensor in run.student.state_dict(keep_vars=True).items():
+        if name.startswith(prefixes) or not isinstance(tensor, Tensor):
+            continue
+        if isinstance(tensor, nn.Parameter):
+            with run.engine.gathered([tensor]):
+                yield name, tensor.detach()
+        else:
+            yield name, tensor.detach()
+
+
+def ties(model: nn.Module) -> dict[str, str]:
+    """Names of tied parameters: every later name of a Parameter -> its first name."""
+    first: dict[int, str] = {}
+    result = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, nn.Parameter):
+            owner = first.setdefault(id(tensor), name)
+            if owner != name:
+                result[name] = owner
+    return result
+
+
+def quantizer_state(run: Run) -> dict[str, Tensor]:
+    """Parameters and buffers of every quantizer, as `site/name`, on the CPU of process 0. Collective."""
+    state: dict[str, Tensor] = {}
+    for site, quantizer in run.instruments.quantizers().items():
+        with run.engine.gathered(quantizer.parameters()):
+            for name, tensor in quantizer.state_dict().items():
+                if run.engine.rank == 0:
+                    state[f"{site}/{name}"] = tensor.detach().to("cpu", copy=True)
+    return state
+
+
+def float_state(run: Run) -> dict[str, Tensor]:
+    """The full-precision student on process 0, as a state dict on the CPU; empty elsewhere. Collective."""
+    tied = ties(run.student)
+    state: dict[str, Tensor] = {}
+    for name, tensor in model_tensors(run):
+        if run.engine.rank == 0 and name not in tied:
+            state[name] = tensor.to("cpu", copy=True)
+    return state

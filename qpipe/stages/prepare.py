@@ -1,0 +1,218 @@
+"""Prepare: the plan is made, quantizers and weight penalties are put in place, the engine takes over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from qpipe.errors import ConfigError, FormatError, PluginError, SiteError, suggest
+from qpipe.export import record as export_record
+from qpipe.export.record import zero_point_kind
+from qpipe.host import BUILTIN_PREFIX
+from qpipe.model.instrument import Instruments
+from qpipe.quant.modules import QuantModule
+from qpipe.quant.plan import Plan, make_plan
+from qpipe.quant.presets import preset_rules
+from qpipe.run import Run
+from qpipe.stages.build import instrument
+from qpipe.types import Exporter, ParamGroup, Rule
+
+SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def plan(run: Run) -> None:
+    """Make the plan from preset, plugin and user rules, and check that the export format can hold it.
+
+    Raises:
+        SiteError: a rule is wrong.
+        FormatError: the configured export format cannot hold what is planned.
+    """
+    quantization = run.config.quantization
+    sites = tuple(run.instruments.sites.values())
+    rules: list[tuple[str, Rule]] = [("preset", rule) for rule in preset_rules(quantization.preset)]
+    rules += run.host.collect_list("qpipe_quant_rules", run=run, sites=sites)
+    rules += [("configuration", Rule(r.site, r.quantizer, r.options)) for r in quantization.rules]
+    kinds = run.host.collect("qpipe_quantizers")
+    run.plan = make_plan(sites, rules, kinds, run.instruments.map)
+    refuse_shared(run.student, run.plan)
+
+
+def refuse_shared(model: nn.Module, made: Plan) -> None:
+    """Refuse two plans for one tied parameter.
+
+    Raises:
+        SiteError: two planned weights are the same Parameter.
+    """
+    owners: dict[int, str] = {}
+    for name, entry in made.sites.items():
+        if entry.site.slot != "weight":
+            continue
+        parameter = model.get_submodule(entry.site.path).weight
+        other = owners.setdefault(id(parameter), name)
+        if other != name:
+            raise SiteError(f"{name} and {other} are one tied parameter; exclude one of them with quantizer: none")
+
+
+def insert_quantizers(run: Run, initialize: bool) -> None:
+    """Build every planned quantizer, put it at its site, and initialise it from the weight if asked to."""
+    name = run.config.quantization.scale_dtype
+    run.instruments.context.scale_dtype = run.engine.dtype if name == "auto" else SCALE_DTYPES[name]
+    kinds = run.host.collect("qpipe_quantizers")
+    for entry in run.plan.sites.values():
+        quantizer = kinds[entry.quantizer].build(entry.options)
+        run.instruments.put(entry.site, quantizer)
+        if entry.site.slot == "weight":
+            weight = run.student.get_submodule(entry.site.path).weight
+            with torch.no_grad():
+                replacement = quantizer.initialize(weight.detach()) if initialize else None
+                if replacement is not None:
+                    weight.copy_(replacement)
+                lattice = quantizer.encode(weight.detach())
+            run.plan = run.plan.measured(entry.site.name, lattice, zero_point_kind(lattice.zero_point))
+
+
+def refuse_unexportable(run: Run) -> None:
+    """Ask the configured exporter, before anything long starts, whether it can hold the plan.
+
+    Raises:
+        ConfigError: no exporter has the configured name.
+        FormatError: it cannot; says why, for each kind of site.
+    """
+    exporter = find_exporter(run)
+    planned = [
+        export_record.PlannedSite(
+            path=entry.site.path,
+            slot=entry.site.slot,
+            module_type=entry.site.module_type,
+            bits=entry.bits or 0,
+            granularity=entry.granularity or "tensor",
+            group_size=getattr(entry.options, "group_size", None),
+            dynamic=bool(getattr(entry.options, "dynamic", False)),
+            zero_point=entry.zero_point,
+        )
+        for entry in run.plan.sites.values()
+    ]
+    reasons = list(exporter.check(planned))
+    if reasons:
+        raise FormatError(f"export.format {exporter.name!r} cannot hold this plan: " + "; ".join(reasons[:5]))
+
+
+def find_exporter(run: Run, name: str | None = None) -> Exporter:
+    """The exporter named in the configuration, or given.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    name = name or run.config.export.format
+    exporters: dict[str, Exporter] = run.host.collect("qpipe_exporters")
+    if name not in exporters:
+        raise ConfigError(f"export format {name!r} is unknown{suggest(name, exporters)}; available: {', '.join(exporters)}")
+    return exporters[name]
+
+
+def attach_weight_losses(run: Run) -> None:
+    """Give every module the penalties that apply to its weight.
+
+    Raises:
+        SiteError: a penalty applies to no weight.
+    """
+    terms = run.host.collect("qpipe_weight_losses", run=run)
+    for term in terms.values():
+        paths = [s.path for s in run.instruments.sites.values() if s.slot == "weight" and term.applies(s.path)]
+        if not paths:
+            raise SiteError(f"weight loss {term.name!r} applies to no weight of this model")
+        for path in paths:
+            module = run.instruments.module(run.instruments.sites[f"{path}:weight"])
+            assert isinstance(module, QuantModule)
+            module.qpipe.weight_losses += (term,)
+    run.weight_losses = tuple(terms.values())
+
+
+def prepare(run: Run, initialize: bool = True) -> None:
+    """Everything between loaded models and a model that can be wrapped.
+
+    Args:
+        run: as `build` made it.
+        initialize: False where the model's weights are those of a trained run already.
+
+    Raises:
+        QpipeError: rules, options or plugins do not fit the model.
+    """
+    plan(run)
+    insert_quantizers(run, initialize)
+    if run.plan.sites:
+        refuse_unexportable(run)
+    attach_weight_losses(run)
+    if run.host.is_used("qpipe_signals") and run.teacher is not None:
+        run.instruments.enable_capture()
+        run.teacher_instruments = instrument(run.host, run.teacher)
+        run.teacher_instruments.enable_capture()
+    run.host.hook.qpipe_model_prepared(run=run)
+
+
+def parameter_groups(run: Run) -> list[dict[str, Any]]:
+    """Groups for `torch.optim`, from the contributions of plugins; those of built-ins give way to others.
+
+    Raises:
+        PluginError: two plugins claim one parameter.
+    """
+    contributions = run.host.collect_list("qpipe_param_groups", run=run)
+    base: dict[str, Any] = {"weight_decay": run.config.train.weight_decay, "name": "default"}
+    groups: dict[str, dict[str, Any]] = {"default": {"params": [], **base}}
+    for name, parameter in run.student.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        group = _claim(name, parameter, contributions)
+        if group is None:
+            groups["default"]["params"].append(parameter)
+            continue
+        decay = base["weight_decay"] if group.weight_decay is None else group.weight_decay
+        entry = groups.setdefault(group.name, {"params": [], "weight_decay": decay, "name": group.name})
+        entry["lr"] = run.config.train.learning_rate * group.lr_scale
+        entry["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
+
+
+def _claim(
+    name: str, parameter: nn.Parameter, contributions: Iterable[tuple[str, ParamGroup]]
+) -> ParamGroup | None:
+    claims = [(source, group) for source, group in contributions if group.match(name, parameter)]
+    strong = [claim for claim in claims if not claim[0].startswith(BUILTIN_PREFIX)] or claims
+    if len(strong) > 1:
+        raise PluginError(
+            f"parameter {name!r} is claimed by group {strong[0][1].name!r} of {strong[0][0]!r} and group "
+            f"{strong[1][1].name!r} of {strong[1][0]!r}; narrow one of them"
+        )
+    return strong[0][1] if strong else None
+
+
+def wrap(run: Run) -> None:
+    """Move the models to the device, make optimizer and schedule, and hand everything to the engine."""
+    train = run.config.train
+    run.student.to(run.engine.device, run.engine.dtype)
+    if run.teacher is not None:
+        run.teacher.to(run.engine.device, run.engine.dtype)
+    if train.activation_checkpointing:
+        if not hasattr(run.student, "gradient_checkpointing_enable"):
+            raise ConfigError(f"{type(run.student).__name__} cannot checkpoint activations")
+        # The reentrant kind would silently give no gradient to captured tensors.
+        run.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    hook = run.host.hook
+    optimizer = hook.qpipe_optimizer(run=run, groups=parameter_groups(run))
+    scheduler = hook.qpipe_scheduler(run=run, optimizer=optimizer)
+    run.scheduler = scheduler
+    run.engine.wrap(run.student, optimizer, scheduler, train)
+    keep_quantizer_state_in_float32(run.instruments)
+    run.instruments.context.partitioned = run.engine.partitioned
+    run.instruments.context.weights_changed()
+
+
+def keep_quantizer_state_in_float32(instruments: Instruments) -> None:
+    """Calibrated ranges stay in float32 whatever the model computes in."""
+    for quantizer in instruments.quantizers().values():
+        for name, buffer in quantizer.named_buffers():
+            if buffer.is_floating_point():
+                setattr(quantizer, name, buffer.float())

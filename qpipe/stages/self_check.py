@@ -1,0 +1,54 @@
+"""Self-check: before training, prove on every rank that quantization takes part in the forward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qpipe.errors import TrainingError
+from qpipe.run import Run
+from qpipe.stages.calibrate import calibration_batches, inference, inputs_of
+
+
+def self_check(run: Run) -> None:
+    """Run one batch with and without quantizers.
+
+    Raises:
+        TrainingError: a planned site never ran, or quantization changes no output on some rank.
+    """
+    if not run.plan.sites:
+        return
+    context = run.instruments.context
+    batch = next(calibration_batches(run, 1))
+    with inference(run):
+        context.visited = set()
+        quantized = _logits(run, batch)
+        visited, context.visited = context.visited, None
+        context.enabled = False
+        try:
+            plain = _logits(run, batch)
+        finally:
+            context.enabled = True
+    idle = sorted(set(run.plan.sites) - visited)
+    changed = float((quantized.float() - plain.float()).abs().max())
+    found = run.engine.gather_objects((changed, idle))
+    for rank, (difference, unused) in enumerate(found):
+        if unused:
+            raise TrainingError(
+                f"rank {rank}: {len(unused)} planned sites never ran in the forward pass, such as {unused[0]}; "
+                "exclude them with quantizer: none"
+            )
+        if not difference > 0:
+            raise TrainingError(
+                f"rank {rank}: quantization does not change the model's output, so training would quantize nothing; "
+                "check that rules reach weights that matter (`qpipe inspect plan`)"
+            )
+    run.results["self_check"] = {"max_logit_change": [difference for difference, _ in found]}
+
+
+def _logits(run: Run, batch: dict[str, Tensor]) -> Tensor:
+    output = run.engine.forward(**inputs_of(batch))
+    logits: Tensor = output.logits
+    if not bool(torch.isfinite(logits).all()):
+        raise TrainingError("the model's output is not finite before training has begun; check the weights it loads")
+    return logits

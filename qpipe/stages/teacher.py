@@ -1,0 +1,101 @@
+"""Teacher: the full-precision model that plugins learn from, named or fine-tuned first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from qpipe.config import QuantizationConfig, RunConfig
+from qpipe.data.locate import locate
+from qpipe.engine import connect
+from qpipe.files import write_json
+from qpipe.host import Host, load_plugins
+from qpipe.run import Run
+from qpipe.stages import checkpoint
+from qpipe.stages.build import build
+from qpipe.stages.prepare import prepare, wrap
+from qpipe.stages.trained import save_float
+from qpipe.stages.train import total_steps, train
+
+
+def is_needed(config: RunConfig, host: Host) -> bool:
+    """True if a teacher is named, or a plugin says it needs one."""
+    return config.teacher.name is not None or any(p.needs_teacher for p in host.plugins.values())
+
+
+def teacher_config(config: RunConfig) -> RunConfig:
+    """The run that fine-tunes the teacher: the same model, task and data, without quantization and plugins."""
+    train_config = config.train.model_copy(
+        update={
+            "epochs": config.teacher.epochs,
+            "max_steps": None,
+            "learning_rate": config.teacher.learning_rate,
+        }
+    )
+    return config.model_copy(
+        update={
+            "plugins": {},
+            "quantization": QuantizationConfig(),  # type: ignore[call-arg]
+            "train": train_config,
+            "out": str(Path(config.out) / "teacher"),
+        }
+    )
+
+
+def fingerprint(config: RunConfig) -> str:
+    """Hash of everything that decides the teacher's weights."""
+    decisive = config.model_dump(mode="json", exclude={"out", "plugins", "quantization", "export"})
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def ensure_teacher(config: RunConfig, host: Host) -> tuple[str | None, dict[str, float]]:
+    """Where the teacher is, and its metrics if this run measured them. Collective.
+
+    A teacher fine-tuned before is used again if nothing that decides it has changed; one interrupted half-way goes on.
+    """
+    if not is_needed(config, host):
+        return None, {}
+    if config.teacher.name is not None:
+        return locate(config.teacher.name), {}
+    sub = teacher_config(config)
+    folder = Path(sub.out)
+    mark = {"fingerprint": fingerprint(sub)}
+    model, results = folder / "model", folder / "results.json"
+    unchanged = _read(folder / "inputs.json") == mark
+    if unchanged and model.is_dir() and results.is_file():
+        return str(model), json.loads(results.read_text())["evaluation"]
+    run = _fine_tune(sub, mark, unchanged)
+    metrics: dict[str, float] = run.results["evaluation"]
+    run.engine.close()
+    return str(model), metrics
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _fine_tune(config: RunConfig, mark: dict[str, str], resume: bool) -> Run:
+    engine = connect(config.engine)
+    folder = Path(config.out)
+    # Every rank has read the mark by now; only then may it change.
+    engine.barrier()
+    if engine.rank == 0:
+        if not resume:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "inputs.json", mark)
+    engine.barrier()
+    run = build(config, load_plugins({}), engine)
+    run.total_steps = total_steps(run)
+    prepare(run)
+    wrap(run)
+    train(run, resume=bool(checkpoint.steps(folder)))
+    save_float(run, folder / "model")
+    if engine.rank == 0:
+        write_json(folder / "results.json", {"evaluation": run.results["evaluation"]})
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    engine.barrier()
+    return run

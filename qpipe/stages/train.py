@@ -1,0 +1,281 @@
+"""Train: the loop, from the first or a restored step to the last."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qpipe.data.loader import train_loader
+from qpipe.engine.deepspeed import micro_batch_size
+from qpipe.errors import ConfigError, TrainingError, suggest
+from qpipe.run import Run, Step
+from qpipe.stages import checkpoint
+from qpipe.stages.build import seed_everything
+from qpipe.stages.calibrate import inputs_of, to_device
+from qpipe.stages.diagnose import first_non_finite
+from qpipe.stages.evaluate import evaluate, is_better
+from qpipe.types import Loss, Signals
+
+
+@dataclass
+class Progress:
+    """Where training stands.
+
+    Attributes:
+        step: optimizer steps taken.
+        best_step: step of the best evaluation, None before the first.
+        best_metric: its first metric.
+    """
+
+    step: int = 0
+    best_step: int | None = None
+    best_metric: float | None = None
+
+
+@dataclass
+class Meter:
+    """Sums of what is logged, over the micro-batches of one step."""
+
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, parts: dict[str, Tensor], scale: float) -> None:
+        """Add detached parts."""
+        for name, value in parts.items():
+            value = value.detach().float() * scale
+            self.parts[name] = self.parts[name] + value if name in self.parts else value
+
+
+def steps_per_epoch(run: Run) -> int:
+    """Optimizer steps in one pass over the training data; the incomplete last batch is dropped.
+
+    Raises:
+        ConfigError: the data do not fill a single batch.
+    """
+    count = len(run.data.train) // run.config.train.batch_size
+    if count == 0:
+        raise ConfigError(
+            f"train.batch_size {run.config.train.batch_size} exceeds the {len(run.data.train)} training examples"
+        )
+    return count
+
+
+def total_steps(run: Run) -> int:
+    """Optimizer steps of the whole training."""
+    train = run.config.train
+    return train.max_steps or max(1, math.ceil(train.epochs * steps_per_epoch(run)))
+
+
+def collect_losses(run: Run) -> list[Loss]:
+    """The loss terms, without those that another term replaces.
+
+    Raises:
+        ConfigError: a term replaces one that does not exist, or none is left.
+    """
+    losses: dict[str, Loss] = run.host.collect("qpipe_losses", run=run)
+    replaced = {name: loss.name for loss in losses.values() for name in loss.replaces}
+    for name, by in replaced.items():
+        if name not in losses:
+            raise ConfigError(f"loss {by!r} replaces {name!r}, which no plugin offers{suggest(name, losses)}")
+    kept = [loss for loss in losses.values() if loss.name not in replaced]
+    if not kept:
+        raise ConfigError("no loss is left to train with; let one plugin keep the task loss")
+    return kept
+
+
+def steps_from(run: Run, start: int) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
+    """`(optimizer step, its micro-batches)` from step `start` on. The position follows from the step alone."""
+    train = run.config.train
+    per_epoch = steps_per_epoch(run)
+    size = micro_batch_size(train, run.engine.world_size)
+    step = start
+    while step < run.total_steps:
+        epoch, within = divmod(step, per_epoch)
+        loader = iter(
+            train_loader(
+                run.data,
+                run.task,
+                batch_size=size,
+                rank=run.engine.rank,
+                world_size=run.engine.world_size,
+                seed=run.config.seed,
+                epoch=epoch,
+                skip=within * train.accumulation,
+                accumulation=train.accumulation,
+            )
+        )
+        for _ in range(within, per_epoch):
+            if step >= run.total_steps:
+                return
+            yield step, list(islice(loader, train.accumulation))
+            step += 1
+
+
+def teacher_signals(run: Run, step: Step, wanted: Signals) -> None:
+    """Run the teacher once for all plugins, if any of them needs it in this step."""
+    if not wanted.teacher:
+        return
+    instruments = run.teacher_instruments
+    if run.teacher is None or instruments is None:
+        raise ConfigError("a plugin asks for teacher signals but declares no `needs_teacher = True`")
+    instruments.want(wanted.teacher, step.teacher)
+    instruments.context.taps_active = True
+    try:
+        with torch.no_grad():
+            output = run.teacher(**inputs_of(step.batch), **_extra(wanted.teacher))
+    finally:
+        instruments.context.taps_active = False
+    instruments.take_outputs(output, wanted.teacher, step.teacher)
+
+
+def _extra(kinds: frozenset[Any]) -> dict[str, bool]:
+    return {"output_hidden_states": True} if "hidden_states" in kinds else {}
+
+
+def micro_step(run: Run, step: Step, losses: list[Loss]) -> dict[str, Tensor]:
+    """Forward and backward of one micro-batch; returns the weighted loss parts.
+
+    Raises:
+        TrainingError: the loss is not finite; names the first module whose output is not.
+    """
+    context = run.instruments.context
+    run.step = step
+    run.engine.begin_micro_batch(step.is_last_micro_batch)
+    run.host.hook.qpipe_step_start(run=run, step=step)
+    wanted = Signals()
+    for signals in run.host.hook.qpipe_signals(run=run):
+        wanted |= signals if signals is not None else Signals()
+    teacher_signals(run, step, wanted)
+    run.instruments.want(wanted.student, step.student)
+    context.weight_losses.clear()
+    context.collect_weight_losses = step.is_last_micro_batch
+    context.taps_active = True
+    step.output = run.engine.forward(**inputs_of(step.batch), **_extra(wanted.student))
+    run.instruments.take_outputs(step.output, wanted.student, step.student)
+    parts = {loss.name: _weight(loss, step.index) * loss.fn(step) for loss in losses}
+    parts |= weight_loss_parts(run)
+    total = torch.stack([part.float() for part in parts.values()]).sum()
+    if not bool(torch.isfinite(total.detach())):
+        context.taps_active = False
+        raise TrainingError(non_finite_message(run, step, parts))
+    run.engine.backward(total)
+    context.taps_active = False
+    return parts
+
+
+def _weight(loss: Loss, index: int) -> float:
+    return loss.weight(index) if callable(loss.weight) else loss.weight
+
+
+def weight_loss_parts(run: Run) -> dict[str, Tensor]:
+    """Weighted penalties met in this forward pass, by name.
+
+    They act in the last micro-batch only; the factor `accumulation` undoes the engine's division.
+    """
+    found = run.instruments.context.weight_losses
+    if not found:
+        return {}
+    parts = {}
+    for term in run.weight_losses:
+        values = torch.stack([value for (name, _), value in found.items() if name == term.name])
+        combined = values.mean() if term.reduction == "mean" else values.sum()
+        parts[term.name] = term.weight * run.config.train.accumulation * combined
+    return parts
+
+
+def non_finite_message(run: Run, step: Step, parts: dict[str, Tensor]) -> str:
+    """Say which part and which module went wrong first."""
+    bad = [name for name, value in parts.items() if not bool(torch.isfinite(value.detach()))]
+    module = first_non_finite(run, step)
+    where = f"the first module whose output is not finite is {module}" if module else "every module's output is finite"
+    last = checkpoint.steps(run.out)
+    kept = f"the checkpoint of step {last[-1]} is kept" if last else "no checkpoint had been written"
+    return (
+        f"the loss is not finite at step {step.index} (rank {run.engine.rank}; parts: {', '.join(bad) or 'their sum'}); "
+        f"{where}; {kept}. Lower train.learning_rate, or check the data of this batch"
+    )
+
+
+def train(run: Run, resume: bool = False) -> Progress:
+    """Train from the beginning, or from the newest checkpoint.
+
+    Raises:
+        TrainingError: the loss became non-finite.
+        CheckpointError: a checkpoint cannot be written or read.
+    """
+    losses = collect_losses(run)
+    progress = Progress()
+    seed_everything(run.config.seed, run.engine.rank)
+    found = checkpoint.steps(run.out)
+    if resume and found:
+        restored = checkpoint.load(run, found[-1])
+        progress = Progress(restored["step"], restored["best_step"], restored["best_metric"])
+        run.results["resumed_step"] = progress.step
+    run.host.hook.qpipe_run_start(run=run)
+    run.student.train()
+    for index, micro_batches in steps_from(run, progress.step):
+        started = time.perf_counter()
+        logged = (index + 1) % run.config.train.log_every == 0 or index + 1 == run.total_steps
+        meter = Meter()
+        for number, batch in enumerate(micro_batches):
+            step = Step(index, number == len(micro_batches) - 1, to_device(batch, run))
+            parts = micro_step(run, step, losses)
+            if logged:
+                meter.add(parts, 1 / len(micro_batches))
+            run.engine.step()
+        run.instruments.context.weights_changed()
+        metrics = step_metrics(run, meter, started) if logged else {}
+        run.host.hook.qpipe_step_end(run=run, step=step, metrics=metrics)
+        run.step = None
+        progress.step = index + 1
+        after_step(run, progress)
+    finish(run, progress)
+    return progress
+
+
+def step_metrics(run: Run, meter: Meter, started: float) -> dict[str, float]:
+    """What is logged of a step, averaged over processes."""
+    values = {name: float(value) for name, value in meter.parts.items()}
+    reduced = run.engine.reduce(values)
+    metrics = {"loss": sum(reduced.values()), **reduced}
+    norm = run.engine.grad_norm()
+    if norm is not None:
+        metrics["grad_norm"] = norm
+    metrics["lr"] = float(run.scheduler.get_last_lr()[0])
+    metrics["samples_per_second"] = run.config.train.batch_size / (time.perf_counter() - started)
+    return metrics
+
+
+def after_step(run: Run, progress: Progress) -> None:
+    """Evaluate and save where it is due."""
+    train_config = run.config.train
+    per_epoch = steps_per_epoch(run)
+    last = progress.step == run.total_steps
+    due_eval = progress.step % (train_config.eval_every or per_epoch) == 0 or last
+    due_save = progress.step % (train_config.save_every or per_epoch) == 0 or last
+    if due_eval:
+        metrics = evaluate(run)
+        run.host.hook.qpipe_evaluated(run=run, metrics=metrics)
+        run.results["evaluation"] = metrics
+        if is_better(run, metrics, progress.best_metric):
+            progress.best_step, progress.best_metric = progress.step, metrics[run.task.metrics[0].name]
+            due_save = True
+    if due_save:
+        checkpoint.save(run, vars(progress).copy())
+
+
+def finish(run: Run, progress: Progress) -> None:
+    """End with the best weights, if so configured, and evaluate what will be exported."""
+    best = progress.best_step
+    if run.config.train.keep_best and best is not None and best != progress.step:
+        checkpoint.load(run, best)
+        run.results["evaluation"] = evaluate(run)
+    run.results["steps"] = progress.step
+    run.results["best_step"] = best
+    run.host.hook.qpipe_run_end(run=run)

@@ -1,0 +1,100 @@
+"""The trained model on disk, in full precision and independent of how many processes made it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from qpipe.config import RunConfig, resolve
+from qpipe.engine.accelerate import AccelerateEngine
+from qpipe.errors import CheckpointError, ConfigError
+from qpipe.files import disk_errors, write_json
+from qpipe.host import load_plugins
+from qpipe.run import Run
+from qpipe.stages.build import build
+from qpipe.stages.gather import float_state, quantizer_state
+from qpipe.stages.prepare import keep_quantizer_state_in_float32, prepare
+
+QUANTIZERS = "quantizers.safetensors"
+DETAILS = "qpipe_model.json"
+
+
+def save_float(run: Run, folder: Path) -> None:
+    """Write the full-precision student as an ordinary Hugging Face folder, with its quantizers' state. Collective.
+
+    Raises:
+        CheckpointError: the disk is full.
+    """
+    state, quantizers = float_state(run), quantizer_state(run)
+    if run.engine.rank == 0:
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        with disk_errors(folder.parent):
+            shutil.rmtree(temporary, ignore_errors=True)
+            run.student.save_pretrained(temporary, state_dict=state)  # type: ignore[operator]
+            if run.data.tokenizer is not None:
+                run.data.tokenizer.save_pretrained(temporary)
+            if quantizers:
+                save_file(quantizers, temporary / QUANTIZERS)
+            write_json(temporary / DETAILS, {"dtype": str(run.engine.dtype).removeprefix("torch.")})
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+    run.engine.barrier()
+
+
+def restore(run_dir: Path) -> Run:
+    """A trained run on one process, ready to evaluate and export.
+
+    Raises:
+        ConfigError: the folder is no run directory.
+        CheckpointError: training has not ended there.
+    """
+    config = read_config(run_dir)
+    folder = run_dir / "model"
+    if not (folder / DETAILS).is_file():
+        raise CheckpointError(
+            f"{run_dir} has no trained model yet; finish the training: qpipe launch --resume --out {run_dir}"
+        )
+    details = json.loads((folder / DETAILS).read_text())
+    engine = AccelerateEngine(alone(config).engine)
+    engine.dtype = getattr(torch, details["dtype"])
+    trained = config.model.model_copy(update={"name": str(folder), "revision": None})
+    run = build(config.model_copy(update={"model": trained}), load_plugins(config.plugins), engine)
+    run.config = config.model_copy(update={"out": str(run_dir)})
+    prepare(run, initialize=False)
+    run.student.to(engine.device, engine.dtype)
+    keep_quantizer_state_in_float32(run.instruments)
+    if (folder / QUANTIZERS).is_file():
+        _load_quantizers(run, folder / QUANTIZERS)
+    engine.serve(run.student)
+    return run
+
+
+def read_config(run_dir: Path) -> RunConfig:
+    """The resolved configuration of a run directory.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} has no config.yaml: it is not a run directory that `qpipe launch` made")
+    return resolve(path)
+
+
+def alone(config: RunConfig) -> RunConfig:
+    """The same run for one process without sharding."""
+    update = {"name": "accelerate", "zero": 1, "offload": "none", "config_file": None}
+    return config.model_copy(update={"engine": config.engine.model_copy(update=update)})
+
+
+def _load_quantizers(run: Run, path: Path) -> None:
+    state = load_file(path)
+    for site, quantizer in run.instruments.quantizers().items():
+        own = {key.partition("/")[2]: value for key, value in state.items() if key.partition("/")[0] == site}
+        quantizer.load_state_dict(own)
+    run.instruments.context.weights_changed()
+

@@ -1,0 +1,272 @@
+"""The small frozen objects that hooks return. Nothing here imports torch at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qpipe.plugin import Options
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from qpipe.quant.quantizer import Quantizer
+    from qpipe.run import Step
+
+Json = Any
+"""Anything that `json.dumps` accepts."""
+
+Slot = Literal["weight", "input", "output", "query", "key", "value", "scores", "probs", "context"]
+"""A place at a module where a tensor passes: its weight, its input or output, or a stage of attention."""
+
+SignalKind = Literal["logits", "hidden_states", "scores", "probs", "context", "attention_output"]
+"""What can be captured of student and teacher; see `Signals`."""
+
+
+class TapStage(IntEnum):
+    """Order in which functions at one site run; it never depends on who registered first."""
+
+    OBSERVE = 0
+    REPLACE = 1
+    QUANTIZE = 2
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a tensor can be quantized.
+
+    Attributes:
+        path: qualified name of the module, as in `named_modules()`.
+        slot: which tensor at that module.
+        module_type: class name of the module before qpipe changed it, such as `Linear`.
+        shape: shape of the weight for slot `weight`, else empty.
+    """
+
+    path: str
+    slot: Slot
+    module_type: str
+    shape: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """`path:slot`, the form used in rules and plans."""
+        return f"{self.path}:{self.slot}"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Quantize every site that matches a pattern; of several matching rules the last one wins.
+
+    Attributes:
+        site: `fnmatch` pattern over `path:slot`. `{block}` stands for every transformer block, `{embedding}` for the
+            input embedding, `{head}` for the output head.
+        quantizer: name of a quantizer, or `none` to leave matching sites in full precision.
+        options: options of that quantizer.
+    """
+
+    site: str
+    quantizer: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class QuantizerKind:
+    """A quantizer on offer.
+
+    Attributes:
+        name: what rules call it.
+        build: makes one `Quantizer` from validated options; called once per site.
+        options: model of the options; unknown keys are refused.
+        slots: the slots it can serve.
+        summary: one line for `qpipe plugins show`.
+    """
+
+    name: str
+    build: Callable[[Any], Quantizer]
+    options: type[Options]
+    slots: frozenset[str]
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A term of the training loss.
+
+    Attributes:
+        name: unique among all plugins; the key in logs.
+        fn: takes the `Step` (batch, student output, captured signals) and returns a scalar.
+        weight: factor, or a function of the optimizer step that returns it.
+        replaces: names of other terms that this one stands in for, such as `("task",)`.
+    """
+
+    name: str
+    fn: Callable[[Step], Tensor]
+    weight: float | Callable[[int], float] = 1.0
+    replaces: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class WeightLoss:
+    """A penalty on weight tensors, evaluated once per optimizer step inside the module that owns the weight.
+
+    Attributes:
+        name: unique among all plugins; the key in logs.
+        fn: takes one float weight tensor (any shape) and returns a scalar; must be differentiable.
+        weight: factor in the total loss.
+        applies: takes a module path and says whether its weight is penalised.
+        reduction: how the values of several weights combine.
+    """
+
+    name: str
+    fn: Callable[[Tensor], Tensor]
+    weight: float
+    applies: Callable[[str], bool]
+    reduction: Literal["mean", "sum"] = "mean"
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a plugin wants captured in this step; the core takes the union over plugins.
+
+    `scores` are pre-softmax and pre-mask, [batch, heads, queries, keys]; `probs` post-softmax, before dropout;
+    `context` [batch, tokens, heads, head size]; `attention_output` the output of the attention's output projection,
+    [batch, tokens, hidden]; `hidden_states` the embedding output and every block's output. `scores` and `probs` make
+    the model build attention maps, so ask for them only while they are needed.
+    """
+
+    teacher: frozenset[SignalKind] = frozenset()
+    student: frozenset[SignalKind] = frozenset()
+
+    def __or__(self, other: Signals) -> Signals:
+        return Signals(self.teacher | other.teacher, self.student | other.student)
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters that train with settings of their own. A parameter claimed by two groups is an error.
+
+    Attributes:
+        name: unique among all plugins.
+        match: takes a parameter name and the parameter; True if it belongs to the group.
+        lr_scale: factor on the learning rate.
+        weight_decay: weight decay of the group; None keeps the configured one.
+    """
+
+    name: str
+    match: Callable[[str, torch.nn.Parameter], bool]
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationPass:
+    """One pass over calibration batches, in evaluation mode without gradients.
+
+    Attributes:
+        name: unique among all plugins.
+        batches: number of batches to run.
+        start: called before the first batch.
+        finish: called after the last one; may communicate between processes.
+    """
+
+    name: str
+    batches: int
+    start: Callable[[], None]
+    finish: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class ModelMap:
+    """Where the parts of a model are, by module path.
+
+    Attributes:
+        blocks: transformer blocks in order; empty for models without any.
+        attention: attention modules in order (those handed to the attention interface).
+        attention_inputs: per block, the paths of the query, key and value projections.
+        attention_output: per block, the path of the attention's output projection.
+        embedding: path of the input embedding, or None.
+        head: paths of the output head's modules.
+    """
+
+    blocks: tuple[str, ...] = ()
+    attention: tuple[str, ...] = ()
+    attention_inputs: tuple[tuple[str, str, str], ...] = ()
+    attention_output: tuple[str, ...] = ()
+    embedding: str | None = None
+    head: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number computed from predictions.
+
+    Attributes:
+        name: such as `accuracy`.
+        fn: takes predictions [examples, ...] and references [examples, ...] as numpy arrays.
+        higher_is_better: direction, for choosing the best checkpoint.
+    """
+
+    name: str
+    fn: Callable[[Any, Any], float]
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned: columns, head, collation and metrics.
+
+    Attributes:
+        name: what the configuration calls it.
+        kind: decides the model class and the loss.
+        text_columns: column names that are tokenized, one or two; empty for images and language models.
+        label_column: name of the label column; empty for language models.
+        num_labels: size of the head; 1 for regression; 0 if it has to be read from the data.
+        metrics: computed at evaluation; the first one selects the best checkpoint.
+        hub: `(repository, configuration)` on the hub, used when no data are named.
+        splits: names of the training and evaluation split.
+    """
+
+    name: str
+    kind: Literal["classification", "regression", "image-classification", "causal-lm"]
+    metrics: tuple[Metric, ...]
+    text_columns: tuple[str, ...] = ()
+    label_column: str = "label"
+    num_labels: int = 0
+    hub: tuple[str, str | None] | None = None
+    splits: tuple[str, str] = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """A file format that a run can be exported to.
+
+    Attributes:
+        name: what `export.format` calls it.
+        write: writes the packed model of a run into an empty folder.
+        check: returns a reason for each planned site that the format cannot hold; called before training.
+        summary: one line for the docs and error messages.
+    """
+
+    name: str
+    write: Callable[[Any, Path], None]
+    check: Callable[[Any], Iterable[str]]
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class ReportSection:
+    """A section of the HTML report.
+
+    Attributes:
+        title: heading.
+        html: body; plain HTML, no scripts or links to other files.
+        order: sections are sorted by this number, then by title.
+    """
+
+    title: str
+    html: str
+    order: int = 100

@@ -1,0 +1,185 @@
+"""What `launch` decides and refuses before any process starts."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from qpipe.config import resolve
+from qpipe.errors import ConfigError
+from qpipe.launching import command, prepare, rundir, topology
+from qpipe.launching.topology import Topology
+
+
+@pytest.fixture(autouse=True)
+def no_gpus(monkeypatch):
+    monkeypatch.setattr(topology, "gpus_present", lambda: 0)
+
+
+def test_dry_run_prints_a_script_that_writes_the_configuration_and_starts_torchrun(cli, config_file, tmp_path):
+    out = tmp_path / "a run"
+    result = cli("launch", config_file, "--cpus", 3, "--zero", 2, "--set", "train.batch_size=6", "--out", out, "--dry-run")
+    assert result.code == 0
+    assert not out.exists()
+    *_, line = result.out.strip().splitlines()
+    words = shlex.split(line)
+    assert "DS_ACCELERATOR=cpu" in words and "CUDA_VISIBLE_DEVICES=" in words
+    assert words[words.index(sys.executable) :][:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert "--nproc-per-node=3" in words and "--master-addr=127.0.0.1" in words
+    assert words[-4:] == ["--module", "qpipe.cli", "train", str(out / "config.yaml")]
+    without_start = result.out.strip().removesuffix(line)
+    subprocess.run(["sh", "-c", without_start], check=True)
+    config = resolve(out / "config.yaml")
+    assert (config.engine.zero, config.engine.cpu, config.train.batch_size) == (2, True, 6)
+    assert config.train.learning_rate == 1e-4
+
+
+def test_plugins_keep_their_order_and_get_their_options(tmp_path, config_file):
+    config, _ = prepare.configuration(config_file, ["b.weight=0.5"], ["b", "a"], None, False, 0)
+    assert list(config.plugins.items()) == [("b", {"weight": 0.5}), ("a", {})]
+
+
+def test_out_is_text_even_if_it_looks_like_a_number(config_file):
+    from pathlib import Path
+
+    assert prepare.configuration(config_file, [], [], Path("1e5"), False, 0)[0].out == "1e5"
+
+
+def test_unknown_plugin_is_refused_before_anything_starts(cli, config_file, tmp_path, installed_plugin):
+    installed_plugin("squeeze", "squeeze_mod:Squeeze", "")
+    result = cli("launch", config_file, "--plugins", "squeze", "--out", tmp_path / "run")
+    assert result.code == 1
+    assert "no plugin named 'squeze' is installed; did you mean 'squeeze'?" in result.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_option_of_a_plugin_is_refused(cli, config_file, installed_plugin):
+    installed_plugin("mine", "mine_mod:Mine", "import qpipe\nclass Mine(qpipe.Plugin):\n    pass\n")
+    result = cli("launch", config_file, "--plugins", "mine", "--set", "mine.wieght=1", "--dry-run")
+    assert result.code == 1
+    assert "options of plugin 'mine': wieght is not an option" in result.err
+
+
+@pytest.mark.parametrize("present", [0, 2])
+def test_more_gpus_than_present(cli, config_file, monkeypatch, present):
+    monkeypatch.setattr(topology, "gpus_present", lambda: present)
+    result = cli("launch", config_file, "--gpus", 8)
+    assert result.code == 1
+    assert f"asked for 8 GPUs, {present} present" in result.err and "--cpus N" in result.err
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cores", "prefer_cpu", "expected"),
+    [(4, 8, False, (4, False)), (0, 8, False, (2, True)), (0, 1, False, (1, True)), (4, 8, True, (2, True))],
+)
+def test_default_processes(monkeypatch, gpus, cores, prefer_cpu, expected):
+    monkeypatch.setattr(topology, "gpus_present", lambda: gpus)
+    monkeypatch.setattr(topology, "cpu_cores", lambda: cores)
+    where = topology.choose(None, None, prefer_cpu=prefer_cpu)
+    assert (where.processes, where.cpu) == expected
+
+
+def test_threads_are_shared_out_unless_the_user_chose(monkeypatch):
+    monkeypatch.setattr(topology, "cpu_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert topology.environment(Topology(3, cpu=True))["OMP_NUM_THREADS"] == "2"
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert "OMP_NUM_THREADS" not in topology.environment(Topology(3, cpu=True))
+    assert "DS_ACCELERATOR" not in topology.environment(Topology(3, cpu=False))
+
+
+@pytest.mark.parametrize("text", ["node0", "node0:", ":1", "node0:http", "node0:70000"])
+def test_bad_rendezvous(text):
+    with pytest.raises(ConfigError, match="HOST:PORT"):
+        topology.parse_rendezvous(text)
+
+
+def test_two_machines(cli, config_file, tmp_path):
+    args = ("launch", config_file, "--cpus", 2, "--nodes", 2, "--rendezvous", "n0:29500", "--out", tmp_path / "r")
+    result = cli(*args, "--node-rank", 1, "--dry-run")
+    words = shlex.split(result.out.strip().splitlines()[-1])
+    assert {"--nnodes=2", "--node-rank=1", "--master-addr=n0", "--master-port=29500"} <= set(words)
+    assert words[-1] == str(tmp_path / "r/.node-1.yaml")
+
+
+def test_hostfile_uses_the_launcher_of_deepspeed(tmp_path):
+    from deepspeed.launcher.runner import parse_args
+
+    hostfile = tmp_path / "hosts"
+    with pytest.raises(ConfigError, match="slots=N"):
+        topology.choose(None, None, hostfile=hostfile)
+    hostfile.write_text("a slots=2\nb slots=2\n")
+    where = topology.choose(None, None, rendezvous="a:1234", hostfile=hostfile)
+    argv = command.command(where, tmp_path / "config.yaml", resume=True)
+    assert argv[1:3] == ["-m", "deepspeed.launcher.runner"]
+    args = parse_args(argv[3:])
+    assert (args.hostfile, args.master_addr, args.master_port, args.module) == (str(hostfile), "a", 1234, True)
+    assert args.no_local_rank and args.user_script == "qpipe.cli"
+    assert args.user_args == ["train", str(tmp_path / "config.yaml"), "--resume"]
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, "No such file"), ("{", "not valid JSON"), ("[]", "must hold an object")])
+def test_bad_deepspeed_file(cli, config_file, tmp_path, text, message):
+    path = tmp_path / "ds.json"
+    if text is not None:
+        path.write_text(text)
+    result = cli("launch", config_file, "--set", f"engine.config_file={path}", "--dry-run")
+    assert result.code == 1 and message in result.err
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "checkpoints"])
+def test_used_directory_is_refused(cli, config_file, tmp_path, name):
+    out = tmp_path / "run"
+    (out / name).mkdir(parents=True)
+    result = cli("launch", config_file, "--cpus", 1, "--out", out)
+    assert result.code == 1
+    assert f"already in use: it holds {name}" in result.err and "--resume" in result.err and "--out" in result.err
+
+
+def test_lock_names_the_process_that_holds_it_and_is_freed_with_it(tmp_path):
+    code = (
+        "import sys, pathlib, time\nfrom qpipe.launching.rundir import Lock\n"
+        "with Lock(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=f"in use by process {holder.pid} on "):
+            rundir.Lock(tmp_path).__enter__()
+    finally:
+        holder.kill()
+        holder.wait()
+    with rundir.Lock(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
+def test_resume_takes_the_saved_configuration_and_says_what_changed(cli, config_file, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    config, _ = prepare.configuration(config_file, [], [], out, False, 0)
+    (out / "config.yaml").write_text(prepare.dump(prepare.with_device(config, True)))
+    result = cli("launch", "--resume", "--out", out, "--set", "train.log_every=3", "--dry-run")
+    assert result.code == 0
+    assert result.err == "changed since the run was started: train.log_every: 10 -> 3\n"
+    assert result.out.strip().endswith(f"train {out}/config.yaml --resume")
+    assert cli("launch", "--resume", "--out", out, "--dry-run").err == ""
+
+
+def test_nothing_to_resume(cli, config_file, tmp_path):
+    result = cli("launch", "--resume", "--out", tmp_path / "none")
+    assert result.code == 1 and "holds no config.yaml" in result.err
+    result = cli("launch", config_file, "--cpus", 1, "--resume", "--out", tmp_path / "none")
+    assert result.code == 1 and "nothing to resume" in result.err
+
+
+def test_differences_name_added_and_removed_keys():
+    old = resolve({"model": {"name": "m"}, "plugins": {"a": {"x": 1}}})
+    new = resolve({"model": {"name": "n"}, "plugins": {"b": {}}})
+    assert prepare.differences(old, new) == [
+        'model.name: "m" -> "n"',
+        "plugins.a.x: 1 -> not set",
+        "plugins.b: not set -> {}",
+    ]

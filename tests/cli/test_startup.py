@@ -1,0 +1,36 @@
+"""The command line has to answer at once."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+HEAVY = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "numpy", "pydantic", "rich", "jinja2")
+COMMANDS = (["--help"], ["plugins", "list"])
+
+
+@pytest.mark.parametrize("args", [*COMMANDS, ["launch", "--help"], ["--version"]], ids=" ".join)
+def test_imports_nothing_heavy(args):
+    code = (
+        "import sys\n"
+        "from qpipe.cli import main\n"
+        f"sys.argv = ['qpipe', *{args!r}]\n"
+        "try:\n    main()\n"
+        "except SystemExit as stop:\n    assert not stop.code, stop.code\n"
+        f"print('HEAVY', [name for name in {HEAVY!r} if name in sys.modules])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = result.stdout.rpartition("HEAVY ")[2].strip()
+    allowed = "['pydantic']" if args == ["launch", "--help"] else "[]"  # typer 0.29 reads other options with it
+    assert heavy in ("[]", allowed)
+
+
+@pytest.mark.parametrize("args", COMMANDS, ids=" ".join)
+def test_answers_within_300_ms(args):
+    def seconds() -> float:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "qpipe.cli", *args], capture_output=True, check=True)
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(8)) < 0.3  # the best of several, since other programs run too

