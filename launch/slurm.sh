@@ -14,7 +14,7 @@
 #SBATCH --signal=TERM@60
 set -euo pipefail
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 # Two jobs may share a machine, so the port follows from the job's number.
 rendezvous="$first:$((20000 + SLURM_JOB_ID % 20000))"
 

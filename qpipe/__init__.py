@@ -33,6 +33,8 @@ _PUBLIC = {
     "QuantizerKind": "qpipe.types",
     "ReportSection": "qpipe.types",
     "Rule": "qpipe.types",
+
+    "SignalKind": "qpipe.types",
     "Signals": "qpipe.types",
     "Site": "qpipe.types",
     "TapStage": "qpipe.types",
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
         QuantizerKind,
         ReportSection,
         Rule,
+        SignalKind,
         Signals,
         Site,
         TapStage,

@@ -213,6 +213,7 @@ def load_plugins(
     options: Mapping[str, Mapping[str, Any]],
     found: Mapping[str, PluginInfo] | None = None,
     extra: Iterable[tuple[str, Plugin]] = (),
+    builtins: bool = True,
 ) -> Host:
     """Build a host with the built-ins and the plugins named in `options`, in that order.
 
@@ -220,6 +221,7 @@ def load_plugins(
         options: options by plugin name; its order is the calling order.
         found: what is installed; None looks it up. Only plugins named in `options` are imported.
         extra: further plugin objects, for tests.
+        builtins: False leaves the built-ins out, to check plugins without importing transformers.
 
     Raises:
         PluginError: a plugin is not installed (names the nearest), does not import, has wrong options, or implements
@@ -236,7 +238,7 @@ def load_plugins(
         info = available[name]
         built.append((name, build_plugin(name, import_plugin(info), options[name]), info.version))
     host = Host()
-    for name, target in BUILTINS.items():
+    for name, target in BUILTINS.items() if builtins else ():
         point = EntryPoint(name=name, value=target, group=GROUP)
         host.register(BUILTIN_PREFIX + name, point.load()())
     for name, plugin in extra:

@@ -50,5 +50,5 @@ class Exporters(Plugin):
             "native",
             _write_native,
             _check_native,
-            "any module, packed embeddings, ternary at 1.6 bits; read by qpipe or the numpy reader in docs/format.md",
+            "any module, packed embeddings, codes -1, 0, 1 at 1.6 bits; read by qpipe, or numpy (docs/format.md)",
         )

@@ -81,7 +81,7 @@ def check() -> None:
             hooks = check_plugin(info)
         except QpipeError as error:
             failed += 1
-            typer.echo(f"FAIL  {error}")
+            typer.echo("FAIL  " + str(error).replace("\n", "\n      "))
         else:
             typer.echo(f"ok    {info.name} ({info.distribution} {info.version}): {', '.join(hooks)}")
     typer.echo(f"{len(infos)} plugins, {failed} failed" if infos else "no plugin is installed")

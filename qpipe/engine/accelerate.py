@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from qpipe.config import EngineConfig, TrainConfig
-from qpipe.engine.base import Processes, choose_device, default_environment, resolve_precision
+from qpipe.engine.base import Processes, choose_device, resolve_precision
 from qpipe.engine.deepspeed import micro_batch_size
 from qpipe.errors import ConfigError
 
@@ -31,11 +31,12 @@ class AccelerateEngine(Processes):
             )
         if config.fsdp:
             raise ConfigError("engine.fsdp is not available in this version; use engine.name: deepspeed, engine.zero: 3")
-        default_environment()
         from accelerate import Accelerator
 
         self._accelerator = Accelerator(cpu=choose_device(config).type == "cpu")
-        self.device = self._accelerator.device
+        found = self._accelerator.device
+        # Accelerate calls the CPU `cpu:0`, which torch.load does not know.
+        self.device = torch.device("cpu") if found.type == "cpu" else found
         self.rank, self.world_size = self._accelerator.process_index, self._accelerator.num_processes
         self.dtype = torch.float32
         self._autocast = resolve_precision(config, self.device) == torch.bfloat16

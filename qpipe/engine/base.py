@@ -139,13 +139,15 @@ def choose_device(config: EngineConfig) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def default_environment() -> None:
-    """Let a single process run without a launcher."""
-    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(key, value)
-    if "MASTER_PORT" not in os.environ:
-        import socket
+def join_processes(backend: str) -> None:
+    """Start the default process group: the one a launcher describes in the environment, or this process alone.
 
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    Alone, nothing is put into the environment, so that child processes do not take this process for their master.
+    """
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; it misleads no child process
+    if dist.is_initialized():
+        return
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from qpipe.config import EngineConfig, TrainConfig
-from qpipe.engine.base import Processes, choose_device, default_environment, resolve_precision
+from qpipe.engine.base import Processes, choose_device, join_processes, resolve_precision
 from qpipe.errors import ConfigError
 
 MANAGED = (
@@ -54,7 +54,6 @@ class DeepSpeedEngine(Processes):
     name = "deepspeed"
 
     def __init__(self, config: EngineConfig) -> None:
-        default_environment()
         self.device = choose_device(config)
         if self.device.type == "cpu":
             # DeepSpeed picks its accelerator when it is imported.
@@ -65,8 +64,9 @@ class DeepSpeedEngine(Processes):
         self._deepspeed = deepspeed
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        if not dist.is_initialized():
-            deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo", verbose=False)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        join_processes(backend)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.config = config
         self.dtype = resolve_precision(config, self.device)

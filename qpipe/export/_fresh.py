@@ -24,7 +24,7 @@ class _NoQpipe:
             raise ImportError("qpipe is hidden while an export is verified")
 
 
-sys.meta_path.insert(0, _NoQpipe())  # type: ignore[arg-type]
+sys.meta_path.insert(0, _NoQpipe())
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -67,8 +67,11 @@ def stock(job: dict[str, Any]) -> dict[str, Any]:
     import transformers
 
     directory = job["directory"]
-    extra = {"attn_implementation": job["attention"]} if job["attention"] else {}
     auto = getattr(transformers, job["auto_class"])
+    made = auto._model_mapping[type(transformers.AutoConfig.from_pretrained(directory))]
+    wanted = job["attention"]
+    # Convolution nets have no attention to choose.
+    extra = {"attn_implementation": wanted} if wanted and getattr(made, f"_supports_{wanted}", True) else {}
     model, info = auto.from_pretrained(directory, output_loading_info=True, **extra)
     model.eval()
     problems = [f"{key}: {sorted(map(str, info[key]))}" for key in ("missing_keys", "unexpected_keys") if info[key]]

@@ -52,7 +52,7 @@ def auto_class(model: nn.Module) -> str:
         if offered is not None and any(c.__name__ in wanted for c in _as_tuple(offered)):
             return name
     raise FormatError(
-        f"no transformers auto class makes a {type(model).__name__}, so an export could not be loaded by other programs; "
+        f"no transformers auto class makes a {type(model).__name__}, so no other program could load the export; "
         "quantize a model that AutoModelFor... loads"
     )
 
@@ -107,7 +107,7 @@ def resolve_ties(record: ExportRecord) -> ExportRecord:
 
 def model_config(record: ExportRecord) -> Any:
     """A copy of the model's configuration that says how the export is to be loaded."""
-    config = copy.deepcopy(record.model.config)
+    config: Any = copy.deepcopy(record.model.config)
     config.architectures = [_architecture(record.model)]
     config.dtype = record.dtype
     if hasattr(config, "quantization_config"):
@@ -166,7 +166,11 @@ def metadata(record: ExportRecord, format_name: str, stored: Mapping[str, tuple[
         "format_version": FORMAT_VERSION,
         "auto_class": auto_class(record.model),
         "dtype": dtype_name(record.dtype),
-        "environment": {**environment(record.dtype), **dict(record.metadata.get("environment", {}))},
+        "environment": {
+            **environment(record.dtype),
+            "device": next((p.device.type for p in record.model.parameters()), "cpu"),
+            **dict(record.metadata.get("environment", {})),
+        },
         "weights": weights,
         "activations": [vars(site) for site in record.activations],
         "tensors": {
@@ -184,7 +188,9 @@ def _licence(record: ExportRecord) -> Path | None:
             raise FormatError(f"the licence file {named} does not exist")
         return path
     base = record.metadata.get("base_model")
-    names = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE") if base else ()
+    if not base:
+        return None
+    names = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
     return next((Path(base) / n for n in names if (Path(base) / n).is_file()), None)
 
 

@@ -84,7 +84,7 @@ def encode(record: ExportRecord) -> tuple[dict[str, Scheme], dict[str, Tensor]]:
         scheme, found = weight_tensors(name, weight, record.dtype)
         for slot, site in activations.get(weight.module, {}).items():
             pairs, ranges = activation_tensors(site, record.dtype)
-            scheme = replace(scheme, **{f"{slot}s": pairs})
+            scheme = replace(scheme, inputs=pairs) if slot == "input" else replace(scheme, outputs=pairs)
             found |= ranges
         schemes[weight.module] = scheme
         tensors.update({f"{weight.module}.{local}": value for local, value in found.items()})

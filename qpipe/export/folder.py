@@ -185,8 +185,8 @@ def whole_folder(target: Path, needed: int) -> Iterator[Path]:
             "make room, or export to another disk"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
+    _clear_remains(target)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
         yield partial
@@ -201,6 +201,17 @@ def whole_folder(target: Path, needed: int) -> Iterator[Path]:
                 f"{_size(free)} are free now that the unfinished files are gone; make room, or export elsewhere"
             ) from error
         raise
+
+
+def _clear_remains(target: Path) -> None:
+    """Remove what a killed export left; put back an earlier export that was set aside when it was killed."""
+    for old in target.parent.glob(f".{target.name}.old-*"):
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(target)
+    for partial in target.parent.glob(f".{target.name}.partial-*"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _swap(partial: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""The `native` format, for what compressed-tensors cannot hold: convolutions, small embeddings, 1.6-bit ternary.
+"""The `native` format, for what compressed-tensors cannot hold: convolutions, small embeddings, codes at 1.6 bits.
 
 Layout: docs/format.md. Every value is read back bit for bit.
 """
@@ -210,6 +210,9 @@ def load_native(directory: Path | str, attention: str | None = None) -> nn.Modul
     about = read_json(directory / METADATA)
     config = transformers.AutoConfig.from_pretrained(directory)
     auto = getattr(transformers, about["auto_class"])
+    made = auto._model_mapping[type(config)]
+    if attention is not None and not getattr(made, f"_supports_{attention}", True):
+        attention = None  # convolution nets have none to choose
     model = auto.from_config(config, dtype=getattr(torch, about["dtype"]), attn_implementation=attention)
     try:
         missing, unexpected = model.load_state_dict(read_native(directory), strict=False)
@@ -219,4 +222,4 @@ def load_native(directory: Path | str, attention: str | None = None) -> nn.Modul
     absent = set(missing) - set(getattr(model, "_tied_weights_keys", None) or {})
     if absent or unexpected:
         raise FormatError(f"the weights in {directory} do not fit its config.json: {sorted(absent) + unexpected}")
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from qpipe.errors import FormatError
 
 TRITS_PER_BYTE = 5
-"""3**5 = 243 values fit a byte: 1.6 bits per ternary weight."""
+"""3**5 = 243 values fit a byte: 1.6 bits per three-valued weight."""
 
 _POWERS = np.array([1, 3, 9, 27, 81], dtype=np.uint8)
 
@@ -45,7 +45,7 @@ def pack_trits(codes: NDArray[np.integer]) -> NDArray[np.uint8]:
         FormatError: a code is not -1, 0 or 1.
     """
     if codes.size and (codes.min() < -1 or codes.max() > 1):
-        raise FormatError(f"codes in [{codes.min()}, {codes.max()}] are not ternary; use the packer `bits`")
+        raise FormatError(f"codes in [{codes.min()}, {codes.max()}] are not all of -1, 0, 1; use the packer `bits`")
     rows, count = codes.shape
     width = -(-count // TRITS_PER_BYTE)
     digits = np.zeros((rows, width * TRITS_PER_BYTE), dtype=np.uint8)

@@ -55,7 +55,7 @@ class PackedWeight:
         module: qualified name of the module that owns it.
         module_type: `Linear`, `Conv2d`, `Embedding`, ...: the class before qpipe changed it.
         tensor: codes as trained, on the CPU.
-        decoded_sha256: `decoded_sha256(tensor, dtype)`, or `tensor_sha256(tensor.decode(dtype))`, in the record's dtype.
+        decoded_sha256: `decoded_sha256(tensor, dtype)` or `tensor_sha256(tensor.decode(dtype))`, dtype of the record.
     """
 
     module: str

@@ -64,7 +64,7 @@ class Scheme:
         """The config group for these target modules."""
 
         def activation(pairs: tuple[tuple[str, object], ...] | None) -> QuantizationArgs | None:
-            return None if pairs is None else QuantizationArgs(type="int", **dict(pairs))  # type: ignore[arg-type]
+            return None if pairs is None else QuantizationArgs(type="int", **dict(pairs))
 
         return QuantizationScheme(
             targets=targets,
@@ -84,7 +84,7 @@ def _minus_zero(tensor: QTensor, factor: int) -> Tensor:
 def lift(tensor: QTensor) -> QTensor:
     """A mid-rise grid as odd integers of one more bit, symmetric and equal in every value.
 
-    `(q - z) * s` with half-integer `z` is `(2q - 2z) * (s / 2)`; doubling and halving are exact in binary floating point.
+    `(q - z) * s` with half-integer `z` is `(2q - 2z) * (s / 2)`; doubling and halving are exact in floating point.
     """
     return QTensor(_minus_zero(tensor, 2), tensor.scale / 2, torch.zeros(1), tensor.bits + 1, tensor.group_size)
 

@@ -32,7 +32,8 @@ class Failure:
         rank: global rank.
         time: seconds since the epoch.
         type: class name of the exception.
-        message: text of the exception and its notes, one per line.
+        message: text of the exception.
+        notes: what has been added to it, such as the plugin it came from.
         expected: True for a `QpipeError`, whose message is all that a user needs.
         traceback: formatted traceback.
         host: name of the machine.
@@ -42,6 +43,7 @@ class Failure:
     time: float
     type: str
     message: str
+    notes: list[str]
     expected: bool
     traceback: str
     host: str
@@ -62,7 +64,8 @@ def record(out: Path, rank: int, error: BaseException) -> Path:
         rank,
         time.time(),
         type(error).__name__,
-        message_of(error),
+        str(error) or type(error).__name__,
+        list(getattr(error, "__notes__", ())),
         isinstance(error, QpipeError),
         "".join(traceback.format_exception(error)),
         socket.gethostname(),
@@ -88,9 +91,11 @@ def summarize(out: Path, exit_codes: Mapping[int, int]) -> WorkerError:
 
     Args:
         out: the run directory.
-        exit_codes: exit codes by rank as the launcher saw them; negative for signals.
+        exit_codes: exit codes by rank as the launcher saw them; negative for signals. SIGTERM is what the launcher ends
+            the remaining ranks with.
     """
-    killed = {rank: signal.Signals(-code) for rank, code in exit_codes.items() if code < 0}
+    ended = {rank: signal.Signals(-code) for rank, code in exit_codes.items() if code < 0}
+    killed = {rank: number for rank, number in ended.items() if number != signal.SIGTERM}
     outside = {rank: number for rank, number in killed.items() if number in OUTSIDE_SIGNALS}
     failure = first(out)
     if outside or (killed and failure is None):
@@ -119,10 +124,11 @@ def _signal_message(rank: int, number: signal.Signals) -> str:
 
 def _failure_error(out: Path, failure: Failure, killed: Mapping[int, signal.Signals]) -> WorkerError:
     where = out / ERRORS_NAME / f"rank-{failure.rank}.json"
-    if failure.expected:
-        error = WorkerError(f"rank {failure.rank}: {failure.message}")
-    else:
-        error = WorkerError(f"rank {failure.rank}: {failure.type}: {failure.message}")
+    kind = "" if failure.expected else f"{failure.type}: "
+    error = WorkerError(f"rank {failure.rank}: {kind}{failure.message}")
+    for note in failure.notes:
+        error.add_note(note)
+    if not failure.expected:
         error.add_note(f"this was not foreseen; the traceback is in {where}, and QPIPE_TRACEBACK=1 prints it")
     for rank, number in killed.items():
         error.add_note(f"rank {rank} was killed by {number.name}")

@@ -33,21 +33,23 @@ def configuration(
         ConfigError: a key or value is not allowed, or there is nothing to resume.
     """
     overrides = list(overrides)
-    if out is not None:
-        overrides.append(f"out={json.dumps(str(out))}")
     if not resume:
-        return resolve(source, overrides, plugins), []
+        config = resolve(source, overrides, plugins)
+        return (_with_out(config, out) if out is not None else config), []
     directory = out or Path(resolve(source, overrides, plugins).out if source else str(default_recipe().get("out", "")))
     saved = _saved_path(directory, node_rank)
     if source is None and saved is None:
         raise ConfigError(
             f"--resume: {directory} holds no {rundir.CONFIG_NAME}; give its CONFIG, or --out with the run"
         )
-    if out is None:
-        overrides.append(f"out={json.dumps(str(directory))}")
-    config = resolve(source or saved, overrides, plugins)
+    config = _with_out(resolve(source or saved, overrides, plugins), directory)
     changes = differences(resolve(saved), config) if saved else []
     return config, changes
+
+
+def _with_out(config: RunConfig, out: Path) -> RunConfig:
+    """Not by an override, which would read a folder called 20261122 as a number."""
+    return config.model_copy(update={"out": str(out)})
 
 
 def _saved_path(out: Path, node_rank: int) -> Path | None:
@@ -98,7 +100,7 @@ def check(config: RunConfig) -> None:
         _check_json(Path(config.engine.config_file))
     from qpipe.host import load_plugins
 
-    load_plugins(config.plugins)
+    load_plugins(config.plugins, builtins=False)
 
 
 def _check_json(path: Path) -> None:

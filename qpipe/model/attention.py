@@ -41,6 +41,10 @@ class AttentionSites(nn.Module):
         """Put a quantizer at a slot."""
         self.quantizers[slot] = quantizer
 
+    def taps_at(self, slot: str) -> list[Tap]:
+        """The taps at a slot, in stage order; the list itself."""
+        return self.taps[slot]
+
     def at(self, slot: str, x: Tensor) -> Tensor:
         """Run what sits at a slot."""
         x = run_taps(self.taps[slot], x, self.context)

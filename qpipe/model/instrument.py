@@ -112,7 +112,7 @@ class Instruments:
         site = self.site(site_name)
         if site.slot == "weight":
             raise SiteError(f"taps see activations; {site_name!r} is a weight (use a quantizer or a weight loss)")
-        add_sorted(self.module(site).taps[site.slot], Tap(stage, fn, active))
+        add_sorted(self.module(site).taps_at(site.slot), Tap(stage, fn, active))
 
     # --- signals ------------------------------------------------------------------------------------------------------
 

@@ -57,6 +57,15 @@ class QuantModule(nn.Module):
         """The quantizer at a slot, if any."""
         return self._modules.get(f"{slot}_quantizer")  # type: ignore[return-value]
 
+    @property
+    def taps(self) -> dict[str, list[Tap]]:
+        """The functions at `input` and `output`, in stage order."""
+        return self.qpipe.taps
+
+    def taps_at(self, slot: str) -> list[Tap]:
+        """The taps at `input` or `output`, in stage order; the list itself."""
+        return self.qpipe.taps[slot]
+
     def quantized_weight(self) -> Tensor:
         """The weight as the forward pass uses it."""
         quantizer = self._modules.get("weight_quantizer")

@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +22,9 @@ def no_gpus(monkeypatch):
 
 def test_dry_run_prints_a_script_that_writes_the_configuration_and_starts_torchrun(cli, config_file, tmp_path):
     out = tmp_path / "a run"
-    result = cli("launch", config_file, "--cpus", 3, "--zero", 2, "--set", "train.batch_size=6", "--out", out, "--dry-run")
+    result = cli(
+        "launch", config_file, "--cpus", 3, "--zero", 2, "--set", "train.batch_size=6", "--out", out, "--dry-run"
+    )
     assert result.code == 0
     assert not out.exists()
     *_, line = result.out.strip().splitlines()
@@ -42,10 +45,11 @@ def test_plugins_keep_their_order_and_get_their_options(tmp_path, config_file):
     assert list(config.plugins.items()) == [("b", {"weight": 0.5}), ("a", {})]
 
 
-def test_out_is_text_even_if_it_looks_like_a_number(config_file):
-    from pathlib import Path
-
-    assert prepare.configuration(config_file, [], [], Path("1e5"), False, 0)[0].out == "1e5"
+def test_out_may_look_like_a_number(cli, config_file, tmp_path):
+    config, _ = prepare.configuration(config_file, [], [], Path("20261122"), False, 0)
+    assert config.out == "20261122"
+    (tmp_path / "saved.yaml").write_text(prepare.dump(config))
+    assert resolve(tmp_path / "saved.yaml").out == "20261122"
 
 
 def test_unknown_plugin_is_refused_before_anything_starts(cli, config_file, tmp_path, installed_plugin):
@@ -121,7 +125,9 @@ def test_hostfile_uses_the_launcher_of_deepspeed(tmp_path):
     assert args.user_args == ["train", str(tmp_path / "config.yaml"), "--resume"]
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "No such file"), ("{", "not valid JSON"), ("[]", "must hold an object")])
+@pytest.mark.parametrize(
+    ("text", "message"), [(None, "No such file"), ("{", "not valid JSON"), ("[]", "must hold an object")]
+)
 def test_bad_deepspeed_file(cli, config_file, tmp_path, text, message):
     path = tmp_path / "ds.json"
     if text is not None:

@@ -44,7 +44,9 @@ def start(config_file, tmp_path, fake_stages):
 
 def test_workers_get_the_configuration_and_their_ranks(process, config_file, tmp_path, fake_stages):
     out = tmp_path / "run"
-    body = "(out / f'rank-{rank}').write_text(f'{os.environ[\"WORLD_SIZE\"]} {resume} {config.engine.cpu} {config.seed}')"
+    body = (
+        "(out / f'rank-{rank}').write_text(f'{os.environ[\"WORLD_SIZE\"]} {resume} {config.engine.cpu} {config.seed}')"
+    )
     result = process("launch", config_file, "--cpus", 2, "--set", "seed=7", "--out", out, env=fake_stages(body))
     assert result.returncode == 0, result.stderr
     assert [(out / f"rank-{rank}").read_text() for rank in (0, 1)] == ["2 False True 7"] * 2
@@ -66,7 +68,7 @@ raise error
     _, *message = result.stderr.splitlines()  # the first line says where the run is
     assert message == [
         "error: rank 1: loss is not finite at step 3",
-        "raised by plugin 'x' 1.0 in hook qpipe_losses",
+        "  raised by plugin 'x' 1.0 in hook qpipe_losses",
     ]
 
 
@@ -83,16 +85,12 @@ def test_unforeseen_error_points_to_its_traceback(process, config_file, tmp_path
     assert again.returncode == 1 and "in execute" in again.stderr
 
 
-def test_killed_worker_is_named_even_if_another_one_complains(process, config_file, tmp_path, fake_stages):
-    body = """
-if rank == 1:
-    os.kill(os.getpid(), signal.SIGKILL)
-raise RuntimeError("Connection closed by peer")
-"""
+def test_killed_worker_is_named(process, config_file, tmp_path, fake_stages):
+    body = "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(60)"
     result = process("launch", config_file, "--cpus", 2, "--out", tmp_path / "run", env=fake_stages(body))
     assert result.returncode == 1
-    assert "rank 1 was killed by SIGKILL" in result.stderr or "Connection closed by peer" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert "error: rank 1 was killed by SIGKILL; often the system ran out of memory" in result.stderr
+    assert "rank 0" not in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -113,10 +111,9 @@ def test_workers_end_with_a_launcher_that_is_killed(start):
 
 def test_directory_of_a_live_run_is_refused(start, process, config_file, tmp_path):
     launcher, _ = start
-    for resume in ((), ("--resume",)):
-        result = process("launch", config_file, "--cpus", 1, "--out", tmp_path / "run", *resume)
-        assert result.returncode == 1
-        assert f"in use by process {launcher.pid} on " in result.stderr
+    result = process("launch", config_file, "--cpus", 1, "--out", tmp_path / "run", "--resume")
+    assert result.returncode == 1
+    assert f"in use by process {launcher.pid} on " in result.stderr
 
 
 def test_train_alone_prints_one_message(process, config_file, fake_stages):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,12 +56,12 @@ def test_movie_reviews_from_packages(load: Callable[..., TaskData]) -> None:
     [
         ("rte", "rte", (2490, 277), {}),
         ("stsb", "stsb", (5749, 1500), {}),
-        ("sst2", "sst2", (67349, 872), {}),
-        ("mnli", "mnli", (9888, 6238), {"text_columns": ["sentence1", "sentence2"]}),
+        ("sst2", "sst2", (500, 872), {"max_train_examples": 500}),
+        ("mnli", "mnli", (9888, 300), {"text_columns": ["sentence1", "sentence2"], "max_eval_examples": 300}),
     ],
 )
 def test_glue_files(
-    load: Callable[..., TaskData], name: str, task: str, rows: tuple[int, int], options: dict[str, list[str]]
+    load: Callable[..., TaskData], name: str, task: str, rows: tuple[int, int], options: dict[str, Any]
 ) -> None:
     model, folder = need_shared("models/bert_tiny"), need_shared(f"data/{name}")
     data = load(

@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import builders
+import export_builders as builders
 
 from qpipe.export import compressed, native
 from qpipe.export.record import ActivationSite
@@ -72,6 +72,7 @@ def build_records():
         "roberta": make("roberta", grids),
         "vit": make("vit", uniform("vit", linear["vit"], GRIDS)),
         "llama": make("llama", llama, activations=[token(n) for n in llama]),
+        "qwen3-tied": make("qwen3", {n: t for n, t in qwen.items() if "embed" not in n}, bf16, tied=ties),
         "qwen3": make("qwen3", qwen, bf16, tied=ties, metadata={"licence": "apache-2.0", "plugins": {"x": "1.0"}}),
     }
 
@@ -80,11 +81,14 @@ def build_native():
     conv = "vit.embeddings.patch_embeddings.projection"
     vit = uniform("vit", builders.linears(builders.make("vit")), GRIDS)
     vit[conv] = builders.quantize(weight_of("vit", conv), bits=4, symmetric=False)
+    convolutions = [n for n, m in builders.make("resnet").named_modules() if type(m).__name__ == "Conv2d"]
+    resnet = uniform("resnet", convolutions, [{"bits": 4}, {"bits": 8}, {"bits": 3, "granularity": "tensor"}])
     words = "bert.embeddings.word_embeddings"
     bert = {n: builders.ternary(weight_of("bert", n)) for n in builders.linears(builders.make("bert"))}
     bert[words] = builders.midrise(weight_of("bert", words), 2, "channel")
     bert["bert.pooler.dense"] = builders.quantize(weight_of("bert", "bert.pooler.dense"), bits=4, granularity="tensor")
     return {
+        "native-resnet": builders.record_of("resnet", resnet, metadata={"attention": "sdpa"}),
         "native-vit": builders.record_of("vit", vit),
         "native-bert": builders.record_of("bert", bert, activations=[token("bert.encoder.layer.0.output.dense")]),
     }

@@ -61,6 +61,18 @@ def test_failure_keeps_the_earlier_export(records, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_remains_of_a_killed_export_are_cleared(records, tmp_path):
+    target = tmp_path / "out"
+    (tmp_path / ".out.partial-1").mkdir()
+    (tmp_path / ".out.partial-1/model.safetensors").write_text("half")
+    compressed.write(records["vit"], target)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    target.rename(tmp_path / ".out.old-1")  # killed between the two renames: the earlier export is found again
+    with pytest.raises(ZeroDivisionError), folder.whole_folder(target, 0):
+        1 / 0  # noqa: B018
+    assert (target / "SHA256SUMS").is_file()
+
+
 def test_other_files_are_left_alone(records, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(FormatError, match="no qpipe export"):

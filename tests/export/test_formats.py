@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import builders
+import export_builders as builders
 import numpy as np
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_trits_round_trip(count):
 def test_packers_refuse_codes_that_do_not_fit():
     with pytest.raises(FormatError, match="do not fit 3 bits"):
         pack_bits(np.array([[4]]), 3)
-    with pytest.raises(FormatError, match="not ternary"):
+    with pytest.raises(FormatError, match="not all of -1, 0, 1"):
         pack_trits(np.array([[2]]))
     with pytest.raises(FormatError, match="1 to 8"):
         pack_bits(np.array([[0]]), 9)
@@ -78,8 +78,8 @@ def test_targets_are_compact_and_anchored():
     names = [f"model.layers.{i}.mlp.up" for i in (0, 2, 10)] + ["head", "model.layers.1.mlp.down"]
     assert targets(names) == [
         "re:^head$",
-        r"re:^model\.layers\.1\.mlp\.down$",
         r"re:^model\.layers\.(?:0|2|10)\.mlp\.up$",
+        r"re:^model\.layers\.1\.mlp\.down$",
     ]
 
 

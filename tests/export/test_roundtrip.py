@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
+import qpipe.export
 from qpipe.export.inspect import describe, sizes
 from qpipe.export.native import load_native, read_native
 
-FAMILIES = ["bert", "distilbert", "roberta", "vit", "llama", "qwen3", "native-vit", "native-bert"]
+FAMILIES = [
+    "bert",
+    "distilbert",
+    "roberta",
+    "vit",
+    "llama",
+    "qwen3",
+    "qwen3-tied",
+    "native-vit",
+    "native-bert",
+    "native-resnet",
+]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -23,6 +39,14 @@ def test_weights_and_logits_are_exact(verified, name):
     assert result.passed, text
     assert "difference exactly 0" in next(c.detail for c in result.checks if c.name == "weights"), text
     assert "difference exactly 0" in next(c.detail for c in result.checks if c.name == "logits"), text
+
+
+def test_qpipe_is_hidden_from_the_fresh_process():
+    script = Path(qpipe.export.__file__).with_name("_fresh.py")
+    code = f"import runpy; runpy.run_path({str(script)!r}); import qpipe.errors"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "qpipe is hidden" in done.stderr
 
 
 def test_changed_logits_fail(verified):
@@ -44,8 +68,6 @@ def test_config_has_no_implementation_details(exported):
 
 
 def test_each_target_matches_its_modules_only(exported, records):
-    import re
-
     config = json.loads((exported["bert"] / "config.json").read_text())["quantization_config"]
     patterns = [t.removeprefix("re:") for g in config["config_groups"].values() for t in g["targets"]]
     modules = [n for n, _ in records["bert"].model.named_modules()]
@@ -84,8 +106,6 @@ def test_card_names_licence_result_and_requirement(exported):
 
 
 def test_sha256sum_agrees(exported):
-    import subprocess
-
     done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=exported["vit"], capture_output=True, check=False)
     assert done.returncode == 0, done.stdout
 
@@ -99,7 +119,7 @@ def test_sizes_count_scales(exported):
     assert found["bits_per_weight"] == pytest.approx(8 * total / found["parameters"])
 
 
-@pytest.mark.parametrize("name", ["native-vit", "native-bert"])
+@pytest.mark.parametrize("name", ["native-vit", "native-bert", "native-resnet"])
 def test_native_reads_back_exactly(exported, records, name):
     found = read_native(exported[name])
     record = records[name]
@@ -108,7 +128,7 @@ def test_native_reads_back_exactly(exported, records, name):
         assert torch.equal(found[key], weight.tensor.decode()), key
 
 
-@pytest.mark.parametrize("name", ["native-vit", "native-bert"])
+@pytest.mark.parametrize("name", ["native-vit", "native-bert", "native-resnet"])
 def test_documented_reader(exported, records, name, request):
     text = (request.config.rootpath / "docs/format.md").read_text()
     scope = {"json": json, "np": np, "safe_open": safe_open}

@@ -111,6 +111,7 @@ class KurtosisPenalty(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, target: float, squared: bool) -> Tensor:
+        """The penalty; keeps the weight itself and five scalars."""
         m = moments(weight)
         constant = _is_constant(m)
         value = _kurtosis(m, weight.numel())
@@ -124,6 +125,7 @@ class KurtosisPenalty(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """Gradient of the weight's shape and dtype."""
         weight, slope, mean, second, third, fourth = ctx.saved_tensors
         flat, size = _working(weight)
         # A constant tensor has slope 0; its ratio would be 0/0, and 0 * NaN is NaN.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qpipe import ModelError, Options, Plugin, ReportSection, Run, TrainingError, WeightLoss, hookimpl
 from qpipe_kure.penalty import KurtosisPenalty, kurtosis
-from qpipe_kure.report import FILE, section
+from qpipe_kure.report import FILE, read, section
 from qpipe_kure.selection import Candidate, matching, select, table
 
 logger = logging.getLogger("qpipe.kure")
@@ -25,7 +25,9 @@ class KureOptions(Options):
 
     target: float = Field(1.8, ge=1, description="kurtosis aimed at: 1.8 is a uniform distribution, 3 a normal one")
     weight: float = Field(1.0, ge=0, description="factor of the penalty in the loss (lambda)")
-    penalty: Literal["squared", "linear"] = Field("squared", description="`squared`: (K - target)^2; `linear`: K itself")
+    penalty: Literal["squared", "linear"] = Field(
+        "squared", description="`squared`: (K - target)^2; `linear`: K itself"
+    )
     reduction: Literal["mean", "sum"] = Field("mean", description="how the penalties of several weights combine")
     include: tuple[str, ...] = Field(
         (), description="patterns over module paths; default: every quantized weight except embeddings"
@@ -68,15 +70,19 @@ class Kure(Plugin):
         """Measure the weights while they are whole on every process, and penalise the selected ones."""
 
         def measure(path: str) -> float:
-            weight: Tensor = run.student.get_submodule(path).weight.detach()  # type: ignore[assignment,operator,union-attr]
+            weight: Tensor = run.student.get_submodule(path).weight.detach()  # type: ignore[operator]
             if not bool(torch.isfinite(weight).all()):
                 raise ModelError(f"the weight of {path} holds NaN or infinity before training; load another checkpoint")
             return kurtosis(weight)
 
-        names = self.candidate_names(run)
-        self.candidates = tuple(select(names, self.options.exclude, self.options.skip_above, measure))
-        if run.engine.rank == 0:
-            logger.info("%s", table(self.candidates))
+        recorded = read(run.out / FILE) if run.total_steps == 0 else None
+        if recorded is not None:  # A finished run, loaded for evaluation or export: its weights are trained ones.
+            self.candidates = tuple(Candidate(**entry) for entry in recorded["weights"])
+        else:
+            names = self.candidate_names(run)
+            self.candidates = tuple(select(names, self.options.exclude, self.options.skip_above, measure))
+            if run.engine.rank == 0:
+                logger.info("%s", table(self.candidates))
         chosen = frozenset(c.name for c in self.candidates if not c.left_out)
         yield WeightLoss("kure", self.penalty, self.options.weight, chosen.__contains__, self.options.reduction)
 

@@ -76,9 +76,7 @@ def chart(rows: list[tuple[str, float | None, float | None, str]], target: float
     for number, (name, before, after, left_out) in enumerate(rows):
         y = ROW * number
         shown = name if len(name) <= 48 else "…" + name[-47:]
-        parts.append(
-            f'<text x="{LABEL - 6}" y="{y + 13}" text-anchor="end" fill="currentColor">{escape(shown)}</text>'
-        )
+        parts.append(f'<text x="{LABEL - 6}" y="{y + 13}" text-anchor="end" fill="currentColor">{escape(shown)}</text>')
         for value, offset, colour in ((before, 2, "#9aa5b1"), (after, 10, "#2f6fab")):
             if value is None:
                 continue

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+LOWEST = -100.0
+"""Scores down to here count as 0; the reference code finds masked entries this way, and meets extreme ones too."""
+
 
 def soft_cross_entropy(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """`-sum_c softmax(teacher)_c log softmax(student)_c`, summed over classes and averaged over everything else.
@@ -58,7 +61,8 @@ def score_loss(
 ) -> Tensor:
     """Mean squared error of attention scores, summed over layers; masked entries count as equal.
 
-    As in the reference code the mean is over all entries, masked ones included, and padded queries take part.
+    As in the reference code the mean is over all entries, masked ones included; padded queries take part; and a score
+    of -100 or less counts as 0, with no gradient.
 
     Args:
         students: scores per layer `[batch, heads, queries, keys]`, before the mask.
@@ -68,7 +72,7 @@ def score_loss(
     """
     losses = []
     for student, teacher in zip(students, teachers, strict=True):
-        difference = student.float() - teacher.float()
+        difference = F.threshold(student.float(), LOWEST, 0.0) - F.threshold(teacher.float(), LOWEST, 0.0)
         visible = visible_keys(student, attention_mask, causal)
         if visible is not None:
             difference = difference.masked_fill(~visible, 0.0)

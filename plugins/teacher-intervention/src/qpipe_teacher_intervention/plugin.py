@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from qpipe import CheckpointError, Loss, Options, Plugin, Run, Signals, Step, TrainingError, hookimpl
-from qpipe.types import SignalKind
+from qpipe import CheckpointError, Loss, Options, Plugin, Run, SignalKind, Signals, Step, TrainingError, hookimpl
 from qpipe_teacher_intervention.losses import score_loss, soft_cross_entropy, summed_mse
 from qpipe_teacher_intervention.options import InterventionOptions, MapOptions, OutputOptions
 from qpipe_teacher_intervention.schedule import Kind, Schedule, intervention_steps, make_schedule
@@ -142,7 +141,7 @@ class TeacherIntervention(Plugin):
         now = [] if self.schedule is None else self.schedule.to_json()
         if list(state["phases"]) != now:
             raise TrainingError(
-                f"teacher intervention: the checkpoint was trained with phases {state['phases']} and this run has {now}; "
+                f"teacher intervention: the checkpoint has phases {state['phases']} and this run has {now}; "
                 "resume with the same schedule, steps and length of training"
             )
 

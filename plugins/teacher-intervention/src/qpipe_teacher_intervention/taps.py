@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from qpipe import Inject, ModelError, Run, StopGradient, TapStage
-from qpipe.types import SignalKind
+from qpipe import Inject, ModelError, Run, SignalKind, StopGradient, TapStage
 from qpipe_teacher_intervention.schedule import Kind
 
 REPLACED: dict[Kind, SignalKind] = {"output": "attention_output", "context": "context", "map": "probs"}

@@ -50,8 +50,8 @@ class _InsideOnly(torch.autograd.Function):
 class TernaryWeight(Quantizer):
     """Codes -1, 0 and 1 times one scale per tensor or per channel (axis 0).
 
-    With `w' = clamp(w, -clip, clip)`, the weights with `|w'| > threshold * mean|w'|` are kept, and the scale is their mean
-    magnitude. The gradient passes unchanged, except that clipped weights get none; scale and threshold have none.
+    With `w' = clamp(w, -clip, clip)`, the weights with `|w'| > threshold * mean|w'|` are kept, and the scale is their
+    mean magnitude. The gradient passes unchanged, except that clipped weights get none; scale and threshold have none.
     """
 
     def __init__(self, options: TernaryOptions) -> None:
@@ -106,7 +106,7 @@ class TernaryWeight(Quantizer):
     def encode(self, value: Tensor) -> QTensor:
         """Codes of a weight `[channels, ...]`, with one scale `[1, ..]` or one per channel `[channels, 1, ..]`.
 
-        Where nothing exceeds the threshold (weights all zero), or the export type rounds the scale to zero, codes are 0.
+        Codes are 0 where nothing exceeds the threshold (weights all zero), or the export type rounds the scale to zero.
         """
         codes = torch.empty(as_rows(value)[0].shape, device=value.device)
         scales = []

@@ -17,6 +17,8 @@ from transformers import (
     LlamaForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
     ViTConfig,
@@ -54,6 +56,9 @@ def make(family: str) -> nn.Module:
                 num_labels=3,
             )
         ),
+        "resnet": lambda: ResNetForImageClassification(
+            ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+        ),
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**DECODER, tie_word_embeddings=False)),
         "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**DECODER, tie_word_embeddings=True)),
     }
@@ -66,8 +71,9 @@ def make(family: str) -> nn.Module:
 
 def inputs_of(family: str) -> dict[str, Tensor]:
     torch.manual_seed(11)
-    if family == "vit":
-        return {"pixel_values": torch.randn(3, 3, 8, 8)}
+    if family in ("vit", "resnet"):
+        side = 8 if family == "vit" else 32
+        return {"pixel_values": torch.randn(3, 3, side, side)}
     mask = torch.ones(3, 10, dtype=torch.long)
     mask[1, 6:] = 0
     return {"input_ids": torch.randint(5, 60, (3, 10)), "attention_mask": mask}

@@ -1,0 +1,164 @@
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pydantic import ValidationError
+from qpipe_kure import Kure, KureOptions, kurtosis
+from torch import nn
+
+from qpipe import CheckpointError, ConfigError, ModelError, Site, SiteError, TrainingError
+
+
+def model():
+    torch.manual_seed(0)
+    made = nn.ModuleDict({"embedding": nn.Embedding(50, 16), "query": nn.Linear(16, 16), "ffn": nn.Linear(16, 64)})
+    made["head"] = nn.Linear(16, 2)
+    with torch.no_grad():
+        made["ffn"].weight[0, 0] = 1e3
+    return made
+
+
+def make_run(tmp_path, planned=("embedding", "query", "ffn"), student=None):
+    student = student or model()
+    sites = {
+        f"{path}:weight": Site(path, "weight", type(module).__name__, tuple(module.weight.shape))
+        for path, module in student.named_modules()
+        if path
+    }
+    plan = {name: SimpleNamespace(site=site) for name, site in sites.items() if site.path in planned}
+    sites["query:input"] = Site("query", "input", "Linear")
+    plan["query:input"] = SimpleNamespace(site=sites["query:input"])
+    return SimpleNamespace(
+        student=student,
+        plan=SimpleNamespace(sites=plan),
+        instruments=SimpleNamespace(sites=sites),
+        engine=SimpleNamespace(rank=0),
+        out=tmp_path,
+        total_steps=10,
+    )
+
+
+def start(run, **options):
+    plugin = Kure(KureOptions(**options))
+    (term,) = plugin.qpipe_weight_losses(run)
+    return plugin, term
+
+
+def chosen(run, **options):
+    plugin, term = start(run, **options)
+    return [name for name in ("embedding", "query", "ffn", "head") if term.applies(name)], plugin
+
+
+def test_quantized_weights_without_embeddings_by_default(tmp_path):
+    assert chosen(make_run(tmp_path))[0] == ["query", "ffn"]
+
+
+def test_include_exclude_and_skip_above(tmp_path, caplog):
+    run = make_run(tmp_path)
+    assert chosen(run, include=["*d*"])[0] == ["embedding", "head"]
+    assert chosen(run, exclude=["ff*"])[0] == ["query"]
+    with caplog.at_level(logging.INFO, "qpipe.kure"):
+        names, plugin = chosen(run, skip_above=100)
+    assert names == ["query"]
+    assert [c.left_out for c in plugin.candidates] == ["", "kurtosis above 100"]
+    assert plugin.candidates[1].kurtosis == kurtosis(run.student["ffn"].weight)
+    assert "1 of 2 weights" in caplog.text and "kurtosis above 100" in caplog.text
+
+
+def test_only_the_first_process_logs(tmp_path, caplog):
+    run = make_run(tmp_path)
+    run.engine.rank = 1
+    with caplog.at_level(logging.INFO, "qpipe.kure"):
+        start(run)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_pattern_without_a_match_is_an_error(option, tmp_path):
+    with pytest.raises(SiteError, match=rf"kure\.{option}: 'valeu' matches no module"):
+        start(make_run(tmp_path), **{option: ["valeu"]})
+
+
+def test_nothing_to_regularize_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="nothing to regularize"):
+        start(make_run(tmp_path), skip_above=0.1)
+    with pytest.raises(ConfigError, match="nothing to regularize"):
+        start(make_run(tmp_path, planned=("embedding",)))
+
+
+def test_constant_weights_are_left_out(tmp_path):
+    run = make_run(tmp_path)
+    nn.init.zeros_(run.student["query"].weight)
+    names, plugin = chosen(run)
+    assert names == ["ffn"]
+    assert (plugin.candidates[0].kurtosis, plugin.candidates[0].left_out) == (None, "constant")
+
+
+def test_non_finite_weights_are_refused(tmp_path):
+    run = make_run(tmp_path)
+    nn.init.constant_(run.student["query"].weight, torch.inf)
+    with pytest.raises(ModelError, match="weight of query holds NaN or infinity"):
+        start(run)
+
+
+def test_the_penalty_follows_the_options(tmp_path):
+    weight = torch.randn(20, 20)
+    _, term = start(make_run(tmp_path), target=3.0, weight=0.5, reduction="sum")
+    assert (term.name, term.weight, term.reduction) == ("kure", 0.5, "sum")
+    assert float(term.fn(weight)) == pytest.approx((kurtosis(weight) - 3.0) ** 2, rel=1e-4)
+    _, linear = start(make_run(tmp_path), penalty="linear")
+    assert float(linear.fn(weight)) == pytest.approx(kurtosis(weight), rel=1e-6)
+
+
+def test_bad_options():
+    with pytest.raises(ValidationError, match="target"):
+        KureOptions(target=0.5)
+    with pytest.raises(ValidationError, match="penalty"):
+        KureOptions(penalty="cubic")
+
+
+def test_resume_keeps_the_first_table_and_the_selection(tmp_path):
+    run = make_run(tmp_path)
+    plugin, _ = start(run, skip_above=100)
+    state = plugin.qpipe_state(run)
+    with torch.no_grad():
+        run.student["query"].weight.pow_(3)
+    again, _ = start(run, skip_above=100)
+    assert again.candidates != plugin.candidates
+    again.qpipe_restore(run, state)
+    assert again.candidates == plugin.candidates
+    other, _ = start(run)
+    with pytest.raises(TrainingError, match="'ffn'"):
+        other.qpipe_restore(run, state)
+
+
+def test_a_finished_run_reports_the_kurtosis_before_training(tmp_path):
+    run = make_run(tmp_path)
+    plugin, _ = start(run, skip_above=100)
+    plugin.qpipe_run_start(run)
+    with torch.no_grad():
+        run.student["query"].weight.pow_(3)
+    run.total_steps = 0
+    finished, term = start(run, skip_above=100)
+    assert finished.qpipe_export_metadata(run) == plugin.qpipe_export_metadata(run)
+    assert term.applies("query") and not term.applies("ffn")
+
+
+def test_report_shows_before_and_after(tmp_path):
+    assert list(Kure().qpipe_report_sections(tmp_path)) == []
+    run = make_run(tmp_path)
+    plugin, _ = start(run, skip_above=100)
+    plugin.qpipe_run_start(run)
+    (before,) = Kure().qpipe_report_sections(tmp_path)
+    assert before.html.count("<rect") == 2
+    (tmp_path / "tensors.json").write_text(
+        json.dumps([{"name": "query:weight", "kurtosis": 1.8123}, {"name": "ffn", "kurtosis": None}])
+    )
+    (section,) = Kure().qpipe_report_sections(tmp_path)
+    assert section.html.count("<rect") == 3 and "1.812" in section.html and "kurtosis above 100" in section.html
+    assert "<script" not in section.html and "http" not in section.html.replace("http://www.w3.org/2000/svg", "")
+    (tmp_path / "kure.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"kure\.json is not valid JSON"):
+        list(Kure().qpipe_report_sections(tmp_path))

@@ -1,0 +1,276 @@
+"""The plugin on a tiny BERT through the core's real instruments, without engine or data."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from qpipe_teacher_intervention import GradualIntervention, MapIntervention, OutputIntervention, TeacherIntervention
+from transformers import BertConfig, BertForSequenceClassification
+
+from qpipe import ConfigError, ModelError, Step, TrainingError
+from qpipe.builtin.models import Models
+from qpipe.builtin.modules import QuantModules
+from qpipe.model.instrument import Instruments
+
+BATCH = {
+    "input_ids": torch.tensor([[5, 6, 7, 8], [9, 3, 0, 0]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
+}
+
+
+def bert(seed, **config):
+    torch.manual_seed(seed)
+    shape = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, **config}
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForSequenceClassification(BertConfig(vocab_size=20, initializer_range=0.3, **shape, **no_dropout))
+
+
+def instruments(model):
+    found = Instruments(model, Models().qpipe_model_map(model), lambda m: QuantModules().qpipe_quantize_module(m))
+    found.enable_capture()
+    return found
+
+
+def make_run(tmp_path, student=None, teacher=None, total_steps=12, kind="classification"):
+    student, teacher = student or bert(0), teacher or bert(1)
+    return SimpleNamespace(
+        student=student,
+        teacher=teacher,
+        instruments=instruments(student),
+        teacher_instruments=instruments(teacher),
+        total_steps=total_steps,
+        step=None,
+        task=SimpleNamespace(kind=kind),
+        engine=SimpleNamespace(rank=0),
+        out=tmp_path,
+    )
+
+
+def prepared(plugin, tmp_path, **options):
+    run = make_run(tmp_path)
+    instance = plugin(plugin.Options(**options))
+    instance.qpipe_model_prepared(run)
+    return instance, run
+
+
+def forward(model, found, wanted, store):
+    found.want(wanted, store)
+    found.context.taps_active = True
+    hidden = {"output_hidden_states": True} if "hidden_states" in wanted else {}
+    output = model(**BATCH, **hidden)
+    found.context.taps_active = False
+    found.take_outputs(output, wanted, store)
+    return output
+
+
+def micro_step(plugin, run, index):
+    """One step of the training loop: (step, loss parts by name)."""
+    run.step = step = Step(index, True, dict(BATCH))
+    plugin.qpipe_step_start(step)
+    wanted = plugin.qpipe_signals()
+    with torch.no_grad():
+        forward(run.teacher, run.teacher_instruments, wanted.teacher, step.teacher)
+    step.output = forward(run.student, run.instruments, wanted.student, step.student)
+    return step, {loss.name: loss.weight * loss.fn(step) for loss in plugin.qpipe_losses(run)}
+
+
+def gradients(run, loss):
+    run.student.zero_grad()
+    loss.backward()
+    norms = {name: 0.0 if p.grad is None else float(p.grad.norm()) for name, p in run.student.named_parameters()}
+    return {part: max(v for n, v in norms.items() if part in n and n.endswith("weight")) for part in PARTS}
+
+
+PARTS = ("self.query", "self.key", "self.value", "attention.output.dense", "intermediate.dense", "word_embeddings")
+
+
+def test_phases_signals_and_losses(tmp_path):
+    plugin, run = prepared(GradualIntervention, tmp_path, fraction=0.5)
+    seen = []
+    for index in range(8):
+        micro_step(plugin, run, index)
+        seen.append((plugin.kind, plugin.qpipe_signals().teacher - plugin.qpipe_signals().student))
+    assert seen[0] == ("output", frozenset())
+    assert seen[1] == ("context", {"context"})
+    assert seen[2] == seen[5] == ("map", {"probs"})
+    assert seen[6] == (None, frozenset())
+
+
+@pytest.mark.parametrize(("kind", "signal"), [("context", "context"), ("map", "probs")])
+def test_the_teacher_takes_the_students_place(kind, signal, tmp_path):
+    plugin, run = prepared(TeacherIntervention, tmp_path, schedule=kind, steps=1)
+    step, _ = micro_step(plugin, run, 0)
+    path = run.instruments.map.attention[0]
+    seen = []
+    found = run.instruments.attention(path)
+    original = found.at
+
+    def at(slot, x):
+        result = original(slot, x)
+        if slot == signal:
+            seen.append(result.detach().clone())
+        return result
+
+    found.at = at
+    forward(run.student, run.instruments, frozenset(), {})
+    assert torch.equal(seen[0], step.teacher[signal, 0])
+
+
+def test_the_output_block_is_the_teachers_and_capture_comes_before(tmp_path):
+    plugin, run = prepared(OutputIntervention, tmp_path, steps=1)
+    seen = {}
+    name = run.instruments.map.attention_output[0]
+    run.student.get_submodule(name).register_forward_hook(lambda m, a, out: seen.update(out=out.detach()))
+    step, _ = micro_step(plugin, run, 0)
+    assert torch.equal(seen["out"], step.teacher["attention_output", 0])
+    assert not torch.equal(step.student["attention_output", 0], step.teacher["attention_output", 0])
+
+
+def test_a_student_with_the_teachers_weights_is_left_as_it_is(tmp_path):
+    run = make_run(tmp_path, bert(3), bert(3))
+    plain = run.student(**BATCH).logits.detach()
+    plugin = GradualIntervention()
+    plugin.qpipe_model_prepared(run)
+    for index in range(3):
+        step, parts = micro_step(plugin, run, index)
+        torch.testing.assert_close(step.output.logits, plain, rtol=1e-5, atol=1e-6)
+        for name in ("ti/hidden", "ti/scores", "ti/output"):
+            assert float(parts[name].detach()) < 1e-9
+
+
+def test_no_intervention_outside_training_steps(tmp_path):
+    run = make_run(tmp_path)
+    plain = run.student(**BATCH).logits.detach()
+    plugin = OutputIntervention()
+    plugin.qpipe_model_prepared(run)
+    micro_step(plugin, run, 0)
+    assert torch.equal(run.student(**BATCH).logits, plain)
+
+
+# What trains what, as measured on the reference (methods 2.2), for the loss on logits and hidden states.
+@pytest.mark.parametrize(
+    ("kind", "stopped"),
+    [
+        ("output", {"self.query", "self.key", "self.value", "attention.output.dense"}),
+        ("context", {"self.query", "self.key", "self.value"}),
+        ("map", {"self.query", "self.key"}),
+    ],
+)
+def test_gradients_of_logits_and_hidden_states(kind, stopped, tmp_path):
+    plugin, run = prepared(TeacherIntervention, tmp_path, schedule=kind, steps=1)
+    _, parts = micro_step(plugin, run, 0)
+    grads = gradients(run, parts["ti/logits"] + parts["ti/hidden"])
+    assert {part for part, norm in grads.items() if norm == 0} == stopped
+
+
+@pytest.mark.parametrize("kind", ["output", "context", "map"])
+def test_the_score_loss_trains_query_and_key_of_its_layer_only(kind, tmp_path):
+    plugin, run = prepared(TeacherIntervention, tmp_path, schedule=kind, steps=1)
+    _, parts = micro_step(plugin, run, 0)
+    grads = gradients(run, parts["ti/scores"])
+    assert {part for part, norm in grads.items() if norm > 0} == {"self.query", "self.key"}
+
+
+def test_the_output_loss_trains_value_and_output_under_output_intervention(tmp_path):
+    plugin, run = prepared(OutputIntervention, tmp_path, steps=1)
+    _, parts = micro_step(plugin, run, 0)
+    grads = gradients(run, parts["ti/output"])
+    assert grads["self.value"] > 0 and grads["attention.output.dense"] > 0
+    assert grads["intermediate.dense"] == 0 and grads["word_embeddings"] == 0
+
+
+def test_after_the_intervention_everything_trains(tmp_path):
+    plugin, run = prepared(GradualIntervention, tmp_path, steps=3)
+    _, parts = micro_step(plugin, run, 3)
+    assert plugin.kind is None
+    assert all(norm > 0 for norm in gradients(run, parts["ti/logits"]).values())
+
+
+def test_no_attention_map_is_asked_for_without_need(tmp_path):
+    plugin, run = prepared(GradualIntervention, tmp_path, score_loss=0, steps=6)
+    needs = []
+    for index in (0, 1, 2, 6):
+        micro_step(plugin, run, index)
+        run.instruments.context.taps_active = True
+        needs.append(run.instruments.attention(run.instruments.map.attention[0]).needs_map())
+        run.instruments.context.taps_active = False
+        assert ("probs" in plugin.qpipe_signals().teacher) == (plugin.kind == "map")
+    assert needs == [False, False, True, False]
+
+
+def test_the_first_loss_replaces_the_task_loss(tmp_path):
+    plugin, run = prepared(MapIntervention, tmp_path)
+    assert [loss.replaces for loss in plugin.qpipe_losses(run)] == [("task",), (), (), ()]
+    kept, run = prepared(MapIntervention, tmp_path, task_loss=True, logits_loss=0, hidden_loss=2.5)
+    losses = list(kept.qpipe_losses(run))
+    assert [loss.replaces for loss in losses] == [(), (), ()]
+    assert losses[0].name == "ti/hidden" and losses[0].weight == 2.5
+
+
+def test_regression_compares_logits_by_squared_error(tmp_path):
+    run = make_run(tmp_path, bert(0, num_labels=1), bert(1, num_labels=1), kind="regression")
+    plugin = MapIntervention()
+    plugin.qpipe_model_prepared(run)
+    step, parts = micro_step(plugin, run, 0)
+    expected = (step.student["logits", 0] - step.teacher["logits", 0]).square().mean()
+    torch.testing.assert_close(parts["ti/logits"], expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_hidden_layers": 1}, "2 attention layers .* has 1"),
+        ({"num_attention_heads": 4}, "2 attention heads .* has 4"),
+        ({"hidden_size": 32}, "16 hidden units .* has 32"),
+    ],
+)
+def test_unequal_teachers_are_refused(config, message, tmp_path):
+    with pytest.raises(ModelError, match=message):
+        GradualIntervention().qpipe_model_prepared(make_run(tmp_path, teacher=bert(1, **config)))
+
+
+def test_models_without_known_attention_are_refused(tmp_path):
+    run = make_run(tmp_path)
+    run.instruments.map = type(run.instruments.map)()
+    with pytest.raises(ModelError, match="cannot find the attention of BertForSequenceClassification"):
+        GradualIntervention().qpipe_model_prepared(run)
+
+
+def test_fused_projections_are_refused_for_maps_only(tmp_path):
+    run = make_run(tmp_path)
+    found = run.instruments.map
+    fused = tuple((query, query, query) for query, _, _ in found.attention_inputs)
+    run.instruments.map = type(found)(found.blocks, found.attention, fused, found.attention_output)
+    with pytest.raises(ModelError, match="one projection"):
+        MapIntervention().qpipe_model_prepared(run)
+    OutputIntervention().qpipe_model_prepared(run)
+
+
+def test_an_intervention_longer_than_the_training_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="60 steps does not fit"):
+        prepared(GradualIntervention, tmp_path, steps=60)
+
+
+def test_resuming_needs_the_same_schedule(tmp_path):
+    plugin, _ = prepared(GradualIntervention, tmp_path, steps=6)
+    state = plugin.qpipe_state()
+    same, _ = prepared(GradualIntervention, tmp_path, steps=6)
+    same.qpipe_restore(state)
+    other, _ = prepared(GradualIntervention, tmp_path, steps=7)
+    with pytest.raises(TrainingError, match="same schedule"):
+        other.qpipe_restore(state)
+
+
+def test_metadata_survive_into_a_finished_run(tmp_path):
+    plugin, run = prepared(GradualIntervention, tmp_path, steps=6)
+    plugin.qpipe_run_start(run)
+    phases = plugin.qpipe_export_metadata(run)["phases"]
+    assert phases == [
+        {"kind": "output", "start": 0, "stop": 1},
+        {"kind": "context", "start": 1, "stop": 2},
+        {"kind": "map", "start": 2, "stop": 6},
+    ]
+    finished = GradualIntervention()
+    run.total_steps, run.teacher, run.teacher_instruments = 0, None, None
+    finished.qpipe_model_prepared(run)
+    assert finished.qpipe_export_metadata(run)["phases"] == phases

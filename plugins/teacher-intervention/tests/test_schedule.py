@@ -1,0 +1,75 @@
+import pytest
+from pydantic import ValidationError
+from qpipe_teacher_intervention import InterventionOptions, Phase, make_schedule
+from qpipe_teacher_intervention.options import MapOptions, OutputOptions
+from qpipe_teacher_intervention.schedule import PRESETS, Part, intervention_steps
+
+from qpipe import ConfigError
+
+
+def lengths(preset, steps):
+    return [(p.kind, p.stop - p.start) for p in make_schedule(PRESETS[preset], steps).phases]
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(60, (10, 10, 40)), (120, (20, 20, 80))])
+def test_the_reference_code_divides_like_this(steps, expected):
+    assert lengths("reference", steps) == list(zip(("output", "context", "map"), expected, strict=True))
+
+
+@pytest.mark.parametrize("steps", range(3, 200))
+def test_phase_of_every_step_equals_the_reference_rule(steps):
+    schedule = make_schedule(PRESETS["reference"], steps)
+    for k in range(steps):
+        expected = "output" if k < steps / 6 else "context" if k < steps / 3 else "map"
+        # Below one step per phase the rule leaves phases out; ours keeps each for one step.
+        if steps >= 6:
+            assert schedule.kind_at(k) == expected
+    assert schedule.kind_at(steps) is None and schedule.kind_at(-1) is None
+    assert [p.start for p in schedule.phases[1:]] == [p.stop for p in schedule.phases[:-1]]
+    assert schedule.steps == steps
+
+
+def test_short_interventions_keep_every_phase():
+    assert lengths("reference", 3) == [("output", 1), ("context", 1), ("map", 1)]
+    assert lengths("paper", 5) == [("output", 3), ("map", 2)]
+    with pytest.raises(ConfigError, match=r"2 optimizer steps cannot hold 3 phases.*output, context, map"):
+        make_schedule(PRESETS["reference"], 2)
+
+
+def test_length():
+    assert intervention_steps(60, 0.25, 3, 1000) == 60
+    assert intervention_steps(None, 0.25, 3, 1000) == 250
+    assert intervention_steps(None, 0.25, 3, 4) == 3
+    assert intervention_steps(None, 1.0, 1, 7) == 7
+    with pytest.raises(ConfigError, match=r"60 steps does not fit into a training of 50"):
+        intervention_steps(60, 0.25, 3, 50)
+
+
+def test_presets_of_the_three_plugins():
+    assert InterventionOptions().schedule == "reference"
+    assert [p.kind for p in OutputOptions().parts] == ["output"]
+    assert [p.kind for p in MapOptions().parts] == ["map"]
+
+
+def test_a_schedule_of_ones_own():
+    options = InterventionOptions(schedule=[{"kind": "map", "fraction": "1/3"}, {"kind": "output", "fraction": "2/3"}])
+    assert make_schedule(options.parts, 9).phases == (Phase("map", 0, 3), Phase("output", 3, 9))
+    assert isinstance(options.parts[0], Part)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": [{"kind": "map", "fraction": 0.5}]}, "must sum to 1, not 0.5"),
+        ({"schedule": []}, "must sum to 1"),
+        ({"schedule": [{"kind": "score", "fraction": 1}]}, "output"),
+        ({"schedule": "gradual"}, "paper"),
+        ({"logits_loss": 0}, "nothing trains the head"),
+        ({"steps": 0}, "greater than 0"),
+        ({"fraction": 1.5}, "less than or equal to 1"),
+        ({"lenght": 3}, "Extra inputs"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValidationError, match=message):
+        InterventionOptions(**options)

@@ -1,0 +1,170 @@
+"""The contract that every plugin keeps; `check_plugin` tests all of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+import qpipe
+from qpipe.errors import PluginError
+from qpipe.files import sha256
+from qpipe.host import PluginInfo, build_plugin, installed, load_plugins
+from qpipe.testing.distributed import run_distributed
+from qpipe.testing.gradients import compare, write_traces
+from qpipe.testing.quantizers import check_quantizer
+from qpipe.testing.tiny import tiny_config
+
+
+def find_plugin(plugin: Any, name: str | None = None) -> PluginInfo:
+    """The installed entry point of a plugin class.
+
+    Raises:
+        PluginError: no installed distribution offers it.
+    """
+    package = plugin.__module__.partition(".")[0]
+    for info in installed().values():
+        ours = info.target.partition(":")[0].partition(".")[0] == package
+        if ours and (name is None or info.name == name) and info.entry_point.load() is plugin:
+            return info
+    raise PluginError(
+        f"{plugin.__module__}.{plugin.__qualname__} is not installed as a qpipe plugin; "
+        "add it to [project.entry-points.qpipe] and run `pip install -e .`"
+    )
+
+
+def check_plugin(
+    plugin: Any,
+    name: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    zero3: bool = True,
+    **changes: Any,
+) -> None:
+    """Check the whole contract on a tiny BERT, on CPUs, in about a minute.
+
+    It loads and refuses unknown options; its quantizers encode what they compute; it trains, exports, and the export
+    verifies without qpipe; resuming equals going on; importing it leaves a run without it bitwise unchanged; its
+    gradients under ZeRO-3 on two processes equal those of one process.
+
+    Args:
+        plugin: the class that the entry point names.
+        name: entry point name, if the class has several.
+        options: options to test with.
+        zero3: False leaves out the distributed part.
+        changes: `section__key=value` overrides of the tiny run.
+
+    Raises:
+        AssertionError: a part of the contract is broken.
+    """
+    info = find_plugin(plugin, name)
+    given = dict(options or {})
+    check_loads(plugin, info, given)
+    check_quantizers(info, given)
+    with tempfile.TemporaryDirectory(prefix="qpipe-contract-") as scratch:
+        folder = Path(scratch)
+        check_run(folder, info, given, changes)
+        check_absent(folder, plugin, changes)
+        if zero3:
+            check_zero3(folder, info, given, changes)
+
+
+def check_loads(plugin: Any, info: PluginInfo, options: Mapping[str, Any]) -> None:
+    """It builds with its options, has hooks, and refuses unknown options by name."""
+    built = build_plugin(info.name, plugin, options)
+    again = build_plugin(info.name, plugin, json.loads(built.options.model_dump_json()))
+    assert again.options == built.options, "options do not survive a round trip through JSON"
+    hooks = [h for h in dir(built) if h.startswith("qpipe_")]
+    assert hooks, f"plugin {info.name!r} implements no hook"
+    try:
+        build_plugin(info.name, plugin, {"no_such_option_": 1})
+    except PluginError as error:
+        assert "no_such_option_" in str(error)
+    else:
+        raise AssertionError(f"plugin {info.name!r} accepts unknown options; derive Options from qpipe.Options")
+    load_plugins({info.name: options}, {info.name: info})
+
+
+def check_quantizers(info: PluginInfo, options: Mapping[str, Any]) -> None:
+    """Every weight quantizer it offers keeps the quantizer contract."""
+    host = load_plugins({info.name: options}, {info.name: info})
+    for plugin, call in host.implementations("qpipe_quantizers"):
+        for kind in call() if plugin == info.name else ():
+            if "weight" in kind.slots:
+                check_quantizer(lambda kind=kind: kind.build(kind.options()))
+
+
+def config_for(folder: Path, info: PluginInfo, options: Mapping[str, Any], changes: Mapping[str, Any]) -> Any:
+    """The tiny run with the plugin; with the tiny teacher if the plugin needs one."""
+    base = {"teacher__name": str(folder / "teacher")} if info.entry_point.load().needs_teacher else {}
+    return tiny_config(folder, {info.name: dict(options)}, **{**base, **changes})
+
+
+def check_run(folder: Path, info: PluginInfo, options: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    """It trains and exports; the export verifies; resuming from the middle ends in the same weights."""
+    config = config_for(folder, info, options, changes)
+    run = qpipe.execute(config)
+    assert run.results["verified"], "the export does not verify"
+    whole = weights_hash(folder / "run")
+    checkpoints = sorted((folder / "run" / "checkpoints").glob("step-*"))
+    resumed = folder / "resumed"
+    (resumed / "checkpoints").mkdir(parents=True)
+    shutil.copytree(checkpoints[0], resumed / "checkpoints" / checkpoints[0].name)
+    again = config.model_copy(update={"out": str(resumed)})
+    qpipe.execute(again, resume=True)
+    assert weights_hash(resumed) == whole, "a resumed run ends in other weights than an uninterrupted one"
+
+
+def weights_hash(run_dir: Path) -> str:
+    """Hash of the trained model and the packed codes."""
+    return sha256(run_dir / "model" / "model.safetensors") + sha256(run_dir / "export" / "model.safetensors")
+
+
+PLAIN = """
+import json, sys
+from pathlib import Path
+from qpipe.config import resolve
+from qpipe.stages import execute
+from qpipe.testing.contract import weights_hash
+config = resolve(json.loads(sys.argv[1]))
+execute(config)
+assert sys.argv[2] not in sys.modules, sys.argv[2] + " was imported although the run does not name it"
+print(weights_hash(Path(config.out)))
+"""
+
+
+def check_absent(folder: Path, plugin: Any, changes: Mapping[str, Any]) -> None:
+    """A run that does not name it ends in the same bits whether or not it was imported."""
+    config = tiny_config(folder, {}, **changes)
+    here = config.model_copy(update={"out": str(folder / "imported")})
+    qpipe.execute(here)
+    there = config.model_copy(update={"out": str(folder / "fresh")}).model_dump(mode="json")
+    package = plugin.__module__.partition(".")[0]
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, json.dumps(there), package], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split()[-1] == weights_hash(folder / "imported"), "importing the plugin changes other runs"
+
+
+def check_zero3(folder: Path, info: PluginInfo, options: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    """Two processes under ZeRO-3 have the gradients of one process."""
+    single = config_for(folder, info, options, changes)
+    sharded = single.model_dump(mode="json")
+    sharded["engine"] |= {"name": "deepspeed", "zero": 3, "config_file": str(zero3_settings(folder))}
+    write_traces({"one": single.model_dump(mode="json")}, 2, str(folder))
+    run_distributed("qpipe.testing.gradients:write_traces", cases={"zero3": sharded}, steps=2, folder=str(folder))
+    compare(load_file(folder / "one.safetensors"), load_file(folder / "zero3.safetensors"))
+
+
+def zero3_settings(folder: Path) -> Path:
+    """DeepSpeed settings that partition even the smallest parameters."""
+    path = folder / "zero3.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
+    return path

@@ -1,0 +1,93 @@
+"""Gradients and codes of a few steps under any engine, for comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qpipe.config import RunConfig, resolve
+from qpipe.host import load_plugins
+from qpipe.run import Run, Step
+from qpipe.stages.calibrate import calibrate, to_device
+from qpipe.stages.execute import assemble
+from qpipe.stages.export import packed_weights
+from qpipe.stages.self_check import self_check
+from qpipe.stages.train import collect_losses, micro_step, steps_from
+
+
+def full_gradients(run: Run) -> dict[str, Tensor]:
+    """Whole float32 gradients by parameter name, after backward and before the update. Collective."""
+    if run.engine.name == "deepspeed":
+        from deepspeed.utils import safe_get_full_grad
+
+        found = {name: safe_get_full_grad(p) for name, p in run.student.named_parameters()}
+    else:
+        found = {name: p.grad for name, p in run.student.named_parameters()}
+    return {name: g.detach().float().cpu().clone() for name, g in found.items() if g is not None}
+
+
+def trace(config: RunConfig, steps: int) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Train `steps` optimizer steps; gradients of each, and the codes at the end (on rank 0). Collective."""
+    host = load_plugins(config.plugins)
+    run = assemble(config, host, {})
+    calibrate(run)
+    self_check(run)
+    losses = collect_losses(run)
+    run.out.mkdir(parents=True, exist_ok=True)
+    run.host.hook.qpipe_run_start(run=run)
+    run.student.train()
+    gradients = []
+    for index, micro_batches in steps_from(run, 0):
+        if index == steps:
+            break
+        for number, batch in enumerate(micro_batches):
+            step = Step(index, number == len(micro_batches) - 1, to_device(batch, run))
+            micro_step(run, step, losses)
+            if step.is_last_micro_batch:
+                gradients.append(full_gradients(run))
+            run.engine.step()
+        run.instruments.context.weights_changed()
+    packed, _ = packed_weights(run)
+    codes = {name: weight.tensor.integers() for name, weight in packed.items()}
+    run.engine.close()
+    return gradients, codes
+
+
+def write_traces(cases: dict[str, dict[str, Any]], steps: int, folder: str) -> list[str]:
+    """`trace` several configurations one after another and write `CASE.safetensors`; for `run_distributed`."""
+    for name, source in cases.items():
+        gradients, codes = trace(resolve(source), steps)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            tensors = {f"gradient/{i}/{key}": g for i, step in enumerate(gradients) for key, g in step.items()}
+            tensors |= {f"codes/{key}": value for key, value in codes.items()}
+            save_file({k: v.contiguous() for k, v in tensors.items()}, Path(folder) / f"{name}.safetensors")
+    return list(cases)
+
+
+def compare(expected: dict[str, Tensor], found: dict[str, Tensor], tolerance: float = 1e-4) -> None:
+    """Compare two traces: gradients within rounding of their largest element, codes exactly.
+
+    A weight on the border between two codes may fall on either side after a step that rounds otherwise, so codes may
+    differ by one in one of a thousand weights; before any step they must be equal, which the gradients of the first
+    step show.
+
+    Raises:
+        AssertionError: they differ; says where and by how much.
+    """
+    missing = {k for k in set(expected) ^ set(found) if float((expected.get(k, found.get(k))).abs().max()) > 0}  # type: ignore[union-attr]
+    assert not missing, f"only one side has {sorted(missing)[:5]}"
+    for key in sorted(set(expected) & set(found)):
+        if key.startswith("codes/"):
+            difference = (expected[key].int() - found[key].int()).abs()
+            share = float((difference > 0).float().mean())
+            assert int(difference.max()) <= 1 and share <= 1e-3, f"{key}: {share:.2%} of the codes differ"
+        else:
+            largest = max(float(expected[key].abs().max()), 1e-6)
+            error = float((expected[key] - found[key]).abs().max())
+            assert error <= tolerance * largest + 1e-7, f"{key}: gradients differ by {error:.2e} of {largest:.2e}"
+
+

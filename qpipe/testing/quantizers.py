@@ -1,0 +1,80 @@
+"""The contract of quantizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from qpipe.quant.quantizer import QuantContext, Quantizer
+from qpipe.quant.tensor import code_range
+
+
+def sample_weights(seed: int = 0) -> Iterable[Tensor]:
+    """Weights that quantizers meet: ordinary, tiny, with an all-zero row, with an outlier, and one row."""
+    generator = torch.Generator().manual_seed(seed)
+    ordinary = torch.randn(24, 64, generator=generator) * 0.05
+    yield ordinary
+    yield ordinary * 1e-6
+    zero_row = ordinary.clone()
+    zero_row[3] = 0
+    yield zero_row
+    outlier = ordinary.clone()
+    outlier[5, 7] = 40.0
+    yield outlier
+    yield ordinary[:1]
+
+
+def check_quantizer(make: Callable[[], Quantizer], dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16)) -> None:
+    """Check a weight quantizer on `sample_weights`.
+
+    Codes are integers in range; decoding equals the forward pass bit for bit; the fast path equals encode-decode; the
+    lattice is stable when encoded again; gradients are finite; switching quantization off gives the weight back.
+
+    Args:
+        make: returns a new quantizer.
+        dtypes: types of the weights; scales are snapped to the same type.
+
+    Raises:
+        AssertionError: the contract is broken; says where.
+    """
+    for dtype in dtypes:
+        for number, sample in enumerate(sample_weights()):
+            _check(make(), sample.to(dtype), f"{dtype}, sample {number}")
+
+
+def _check(quantizer: Quantizer, weight: Tensor, where: str) -> None:
+    context = QuantContext(scale_dtype=weight.dtype)
+    quantizer.attach(context, "checked:weight")
+    with torch.no_grad():
+        replacement = quantizer.initialize(weight)
+    value = (weight if replacement is None else replacement).clone().requires_grad_()
+    with torch.no_grad():
+        lattice = quantizer.encode(value.detach())
+    low, high = code_range(lattice.bits)
+    codes = lattice.integers()
+    assert int(codes.min()) >= low and int(codes.max()) <= high, f"{where}: codes leave [{low}, {high}]"
+    assert lattice.scale.dtype == torch.float32, f"{where}: scales must be float32"
+    assert bool((lattice.scale > 0).all()), f"{where}: scales must be positive"
+    assert torch.equal(lattice.scale, lattice.scale.to(weight.dtype).float()), f"{where}: scales are not snapped"
+    out = quantizer(value)
+    decoded = lattice.decode(weight.dtype)
+    assert out.dtype == weight.dtype and out.shape == weight.shape, f"{where}: forward changed dtype or shape"
+    assert torch.equal(out, decoded), f"{where}: forward differs from encode().decode()"
+    assert bool(torch.isfinite(decoded).all()), f"{where}: decoded values are not finite"
+    out.float().square().sum().backward()
+    assert value.grad is not None and bool(torch.isfinite(value.grad).all()), f"{where}: gradient is not finite"
+    _check_cache(quantizer, value, decoded, where)
+    context.enabled = False
+    assert quantizer(value) is value, f"{where}: a disabled quantizer must return its input"
+
+
+def _check_cache(quantizer: Quantizer, value: Tensor, decoded: Tensor, where: str) -> None:
+    with torch.no_grad():
+        value.mul_(1.5)
+        stale = quantizer(value)
+        assert torch.equal(stale, decoded), f"{where}: quantized again although the weights were not said to change"
+        quantizer.context.weights_changed()
+        fresh, expected = quantizer(value), quantizer.encode(value).decode(value.dtype)
+    assert torch.equal(fresh, expected), f"{where}: after a change of the weight the old codes are still in use"

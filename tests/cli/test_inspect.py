@@ -1,0 +1,100 @@
+import json
+import sys
+import types
+from types import SimpleNamespace
+
+import pytest
+
+from qpipe.launching import failures
+from qpipe.plugin import Options
+
+
+class Grid(Options):
+    bits: int = 4
+    granularity: str = "channel"
+    symmetric: bool = True
+    group: int | None = None
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """Stand-ins for the stages, which have their own tests; they keep what they were called with."""
+    calls = []
+    sites = {"block.0.query:weight": SimpleNamespace(quantizer="uniform", options=Grid())}
+    module = types.ModuleType("qpipe.stages")
+    module.plan_run = lambda config: calls.append(config) or SimpleNamespace(plan=SimpleNamespace(sites=sites))
+    module.evaluate_run = lambda run: calls.append(run) or {"accuracy": 0.875}
+    module.export_run = lambda run, format, out: calls.append((run, format, out)) or out
+    monkeypatch.setitem(sys.modules, "qpipe.stages", module)
+    return calls
+
+
+def test_plan(cli, stages, config_file):
+    result = cli("inspect", "plan", config_file, "--set", "seed=3")
+    assert result.code == 0 and stages[0].seed == 3
+    header, row, count = (line.split() for line in result.out.splitlines())
+    assert header == ["SITE", "QUANTIZER", "BITS", "GRANULARITY", "OPTIONS"]
+    assert row == ["block.0.query:weight", "uniform", "4", "channel", "symmetric=True"]
+    assert count == ["1", "sites"]
+
+
+def test_plan_as_json_with_the_configuration(cli, stages, config_file):
+    value = json.loads(cli("inspect", "plan", config_file, "--json", "--config").out)
+    assert value["config"]["model"]["name"] == "some/model"
+    assert value["sites"][0]["bits"] == 4
+    assert json.loads(cli("inspect", "plan", config_file, "--json").out) == value["sites"]
+
+
+def test_evaluate_and_export(cli, stages, tmp_path):
+    assert cli("evaluate", tmp_path).out.split() == ["METRIC", "VALUE", "accuracy", "0.875"]
+    assert json.loads(cli("evaluate", tmp_path, "--json").out) == {"accuracy": 0.875}
+    assert cli("export", tmp_path, "--format", "native", "--out", tmp_path / "e").out.strip() == str(tmp_path / "e")
+    assert stages[-1] == (tmp_path, "native", tmp_path / "e")
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_verify_exit_code(cli, monkeypatch, tmp_path, passed):
+    module = types.ModuleType("qpipe.export.verify")
+    module.verify = lambda directory: SimpleNamespace(passed=passed, lines=lambda: ["weights: difference 0"])
+    monkeypatch.setitem(sys.modules, "qpipe.export.verify", module)
+    result = cli("verify", tmp_path)
+    assert (result.code, result.out) == (0 if passed else 1, "weights: difference 0\n")
+
+
+def test_run_summary(cli, config_file, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints/step-10").mkdir(parents=True)
+    (run / "export").mkdir()
+    (run / "export/model.safetensors").write_bytes(bytes(2_500_000))
+    (run / "config.yaml").write_text(config_file.read_text())
+    (run / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 2.0}\n{"step": 2, "eval": {"accuracy": 0.5}}\n{"step": 3, "lo'
+    )
+    (run / "results.json").write_text('{"student": {"accuracy": 0.75}}')
+    failures.record(run, 1, ValueError("odd"))
+    summary = json.loads(cli("inspect", "run", run, "--json").out)
+    assert summary["run"]["checkpoints"] == "step-10" and summary["run"]["export"] == "2.50 MB"
+    assert summary["last metrics"] == {"step": 2, "loss": 2.0, "eval.accuracy": 0.5}
+    assert summary["results"] == {"student.accuracy": 0.75}
+    assert summary["failure"] == {"rank": 1, "error": "ValueError", "message": "odd"}
+    assert "student.accuracy  0.75" in cli("inspect", "run", run).out
+
+
+def test_run_summary_of_something_else(cli, tmp_path):
+    result = cli("inspect", "run", tmp_path)
+    assert result.code == 1 and "is not a run directory" in result.err
+
+
+def test_damaged_metrics(cli, config_file, tmp_path):
+    (tmp_path / "config.yaml").write_text(config_file.read_text())
+    (tmp_path / "metrics.jsonl").write_text('{"a": 1}\nnoise\n{"a": 2}\n')
+    result = cli("inspect", "run", tmp_path)
+    assert result.code == 1 and "metrics.jsonl, line 2" in result.err
+
+
+def test_checkpoint_rows_may_differ(cli, monkeypatch, tmp_path):
+    module = types.ModuleType("qpipe.export.inspect")
+    module.describe = lambda directory: [{"name": "a", "bits": 4}, {"name": "b", "shape": [2, 3]}]
+    monkeypatch.setitem(sys.modules, "qpipe.export.inspect", module)
+    lines = cli("inspect", "checkpoint", tmp_path).out.splitlines()
+    assert [line.split() for line in lines] == [["NAME", "BITS", "SHAPE"], ["a", "4"], ["b", "[2,", "3]"]]
