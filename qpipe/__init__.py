@@ -53,7 +53,47 @@ _PUBLIC = {
     "execute": "qpipe.stages",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = [
+    "CalibrationPass",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Exporter",
+    "FormatError",
+    "Inject",
+    "Loss",
+    "Metric",
+    "ModelError",
+    "ModelMap",
+    "Options",
+    "ParamGroup",
+    "Plugin",
+    "PluginError",
+    "QTensor",
+    "QpipeError",
+    "QuantModule",
+    "Quantizer",
+    "QuantizerKind",
+    "ReportSection",
+    "Rule",
+    "Run",
+    "RunConfig",
+    "SignalKind",
+    "Signals",
+    "Site",
+    "SiteError",
+    "Step",
+    "StopGradient",
+    "TapStage",
+    "Task",
+    "TrainingError",
+    "WeightLoss",
+    "__version__",
+    "execute",
+    "hookimpl",
+    "resolve",
+    "straight_through",
+]
 
 if TYPE_CHECKING:
     from qpipe.config import RunConfig, resolve

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -137,6 +138,22 @@ class RunConfig(Section):
     out: str = Field("runs/default", description="the run directory")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML that reads `1e-4` as a number, as YAML 1.2 does; the library follows YAML 1.1, where it is text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would take for a number."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
+
+
 def read_yaml(text: str, source: str) -> dict[str, Any]:
     """Parse a YAML mapping.
 
@@ -144,7 +161,7 @@ def read_yaml(text: str, source: str) -> dict[str, Any]:
         ConfigError: it is not YAML, or not a mapping.
     """
     try:
-        value = yaml.safe_load(text) or {}
+        value = yaml.load(text, _Loader) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not valid YAML: {error}") from error
     if not isinstance(value, dict):
@@ -158,18 +175,15 @@ def default_recipe() -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """A `--set` value: YAML, except that `1e-4` is a number, as everyone expects."""
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    """A `--set` value, read as YAML."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set value {text!r} is not valid YAML: {error}") from error
 
 
 def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Set `a.b=value` in a nested mapping; a list item is `rules.0.site`. `kure.weight=1` reaches plugin `kure`.
+    """Set `a.b=value` in a nested mapping; a list item is `rules.0.site`. `NAME.weight=1` reaches plugin `NAME`.
 
     Raises:
         ConfigError: an override has no `=`, or its path runs through something that is not a mapping.
@@ -215,20 +229,6 @@ def _item(items: list[Any], key: str, override: str) -> Any:
     return items[int(key)]
 
 
-def _number_strings(value: Any) -> Any:
-    """YAML 1.1 reads `1e-4` as text; configuration files mean the number."""
-    if isinstance(value, dict):
-        return {k: _number_strings(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_number_strings(v) for v in value]
-    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
 def resolve(
     source: str | Path | Mapping[str, Any] | None = None,
     overrides: Iterable[str] = (),
@@ -252,7 +252,7 @@ def resolve(
     for name in plugins:
         data["plugins"].setdefault(name, {})
     data["plugins"] = {k: v or {} for k, v in data["plugins"].items()}
-    data = apply_overrides(_number_strings(data), overrides)
+    data = apply_overrides(data, overrides)
     try:
         return RunConfig(**data)
     except ValidationError as error:
@@ -276,4 +276,4 @@ def _describe_nested(error: ValidationError) -> str:
 
 def dump(config: RunConfig) -> str:
     """The configuration as YAML; `resolve` of it gives an equal configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)

@@ -83,7 +83,8 @@ class Host:
         """Add a plugin object; its hooks run before those registered earlier.
 
         Raises:
-            PluginError: a hook is unknown or asks for an argument that the hook does not have.
+            PluginError: a hook is unknown, lacks the `hookimpl` decorator, or asks for an argument that the hook does
+                not have.
         """
         self._manager.labels[name] = f"{name!r} {version}" if version else repr(name)
         try:
@@ -91,17 +92,17 @@ class Host:
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
             raise PluginError(f"plugin {name!r}: {error}; is the plugin newer than this qpipe?") from error
-        unknown = [
-            attribute
-            for attribute in dir(type(plugin))
-            if attribute.startswith("qpipe_") and not hasattr(Specs, attribute)
-        ]
+        hooks = [attribute for attribute in dir(type(plugin)) if attribute.startswith("qpipe_")]
+        unknown = [attribute for attribute in hooks if not hasattr(Specs, attribute)]
         if unknown:
             raise PluginError(
                 f"plugin {name!r} implements the unknown hook {unknown[0]!r}"
                 f"{suggest(unknown[0], [h for h in vars(Specs) if h.startswith('qpipe_')])}; "
                 "is the plugin newer than this qpipe?"
             )
+        bare = [a for a in hooks if not hasattr(getattr(type(plugin), a), "qpipe_impl")]
+        if bare:
+            raise PluginError(f"plugin {name!r}: {bare[0]} would never be called; decorate it with @qpipe.hookimpl")
         if version is not None:
             self.plugins[name] = plugin
             self.versions[name] = version

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -10,6 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from qpipe.builtin.activation import ActivationOptions, UniformActivation
+from qpipe.errors import SiteError
 from qpipe.plugin import Options, Plugin, hookimpl
 from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.rounding import block_rows, round_to_codes
@@ -59,8 +61,13 @@ class UniformWeight(Quantizer):
         return scale, (low - bottom / scale).round_().clamp_(low, high)
 
     def encode(self, value: Tensor) -> QTensor:
-        """Codes, scale and zero point of a weight `[channels, ...]`."""
+        """Codes, scale and zero point of a weight `[channels, ...]`.
+
+        Raises:
+            SiteError: the group size does not divide the elements of a channel.
+        """
         low, high = code_range(self.options.bits)
+        self._check_groups(value)
         view = grouped(value, self.options.group_size)
         per_tensor = self.options.granularity == "tensor"
         axes = tuple(range(view.ndim)) if per_tensor else tuple(range(1, view.ndim))
@@ -74,6 +81,7 @@ class UniformWeight(Quantizer):
     def quantize(self, value: Tensor, out: Tensor | None = None) -> Tensor:
         """Bitwise `encode(value).decode()`, in one pass over memory: each block stays in cache from range to product."""
         low, high = code_range(self.options.bits)
+        self._check_groups(value)
         width = self.options.group_size or max(1, value[0].numel())
         rows = value.reshape(-1, width)
         result = torch.empty_like(value, memory_format=torch.contiguous_format) if out is None else out
@@ -91,6 +99,15 @@ class UniformWeight(Quantizer):
             else:
                 target[start : start + size] = codes.mul_(scale)
         return result
+
+
+    def _check_groups(self, value: Tensor) -> None:
+        size, per_channel = self.options.group_size, math.prod(value.shape[1:])
+        if size is not None and per_channel % size:
+            raise SiteError(
+                f"{self.site}: group_size {size} does not divide the {per_channel} elements of a channel; "
+                "choose a divisor, or another granularity there"
+            )
 
 
 class UniformQuantizers(Plugin):

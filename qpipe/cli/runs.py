@@ -53,7 +53,12 @@ def report(
     run: RunArgument,
     out: Annotated[Path | None, typer.Option(help="File to write. Default: RUN/report.html.")] = None,
 ) -> None:
-    """Write a self-contained HTML report of a run."""
-    from qpipe.report import write_report
+    """Print the result of a run, and write a self-contained HTML report of it."""
+    from rich.console import Console
 
-    typer.echo(str(write_report(run, out)))
+    from qpipe.report import results_table, write_report
+
+    path = write_report(run, out)
+    if (run / "results.json").is_file():
+        Console().print(results_table(run))
+    typer.echo(f"report: {path}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ class DeepSpeedEngine(Processes):
             torch.cuda.set_device(self.device)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         join_processes(backend)
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        with redirect_stdout(io.StringIO()):  # it reports every operator it builds, from every process
+            deepspeed.init_distributed(dist_backend=backend, verbose=False)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.config = config
         self.dtype = resolve_precision(config, self.device)

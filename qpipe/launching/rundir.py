@@ -27,13 +27,17 @@ def config_path(out: Path, node_rank: int) -> Path:
     return out / (CONFIG_NAME if node_rank == 0 else f".node-{node_rank}.yaml")
 
 
+TRAINED = (CHECKPOINTS_NAME, "metrics.jsonl", "model", "export", "results.json")
+"""What a run leaves once it has begun to train; a directory with a configuration alone holds nothing to lose."""
+
+
 def require_unused(out: Path) -> None:
-    """Refuse a directory that holds a run.
+    """Refuse a directory that holds what a run has produced.
 
     Raises:
-        ConfigError: there is a configuration or a checkpoint.
+        ConfigError: there are checkpoints, metrics or results.
     """
-    for name in (CONFIG_NAME, CHECKPOINTS_NAME):
+    for name in TRAINED:
         if (out / name).exists():
             raise ConfigError(
                 f"run directory {out} is already in use: it holds {name}; "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 from qpipe.errors import QpipeError
@@ -27,6 +29,7 @@ def run_worker(config_path: Path, resume: bool) -> None:
         end_with_launcher(int(os.environ[LAUNCHER_VARIABLE]))
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher reports the interruption
     out = config_path.parent if launched else None
+    quiet_libraries()
     try:
         from qpipe.config import resolve
 
@@ -38,6 +41,21 @@ def run_worker(config_path: Path, resume: bool) -> None:
     except Exception as error:
         _fail(out, error, quiet=launched)
     _destroy_process_group()
+
+
+def quiet_libraries() -> None:
+    """Leave the output to the run's own lines: no bars and notices of libraries from every process at once.
+
+    What the user has set in the environment stays.
+    """
+    for name, value in {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "DS_BUILD_VERBOSE": "0"}.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if os.environ.get("RANK", "0") == "0":
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        logging.getLogger("qpipe").setLevel(logging.INFO)
+    else:
+        logging.basicConfig(level=logging.ERROR, format="rank %(name)s: %(message)s")
 
 
 def end_with_launcher(launcher: int) -> None:

@@ -57,11 +57,6 @@ class QuantModule(nn.Module):
         """The quantizer at a slot, if any."""
         return self._modules.get(f"{slot}_quantizer")  # type: ignore[return-value]
 
-    @property
-    def taps(self) -> dict[str, list[Tap]]:
-        """The functions at `input` and `output`, in stage order."""
-        return self.qpipe.taps
-
     def taps_at(self, slot: str) -> list[Tap]:
         """The taps at `input` or `output`, in stage order; the list itself."""
         return self.qpipe.taps[slot]

@@ -159,6 +159,7 @@ def metadata(run: Run) -> Mapping[str, Json]:
         "plan": run.plan.to_json(),
         "plugins": plugins,
         "metrics": dict(run.results.get("evaluation", {})),
+        "teacher_metrics": dict(run.results.get("teacher", {})),
         "config": run.config.model_dump(mode="json"),
         "attention": "sdpa",
     }

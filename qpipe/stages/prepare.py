@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from qpipe.errors import ConfigError, FormatError, PluginError, SiteError, sugge
 from qpipe.export import record as export_record
 from qpipe.export.record import zero_point_kind
 from qpipe.host import BUILTIN_PREFIX
-from qpipe.model.instrument import Instruments
 from qpipe.quant.modules import QuantModule
 from qpipe.quant.plan import Plan, make_plan
 from qpipe.quant.presets import preset_rules
+from qpipe.quant.quantizer import Quantizer
 from qpipe.run import Run
 from qpipe.stages.build import instrument
 from qpipe.types import Exporter, ParamGroup, Rule
@@ -192,9 +193,9 @@ def _claim(
 def wrap(run: Run) -> None:
     """Move the models to the device, make optimizer and schedule, and hand everything to the engine."""
     train = run.config.train
-    run.student.to(run.engine.device, run.engine.dtype)
+    cast(run.student, run)
     if run.teacher is not None:
-        run.teacher.to(run.engine.device, run.engine.dtype)
+        cast(run.teacher, run)
     if train.activation_checkpointing:
         if not hasattr(run.student, "gradient_checkpointing_enable"):
             raise ConfigError(f"{type(run.student).__name__} cannot checkpoint activations")
@@ -202,17 +203,33 @@ def wrap(run: Run) -> None:
         run.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     hook = run.host.hook
     optimizer = hook.qpipe_optimizer(run=run, groups=parameter_groups(run))
-    scheduler = hook.qpipe_scheduler(run=run, optimizer=optimizer)
-    run.scheduler = scheduler
-    run.engine.wrap(run.student, optimizer, scheduler, train)
-    keep_quantizer_state_in_float32(run.instruments)
+    run.scheduler = hook.qpipe_scheduler(run=run, optimizer=optimizer)
+    with float32_buffers(run.student):
+        run.engine.wrap(run.student, optimizer, run.scheduler, train)
     run.instruments.context.partitioned = run.engine.partitioned
     run.instruments.context.weights_changed()
 
 
-def keep_quantizer_state_in_float32(instruments: Instruments) -> None:
-    """Calibrated ranges stay in float32 whatever the model computes in."""
-    for quantizer in instruments.quantizers().values():
-        for name, buffer in quantizer.named_buffers():
-            if buffer.is_floating_point():
-                setattr(quantizer, name, buffer.float())
+def cast(model: nn.Module, run: Run) -> None:
+    """Move a model to the run's device and type, as `from_pretrained` would load the export."""
+    with float32_buffers(model):
+        model.to(run.engine.device, run.engine.dtype)
+
+
+@contextmanager
+def float32_buffers(model: nn.Module) -> Iterator[None]:
+    """Undo, at the end, what casts do to buffers that must stay in float32.
+
+    These are buffers that are not saved (rotary frequencies, which `from_pretrained` keeps in float32 too) and the
+    calibrated state of quantizers.
+    """
+    kept = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.dtype == torch.float32
+        and (isinstance(module, Quantizer) or name in module._non_persistent_buffers_set)
+    ]
+    yield
+    for module, name, buffer in kept:
+        setattr(module, name, buffer.to(getattr(module, name).device))

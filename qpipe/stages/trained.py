@@ -17,7 +17,7 @@ from qpipe.host import load_plugins
 from qpipe.run import Run
 from qpipe.stages.build import build
 from qpipe.stages.gather import float_state, quantizer_state
-from qpipe.stages.prepare import keep_quantizer_state_in_float32, prepare
+from qpipe.stages.prepare import cast, prepare
 
 QUANTIZERS = "quantizers.safetensors"
 DETAILS = "qpipe_model.json"
@@ -65,8 +65,7 @@ def restore(run_dir: Path) -> Run:
     run = build(config.model_copy(update={"model": trained}), load_plugins(config.plugins), engine)
     run.config = config.model_copy(update={"out": str(run_dir)})
     prepare(run, initialize=False)
-    run.student.to(engine.device, engine.dtype)
-    keep_quantizer_state_in_float32(run.instruments)
+    cast(run.student, run)
     if (folder / QUANTIZERS).is_file():
         _load_quantizers(run, folder / QUANTIZERS)
     engine.serve(run.student)

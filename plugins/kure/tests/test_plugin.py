@@ -41,7 +41,8 @@ def make_run(tmp_path, planned=("embedding", "query", "ffn"), student=None):
 
 
 def start(run, **options):
-    plugin = Kure(KureOptions(**options))
+    # The planted outlier of `model` is there to be selected or left out by each test on its own terms.
+    plugin = Kure(KureOptions(**{"skip_above": None, **options}))
     (term,) = plugin.qpipe_weight_losses(run)
     return plugin, term
 
@@ -65,6 +66,12 @@ def test_include_exclude_and_skip_above(tmp_path, caplog):
     assert [c.left_out for c in plugin.candidates] == ["", "kurtosis above 100"]
     assert plugin.candidates[1].kurtosis == kurtosis(run.student["ffn"].weight)
     assert "1 of 2 weights" in caplog.text and "kurtosis above 100" in caplog.text
+
+
+def test_the_default_leaves_out_weights_with_outliers(tmp_path):
+    plugin = Kure()
+    (term,) = plugin.qpipe_weight_losses(make_run(tmp_path))
+    assert term.applies("query") and not term.applies("ffn")
 
 
 def test_only_the_first_process_logs(tmp_path, caplog):

@@ -24,7 +24,7 @@ class KureOptions(Options):
     """Options of `kure`."""
 
     target: float = Field(1.8, ge=1, description="kurtosis aimed at: 1.8 is a uniform distribution, 3 a normal one")
-    weight: float = Field(1.0, ge=0, description="factor of the penalty in the loss (lambda)")
+    weight: float = Field(0.1, ge=0, description="factor of the penalty in the loss (lambda)")
     penalty: Literal["squared", "linear"] = Field(
         "squared", description="`squared`: (K - target)^2; `linear`: K itself"
     )
@@ -34,7 +34,7 @@ class KureOptions(Options):
     )
     exclude: tuple[str, ...] = Field((), description="patterns over module paths to leave out")
     skip_above: float | None = Field(
-        None, gt=0, description="leave out weights whose kurtosis before training is larger"
+        10.0, gt=0, description="leave out weights whose kurtosis before training is larger; null leaves out none"
     )
 
 

@@ -1,0 +1,165 @@
+"""Activations, bit for bit as compressed-tensors computes them, and calibration."""
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp
+from pydantic import ValidationError
+
+from qpipe import TrainingError
+from qpipe.builtin.activation import ActivationOptions, UniformActivation
+from qpipe.quant.quantizer import QuantContext
+from qpipe.quant.tensor import code_range
+
+DTYPES = [torch.float32, torch.bfloat16]
+SHAPE = (3, 7, 64)
+
+
+def make(dtype=torch.float32, **options):
+    quantizer = UniformActivation(ActivationOptions(**options))
+    quantizer.attach(QuantContext(scale_dtype=dtype), "m:input")
+    return quantizer
+
+
+def activation(dtype, seed=0, shape=SHAPE):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2 + 0.3
+    x[0, 0] = 0  # a token without range
+    x[1, 2] = x[1, 2].abs() + 1  # a token without negative values
+    x[2, 3, 4] = 70
+    return x.to(dtype)
+
+
+def calibrated(x, dtype, **options):
+    quantizer = make(dtype, dynamic=False, granularity="tensor", **options)
+    quantizer.observing = True
+    for part in x.split(1):
+        assert quantizer(part) is part
+    quantizer.observing = False
+    quantizer.freeze_range()
+    return quantizer
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("granularity", ["token", "tensor"])
+def test_dynamic_ranges_equal_compressed_tensors(granularity, dtype, symmetric, bits):
+    x = activation(dtype)
+    args = QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, strategy=granularity, dynamic=True)
+    scale, zero = compute_dynamic_scales_and_zp(x, args, torch.nn.Linear(1, 1))
+    expected = fake_quantize(x, scale, zero, args)
+    found = make(dtype, bits=bits, symmetric=symmetric, granularity=granularity)(x)
+    assert found.dtype == dtype and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_static_ranges_equal_compressed_tensors(dtype, symmetric):
+    seen, x = activation(dtype), activation(dtype, seed=1) * 3
+    quantizer = calibrated(seen, dtype, symmetric=symmetric)
+    args = QuantizationArgs(num_bits=8, type="int", symmetric=symmetric, strategy="tensor", dynamic=False)
+    low, high = torch.aminmax(seen.float())
+    scale, zero = calculate_qparams(low, high, args)
+    assert torch.equal(quantizer.scale, scale.to(dtype).float())
+    assert torch.equal(quantizer.zero_point, zero.float())
+    expected = fake_quantize(x, scale.to(dtype), zero, args)
+    assert torch.equal(quantizer(x), expected)
+    assert float((expected.float() - x.float()).abs().max()) > 10, "nothing is clipped, so the test shows little"
+
+
+@pytest.mark.parametrize("options", [{}, {"granularity": "tensor"}, {"symmetric": False, "bits": 4}], ids=str)
+def test_forward_is_encode_and_decode(options):
+    x = activation(torch.float32)
+    quantizer = make(**options)
+    lattice = quantizer.encode(x)
+    low, high = code_range(lattice.bits)
+    assert int(lattice.integers().min()) >= low and int(lattice.integers().max()) <= high
+    assert torch.equal(quantizer(x), lattice.decode())
+
+
+def test_closed_form_of_a_symmetric_token():
+    x = torch.tensor([[[127.5, -127.5, 63.7, 0.4]]])
+    # Scale 1 reaches from -128 to 127, so the largest value is clipped and its negative is rounded.
+    assert make()(x).tolist() == [[[127.0, -128.0, 64.0, 0.0]]]
+
+
+def test_more_than_three_axes_share_a_range_per_token():
+    x = activation(torch.float32).view(3, 7, 4, 16)
+    assert torch.equal(make()(x).view(SHAPE), make()(x.view(SHAPE)))
+
+
+@pytest.mark.parametrize("options", [{}, {"granularity": "tensor"}, {"symmetric": False}], ids=str)
+def test_dynamic_gradient_passes_unchanged(options):
+    x = activation(torch.float32).requires_grad_()
+    upstream = torch.randn(SHAPE)
+    make(**options)(x).backward(upstream)
+    assert torch.equal(x.grad, upstream)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_static_gradient_is_zero_where_the_value_is_clipped(symmetric):
+    seen = activation(torch.float32)
+    quantizer = calibrated(seen, torch.float32, symmetric=symmetric)
+    x = (seen * 2).requires_grad_()
+    upstream = torch.ones(SHAPE)
+    quantized = quantizer(x)
+    quantized.backward(upstream)
+    low, high = quantized.min(), quantized.max()
+    outside = (x < low - quantizer.scale) | (x > high + quantizer.scale)
+    inside = (x > low) & (x < high)
+    assert bool(outside.any()) and bool(inside.any())
+    assert bool((x.grad[outside] == 0).all()) and bool((x.grad[inside] == 1).all())
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (8,)])
+def test_per_token_ranges_need_a_token_axis(shape):
+    with pytest.raises(TrainingError, match=r"m:input: per-token ranges need \[batch, tokens, features\].*granularity: tensor"):
+        make()(torch.ones(shape))
+
+
+def test_per_tensor_takes_any_shape():
+    assert make(granularity="tensor")(torch.ones(4, 8)).shape == (4, 8)
+
+
+def test_static_ranges_must_be_calibrated():
+    quantizer = make(dynamic=False, granularity="tensor")
+    with pytest.raises(TrainingError, match="m:input has static ranges that were never calibrated"):
+        quantizer(torch.ones(2, 2))
+    with pytest.raises(TrainingError, match="m:input saw no data in calibration"):
+        quantizer.freeze_range()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_calibration_refuses_non_finite_values(value):
+    quantizer = make(dynamic=False, granularity="tensor")
+    quantizer.observing = True
+    with pytest.raises(TrainingError, match="non-finite value at m:input"):
+        quantizer(torch.tensor([1.0, value]))
+
+
+def test_calibration_covers_all_batches():
+    quantizer = calibrated(torch.tensor([[1.0, -3.0], [5.0, 0.0]]), torch.float32, symmetric=False)
+    assert quantizer.low.item() == -3 and quantizer.high.item() == 5
+    torch.testing.assert_close(quantizer.scale, torch.tensor([8 / 255]))
+
+
+def test_calibrated_ranges_are_state():
+    quantizer = calibrated(activation(torch.float32), torch.float32)
+    again = make(dynamic=False, granularity="tensor")
+    again.load_state_dict(quantizer.state_dict())
+    x = activation(torch.float32, seed=2)
+    assert torch.equal(again(x), quantizer(x))
+
+
+def test_disabled_is_the_identity_for_static_ranges_too():
+    quantizer = calibrated(activation(torch.float32), torch.float32)
+    quantizer.context.enabled = False
+    x = torch.full((2, 2), 1e4, requires_grad=True)
+    assert quantizer(x) is x
+
+
+@pytest.mark.parametrize("options", [{"dynamic": False}, {"bits": 9}, {"granularity": "channel"}, {"scale": 1}])
+def test_wrong_options_are_refused(options):
+    with pytest.raises(ValidationError):
+        ActivationOptions(**options)

@@ -1,0 +1,145 @@
+"""From rules to a plan."""
+
+import json
+
+import pytest
+
+from qpipe import ConfigError, ModelMap, Rule, Site, SiteError
+from qpipe.builtin.uniform import UniformQuantizers
+from qpipe.quant.plan import expand, make_plan
+from qpipe.quant.presets import PRESETS, preset_rules
+
+KINDS = {kind.name: kind for kind in UniformQuantizers().qpipe_quantizers()}
+MAP = ModelMap(blocks=("enc.0", "enc.1"), embedding="words", head=("pool", "classifier"))
+PATHS = ("words", "enc.0.q", "enc.0.out", "enc.1.q", "enc.1.out", "pool", "classifier")
+SITES = [
+    Site(path, slot, "Embedding" if path == "words" else "Linear", (8, 8) if slot == "weight" else ())
+    for path in PATHS
+    for slot in (("weight", "output") if path == "words" else ("weight", "input", "output"))
+]
+
+
+def plan(*rules, model_map=MAP):
+    return make_plan(SITES, [("configuration", Rule(*rule)) for rule in rules], KINDS, model_map)
+
+
+def names(*rules):
+    return list(plan(*rules).sites)
+
+
+def test_block_embedding_and_head_stand_for_paths():
+    assert expand("{block}.q:weight", MAP) == ["enc.0.q:weight", "enc.1.q:weight"]
+    assert names(("{block}.*:weight", "uniform")) == [f"enc.{i}.{n}:weight" for i in (0, 1) for n in ("q", "out")]
+    assert names(("{embedding}:weight", "uniform")) == ["words:weight"]
+    assert names(("{head}:weight", "uniform")) == ["pool:weight", "classifier:weight"]
+
+
+def test_patterns_match_case_and_whole_names():
+    assert names(("enc.?.q:weight", "uniform")) == ["enc.0.q:weight", "enc.1.q:weight"]
+    assert names(("*:input", "uniform-activation"))[:2] == ["enc.0.q:input", "enc.0.out:input"]
+    with pytest.raises(SiteError):
+        plan(("Enc.0.q:weight", "uniform"))
+    with pytest.raises(SiteError):
+        plan(("enc.0.q", "uniform"))
+
+
+def test_the_last_match_wins_and_the_plan_keeps_the_order_of_the_model():
+    made = plan(
+        ("pool:weight", "uniform", {"bits": 2}),
+        ("*.q:weight", "uniform", {"bits": 4}),
+        ("enc.0.*:weight", "uniform", {"bits": 3, "granularity": "tensor", "symmetric": False}),
+    )
+    assert {name: (e.bits, e.granularity, e.zero_point) for name, e in made.sites.items()} == {
+        "enc.0.q:weight": (3, "tensor", "integer"),
+        "enc.0.out:weight": (3, "tensor", "integer"),
+        "enc.1.q:weight": (4, "channel", "none"),
+        "pool:weight": (2, "channel", "none"),
+    }
+
+
+def test_none_takes_sites_out_and_a_later_rule_puts_them_back():
+    everything, without = ("*:weight", "uniform"), ("enc.*:weight", "none")
+    assert names(everything, without) == ["words:weight", "pool:weight", "classifier:weight"]
+    assert names(everything, without, ("enc.1.q:weight", "uniform"))[1] == "enc.1.q:weight"
+
+
+def test_a_rule_that_matches_nothing_suggests_the_nearest_site():
+    with pytest.raises(SiteError, match="rule 'enc.0.quer:weight' .*matches no site; did you mean 'enc.0.q:weight'"):
+        plan(("enc.0.quer:weight", "uniform"))
+    with pytest.raises(SiteError, match="slot one of input, output, weight"):
+        plan(("zzzzzz", "uniform"))
+
+
+def test_none_must_match_too():
+    with pytest.raises(SiteError, match="matches no site"):
+        plan(("*:weight", "uniform"), ("enc.7.*:weight", "none"))
+
+
+@pytest.mark.parametrize("part", ["block", "embedding", "head"])
+def test_a_part_the_model_lacks(part):
+    with pytest.raises(SiteError, match=f"this model has no {part} that qpipe knows"):
+        plan((f"{{{part}}}:weight", "uniform"), model_map=ModelMap())
+
+
+def test_unknown_quantizer_suggests_the_nearest():
+    with pytest.raises(SiteError, match="configuration: no quantizer is called 'unifrom'; did you mean 'uniform'.*none"):
+        plan(("*:weight", "unifrom"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bit": 4}, "bit is not an option; did you mean 'bits'"),
+        ({"bits": 16}, "bits = 16"),
+        ({"granularity": "group"}, "give group_size with granularity `group`"),
+    ],
+)
+def test_wrong_options_name_rule_and_key(options, message):
+    with pytest.raises(SiteError, match=message) as caught:
+        plan(("{block}.q:weight", "uniform", options))
+    assert "rule '{block}.q:weight' of configuration" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (("pool:input", "uniform"), "'uniform' serves weight, not 'pool:input'"),
+        (("pool:weight", "uniform-activation"), "'uniform-activation' serves context, input,.* not 'pool:weight'"),
+    ],
+)
+def test_wrong_slot(rule, message):
+    with pytest.raises(SiteError, match=message):
+        plan(rule)
+
+
+def test_json_of_a_plan():
+    made = make_plan(SITES, [("preset", Rule("pool:weight", "uniform", {"bits": 4}))], KINDS, MAP)
+    (entry,) = json.loads(made.dumps())
+    options = entry.pop("options")
+    assert entry == {
+        "site": "pool:weight",
+        "quantizer": "uniform",
+        "bits": 4,
+        "granularity": "channel",
+        "source": "preset",
+    }
+    assert options["bits"] == 4 and options["symmetric"] is True
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_plan_every_block(name):
+    made = make_plan(SITES, [("preset", rule) for rule in preset_rules(name)], KINDS, MAP)
+    widths = {site: entry.bits for site, entry in made.sites.items()}
+    blocks = [f"enc.{i}.{n}" for i in (0, 1) for n in ("q", "out")]
+    expected = {"words:weight": 8}
+    if name != "a8":
+        expected |= {f"{block}:weight": int(name[1]) for block in blocks}
+    if "a8" in name:
+        expected |= {f"{block}:input": 8 for block in blocks}
+    assert widths == expected
+
+
+def test_unknown_preset_suggests_the_nearest():
+    with pytest.raises(ConfigError, match="'w4a4' is unknown; did you mean 'w4a?8?'.*available: a8, w2"):
+        preset_rules("w4a4")
+    assert preset_rules(None) == ()
