@@ -9,6 +9,8 @@ PLUGIN ?= kure
 DATA ?= ../shared/data
 SMALL ?= ../shared/models/bert_tiny
 RESULTS ?=
+# A part of the data that two CPU cores train in minutes; `make demo DEMO=` uses all of it.
+DEMO ?= --set data.max_train_examples=4000 --set data.max_eval_examples=1000
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -32,7 +34,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(PLUGINS)
 
 demo: install ## train, export and verify a W4A8 movie-review classifier; leaves runs/demo
 	@test -f runs/demo/results.json || \
-	  $(QPIPE) launch --plugins kure,ti-g --out runs/demo $$(test -f runs/demo/config.yaml && echo --resume)
+	  $(QPIPE) launch --plugins kure,ti-g $(DEMO) --out runs/demo $$(test -f runs/demo/config.yaml && echo --resume)
 	@$(QPIPE) verify runs/demo/export
 	@$(QPIPE) report runs/demo
 

@@ -33,7 +33,6 @@ _PUBLIC = {
     "QuantizerKind": "qpipe.types",
     "ReportSection": "qpipe.types",
     "Rule": "qpipe.types",
-
     "SignalKind": "qpipe.types",
     "Signals": "qpipe.types",
     "Site": "qpipe.types",

@@ -63,7 +63,9 @@ class DataConfig(Section):
 class RuleConfig(Section):
     """Quantize the sites that match a pattern."""
 
-    site: str = Field(description="`fnmatch` pattern over `module.path:slot`; `{block}`, `{embedding}`, `{head}` expand")
+    site: str = Field(
+        description="`fnmatch` pattern over `module.path:slot`; `{block}`, `{embedding}`, `{head}` expand"
+    )
     quantizer: str = Field("uniform", description="name of a quantizer, or `none`")
     options: dict[str, Any] = Field(default_factory=dict)
 
@@ -77,6 +79,9 @@ class QuantizationConfig(Section):
         "auto", description="scales are rounded to this type while training; auto: the type the model is exported in"
     )
     calibration_batches: int = Field(8, gt=0, description="batches for static activation ranges")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="quantize uniform weights in compiled code (CPUs), bit for bit the same; auto: in long runs"
+    )
 
 
 class TrainConfig(Section):

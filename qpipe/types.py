@@ -12,7 +12,7 @@ from qpipe.plugin import Options
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from qpipe.quant.quantizer import Quantizer
     from qpipe.run import Step

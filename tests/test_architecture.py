@@ -95,7 +95,9 @@ def allowed(user: str, used: str) -> bool:
 
 
 def test_the_core_names_no_method():
-    assert METHODS.search("the TWN lattice") and METHODS.search("ti-g") and not METHODS.search("image.jpeg, anti-gravity")
+    assert (
+        METHODS.search("the TWN lattice") and METHODS.search("ti-g") and not METHODS.search("image.jpeg, anti-gravity")
+    )
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
         for path in text_files(CORE)
@@ -117,7 +119,9 @@ def test_layers():
     assert not new, new
 
 
-@pytest.mark.xfail(strict=True, reason="the uniform activation quantizer lies in builtin, but export and stages need it")
+@pytest.mark.xfail(
+    strict=True, reason="the uniform activation quantizer lies in builtin, but export and stages need it"
+)
 def test_known_violations_of_the_layers_are_gone():
     assert not VIOLATIONS & set(dependencies())
 
@@ -159,7 +163,7 @@ def test_plugins_do_not_import_each_other():
 def test_public_names_are_importable_and_documented():
     for name in qpipe.__all__:
         value = getattr(qpipe, name)
-        if isinstance(value, type) or callable(value) and hasattr(value, "__code__"):
+        if isinstance(value, type) or (callable(value) and hasattr(value, "__code__")):
             assert (vars(value).get("__doc__") or value.__doc__ or "").strip(), f"{name} has no docstring"
             if isinstance(value, type):
                 assert vars(value).get("__doc__"), f"{name} has only the docstring of its base class"
@@ -196,7 +200,9 @@ def test_files_and_functions_stay_short():
 
 
 def test_importing_qpipe_loads_nothing_heavy():
-    code = "import sys, qpipe; print([m for m in ('torch', 'transformers', 'datasets', 'pydantic') if m in sys.modules])"
+    code = (
+        "import sys, qpipe; print([m for m in ('torch', 'transformers', 'datasets', 'pydantic') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -28,8 +28,8 @@ class Optim(Plugin):
 
     @hookimpl(trylast=True)
     def qpipe_optimizer(self, run: Run, groups: list[dict[str, Any]]) -> Optimizer | None:
-        """AdamW with betas 0.9, 0.999."""
-        return AdamW(groups, lr=run.config.train.learning_rate)
+        """AdamW with betas 0.9, 0.999, fused: one pass over each parameter instead of a dozen."""
+        return AdamW(groups, lr=run.config.train.learning_rate, fused=True)
 
     @hookimpl(trylast=True)
     def qpipe_scheduler(self, run: Run, optimizer: Optimizer) -> LRScheduler | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -11,10 +10,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from qpipe.builtin.activation import ActivationOptions, UniformActivation
-from qpipe.errors import SiteError
 from qpipe.plugin import Options, Plugin, hookimpl
+from qpipe.quant.compiled import compiled, turn_off
 from qpipe.quant.quantizer import Quantizer
-from qpipe.quant.rounding import block_rows, round_to_codes
+from qpipe.quant.rounding import block_rows, min_max_grid, round_to_codes
 from qpipe.quant.tensor import QTensor, code_range, grouped
 from qpipe.types import QuantizerKind
 
@@ -48,26 +47,16 @@ class UniformWeight(Quantizer):
     def __init__(self, options: UniformOptions) -> None:
         super().__init__()
         self.options = options
+        self._proved: set[tuple[torch.Size, torch.dtype]] = set()
 
     def grid(self, rows: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor | float]:
         """Scale and zero point over `axes` of a float tensor, with the reduced axes kept."""
         low, high = code_range(self.options.bits)
-        if self.options.symmetric:
-            peak = torch.maximum(rows.amax(axes, keepdim=True), -rows.amin(axes, keepdim=True)).float()
-            return self.snap(peak / high), 0.0
-        top = rows.amax(axes, keepdim=True).float().clamp_min(0)
-        bottom = rows.amin(axes, keepdim=True).float().clamp_max(0)
-        scale = self.snap((top - bottom) / (high - low))
-        return scale, (low - bottom / scale).round_().clamp_(low, high)
+        return min_max_grid(rows, axes, low, high, self.options.symmetric, self.context.scale_dtype)
 
     def encode(self, value: Tensor) -> QTensor:
-        """Codes, scale and zero point of a weight `[channels, ...]`.
-
-        Raises:
-            SiteError: the group size does not divide the elements of a channel.
-        """
+        """Codes, scale and zero point of a weight `[channels, ...]`."""
         low, high = code_range(self.options.bits)
-        self._check_groups(value)
         view = grouped(value, self.options.group_size)
         per_tensor = self.options.granularity == "tensor"
         axes = tuple(range(view.ndim)) if per_tensor else tuple(range(1, view.ndim))
@@ -80,34 +69,74 @@ class UniformWeight(Quantizer):
 
     def quantize(self, value: Tensor, out: Tensor | None = None) -> Tensor:
         """Bitwise `encode(value).decode()`, in one pass over memory: each block stays in cache from range to product."""
-        low, high = code_range(self.options.bits)
-        self._check_groups(value)
         width = self.options.group_size or max(1, value[0].numel())
-        rows = value.reshape(-1, width)
+        if self.options.granularity == "tensor":
+            rows = value.reshape(-1, width)
+        else:
+            rows = grouped(value, self.options.group_size).reshape(-1, width)
         result = torch.empty_like(value, memory_format=torch.contiguous_format) if out is None else out
         target = result.view(-1, width)
-        shared = self.grid(rows, (0, 1)) if self.options.granularity == "tensor" else None
-        size = block_rows(rows)
-        for start in range(0, rows.shape[0], size):
-            block = rows[start : start + size]
-            scale, zero = shared if shared is not None else self.grid(block, (1,))
-            codes = round_to_codes(block, scale, zero, low, high)
-            if isinstance(zero, Tensor):
-                codes.sub_(zero)
-            if target.dtype == torch.float32:
-                torch.mul(codes, scale, out=target[start : start + size])
-            else:
-                target[start : start + size] = codes.mul_(scale)
+        if not (self.context.compiled and value.device.type == "cpu" and self._quantize_compiled(rows, target)):
+            self._quantize_blocks(rows, target)
         return result
 
+    def _quantize_blocks(self, rows: Tensor, target: Tensor) -> None:
+        """Quantize rows `[n, width]` into `target` block by block."""
+        low, high = code_range(self.options.bits)
+        shared = self.grid(rows, (0, 1)) if self.options.granularity == "tensor" else None
+        size = block_rows(rows)
+        # Made once: memory fresh from the system costs more than the arithmetic.
+        scratch = torch.empty((size, rows.shape[1]), dtype=torch.float32, device=rows.device)
+        for start in range(0, rows.shape[0], size):
+            block, goal = rows[start : start + size], target[start : start + size]
+            codes = scratch[: block.shape[0]]
+            if block.dtype != torch.float32:
+                block = codes.copy_(block)
+            scale, zero = shared if shared is not None else self.grid(block, (1,))
+            round_to_codes(block, scale, zero, low, high, out=codes)
+            if isinstance(zero, Tensor):
+                codes.sub_(zero)
+            if goal.dtype == torch.float32:
+                torch.mul(codes, scale, out=goal)
+            else:
+                goal.copy_(codes.mul_(scale))
 
-    def _check_groups(self, value: Tensor) -> None:
-        size, per_channel = self.options.group_size, math.prod(value.shape[1:])
-        if size is not None and per_channel % size:
-            raise SiteError(
-                f"{self.site}: group_size {size} does not divide the {per_channel} elements of a channel; "
-                "choose a divisor, or another granularity there"
-            )
+    def _quantize_compiled(self, rows: Tensor, target: Tensor) -> bool:
+        """The same in compiled code; False where that fails, which is logged.
+
+        The first result for every shape and dtype is compared with that of eager mode.
+        """
+        low, high = code_range(self.options.bits)
+        axes = (0, 1) if self.options.granularity == "tensor" else (1,)
+        try:
+            compiled(quantize_rows)(rows, target, axes, low, high, self.options.symmetric, self.context.scale_dtype)
+        except Exception as error:  # The compiler's errors have no common base; the eager path does the same work.
+            turn_off(self.context, f"compiling for {self.site} failed ({type(error).__name__}: {str(error)[:200]})")
+            return False
+        key = rows.shape, rows.dtype
+        if key not in self._proved:
+            expected = torch.empty_like(target)
+            self._quantize_blocks(rows, expected)
+            if not torch.equal(expected.nan_to_num(), target.nan_to_num()):
+                turn_off(self.context, f"compiled code differs from eager mode at {self.site}")
+                return False
+            self._proved.add(key)
+        return True
+
+
+def quantize_rows(
+    rows: Tensor,
+    out: Tensor,
+    axes: tuple[int, ...],
+    low: int,
+    high: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+) -> None:
+    """Quantize and dequantize rows `[n, width]` into `out`, with ranges over `axes`; made of the eager functions."""
+    scale, zero = min_max_grid(rows, axes, low, high, symmetric, scale_dtype)
+    codes = round_to_codes(rows, scale, zero, low, high)
+    out.copy_((codes - zero) * scale)
 
 
 class UniformQuantizers(Plugin):

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from qpipe.config import EngineConfig, TrainConfig
 from qpipe.engine.base import Processes, choose_device, join_processes, resolve_precision
+from qpipe.engine.operators import build_cpu_operators
 from qpipe.errors import ConfigError
 
 MANAGED = (
@@ -65,6 +66,8 @@ class DeepSpeedEngine(Processes):
         self._deepspeed = deepspeed
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        if self.device.type == "cpu":
+            build_cpu_operators()
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         join_processes(backend)
         with redirect_stdout(io.StringIO()):  # it reports every operator it builds, from every process
@@ -179,7 +182,9 @@ def merge_config_file(settings: dict[str, Any], config: EngineConfig) -> dict[st
     zero = {**extra.pop("zero_optimization", {})}
     stage = zero.pop("stage", config.zero)
     if stage != config.zero:
-        raise ConfigError(f"engine.config_file asks for ZeRO stage {stage}, engine.zero is {config.zero}; set both equal")
+        raise ConfigError(
+            f"engine.config_file asks for ZeRO stage {stage}, engine.zero is {config.zero}; set both equal"
+        )
     merged = {**{k: v for k, v in extra.items() if k not in MANAGED}, **settings}
     merged["zero_optimization"] = {**settings["zero_optimization"], **zero}
     return merged

@@ -48,9 +48,7 @@ class Plan:
 
     def measured(self, name: str, tensor: QTensor, zero_point: str) -> Plan:
         """The plan with bits and granularity of a weight taken from its lattice."""
-        entry = replace(
-            self.sites[name], bits=tensor.bits, granularity=tensor.granularity, zero_point=zero_point
-        )
+        entry = replace(self.sites[name], bits=tensor.bits, granularity=tensor.granularity, zero_point=zero_point)
         return Plan({**self.sites, name: entry})
 
     def to_json(self) -> Json:

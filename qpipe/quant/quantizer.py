@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qpipe.quant.rounding import snap_scale
 from qpipe.quant.tensor import QTensor
 
 
@@ -20,6 +21,7 @@ class QuantContext:
         version: counts changes of the weights; quantized weights are reused while it stands still.
         partitioned: True where weights exist only while their module runs (ZeRO-3); nothing full-size is kept then.
         scale_dtype: scales are rounded to this type, so that the exported file holds them exactly.
+        compiled: True where quantizers may use compiled code; the result is the same bit for bit.
         taps_active: True within a training step; observing and replacing taps do nothing otherwise.
         weight_losses: values of weight penalties met in this forward pass, by `(penalty, module path)`.
         collect_weight_losses: True on the micro-batch that ends an optimizer step.
@@ -30,6 +32,7 @@ class QuantContext:
     version: int = 0
     partitioned: bool = False
     scale_dtype: torch.dtype = torch.float32
+    compiled: bool = False
     taps_active: bool = False
     weight_losses: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     collect_weight_losses: bool = False
@@ -111,8 +114,7 @@ class Quantizer(nn.Module):
         Args:
             scale: float tensor, non-negative. Returns float32 of the same shape.
         """
-        snapped = scale.to(self.context.scale_dtype).float()
-        return torch.where(snapped > 0, snapped, torch.ones_like(snapped))
+        return snap_scale(scale, self.context.scale_dtype)
 
     def quantize(self, value: Tensor, out: Tensor | None = None) -> Tensor:
         """`encode(value).decode()` in the value's dtype. Override only with something bitwise equal and faster."""

@@ -5,11 +5,47 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 256 * 1024
-"""Working set of one block: small enough to stay in a core's second-level cache through all passes."""
+BLOCK_ELEMENTS = 32 * 1024 - 1
+"""Elements of one block: its float32 working set stays in a core's second-level cache through all passes, and torch runs
+operators of fewer than 32768 elements on the calling thread. Waking other threads for each of them costs as much as it
+saves on idle cores, and several times the arithmetic on busy ones."""
 
 
-def round_to_codes(value: Tensor, scale: Tensor, zero_point: Tensor | float, low: int, high: int) -> Tensor:
+def snap_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round scales to `dtype`, and replace zeros (of all-zero rows) by 1.
+
+    Args:
+        scale: float tensor, non-negative. Returns float32 of the same shape.
+        dtype: type that the scales are exported in.
+    """
+    snapped = scale.to(dtype).float()
+    return torch.where(snapped > 0, snapped, torch.ones_like(snapped))
+
+
+def min_max_grid(
+    rows: Tensor, axes: tuple[int, ...], low: int, high: int, symmetric: bool, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor | float]:
+    """Scale and zero point of the smallest grid over the values (asymmetric: over the values and 0).
+
+    Args:
+        rows: float tensor.
+        axes: reduced axes; they are kept with size 1.
+        low: smallest code.
+        high: largest code.
+        symmetric: zero point 0, and `scale = max|w| / high`; else `scale = (max - min) / (high - low)`.
+        scale_dtype: type that the scale is rounded to.
+    """
+    top, bottom = rows.amax(axes, keepdim=True).float(), rows.amin(axes, keepdim=True).float()
+    if symmetric:
+        return snap_scale(torch.maximum(top, -bottom) / high, scale_dtype), 0.0
+    top, bottom = top.clamp_min(0), bottom.clamp_max(0)
+    scale = snap_scale((top - bottom) / (high - low), scale_dtype)
+    return scale, (low - bottom / scale).round().clamp(low, high)
+
+
+def round_to_codes(
+    value: Tensor, scale: Tensor, zero_point: Tensor | float, low: int, high: int, out: Tensor | None = None
+) -> Tensor:
     """`clamp(round(value / scale + zero_point), low, high)`, ties to even, as float32.
 
     Args:
@@ -18,8 +54,9 @@ def round_to_codes(value: Tensor, scale: Tensor, zero_point: Tensor | float, low
         zero_point: float or float32 tensor, broadcastable.
         low: smallest code.
         high: largest code.
+        out: float32 tensor for the result; may be `value` itself.
     """
-    codes = torch.div(value.float(), scale)
+    codes = torch.div(value.float(), scale, out=out)
     if isinstance(zero_point, Tensor) or zero_point != 0:
         codes.add_(zero_point)
     return codes.round_().clamp_(low, high)
@@ -29,4 +66,4 @@ def block_rows(value: Tensor) -> int:
     """Rows of a 2-D tensor per block: all of them where there is no cache to fit into."""
     if value.device.type != "cpu":
         return max(1, value.shape[0])
-    return max(1, BLOCK_BYTES // max(1, 4 * value.shape[1]))
+    return max(1, min(value.shape[0], BLOCK_ELEMENTS // max(1, value.shape[1])))

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from qpipe.errors import SiteError
+
 Granularity = Literal["tensor", "channel", "group"]
 
 
@@ -74,11 +76,14 @@ def grouped(value: Tensor, group_size: int | None) -> Tensor:
     """View `[channels, ...]` as `[channels, groups, group_size]`; without a group size the value itself.
 
     Raises:
-        ValueError: the group size does not divide the elements of a channel.
+        SiteError: the group size does not divide the elements of a channel.
     """
     if group_size is None:
         return value
     per_channel = math.prod(value.shape[1:])
     if per_channel % group_size:
-        raise ValueError(f"group size {group_size} does not divide the {per_channel} elements of a channel")
+        raise SiteError(
+            f"group size {group_size} does not divide the {per_channel} elements of a channel of a weight "
+            f"{tuple(value.shape)}; choose a divisor, or another granularity for that site"
+        )
     return value.reshape(value.shape[0], per_channel // group_size, group_size)

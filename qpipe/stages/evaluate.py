@@ -30,9 +30,7 @@ def evaluate(run: Run) -> dict[str, float]:
             moved = to_device(batch, run)
             output = run.engine.forward(**inputs_of(moved))
             predictions, references = predict(run.task.kind, output.logits, moved["labels"])
-            rows += [
-                (int(i), p, r) for i, p, r in zip(indices, predictions, references, strict=True) if int(i) >= 0
-            ]
+            rows += [(int(i), p, r) for i, p, r in zip(indices, predictions, references, strict=True) if int(i) >= 0]
     merged = sorted((row for part in run.engine.gather_objects(rows) for row in part), key=lambda row: row[0])
     predicted = np.stack([row[1] for row in merged])
     expected = np.stack([row[2] for row in merged])

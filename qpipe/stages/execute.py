@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,14 +23,17 @@ from qpipe.stages.evaluate import evaluate
 from qpipe.stages.export import export
 from qpipe.stages.prepare import prepare, wrap
 from qpipe.stages.self_check import self_check
-from qpipe.stages.teacher import ensure_teacher
+from qpipe.stages.teacher import ensure_teacher, is_needed
 from qpipe.stages.train import total_steps, train
 from qpipe.stages.trained import alone, restore, save_float
+
+logger = logging.getLogger("qpipe.stages")
 
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Add the time spent within to `seconds[name]`."""
+    """Say that a stage begins, and add the time spent in it to `seconds[name]`."""
+    logger.info("stage: %s", name)
     started = time.perf_counter()
     yield
     seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - started, 2)
@@ -67,8 +71,11 @@ def execute(config: RunConfig, resume: bool = False) -> Run:
 
 def assemble(config: RunConfig, host: Host, seconds: dict[str, float]) -> Run:
     """Teacher, build, prepare and wrap: everything before the first batch."""
-    with timed(seconds, "teacher"):
-        teacher, teacher_metrics = ensure_teacher(config, host)
+    teacher: str | None = None
+    teacher_metrics: dict[str, float] = {}
+    if is_needed(config, host):
+        with timed(seconds, "teacher"):
+            teacher, teacher_metrics = ensure_teacher(config, host)
     with timed(seconds, "build"):
         engine = connect(config.engine)
         run = build(config, host, engine, teacher)

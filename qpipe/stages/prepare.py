@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from qpipe.errors import ConfigError, FormatError, PluginError, SiteError, sugge
 from qpipe.export import record as export_record
 from qpipe.export.record import zero_point_kind
 from qpipe.host import BUILTIN_PREFIX
+from qpipe.quant.compiled import use_compiled
 from qpipe.quant.modules import QuantModule
 from qpipe.quant.plan import Plan, make_plan
 from qpipe.quant.presets import preset_rules
@@ -61,6 +63,9 @@ def insert_quantizers(run: Run, initialize: bool) -> None:
     """Build every planned quantizer, put it at its site, and initialise it from the weight if asked to."""
     name = run.config.quantization.scale_dtype
     run.instruments.context.scale_dtype = run.engine.dtype if name == "auto" else SCALE_DTYPES[name]
+    weights = [math.prod(entry.site.shape) for entry in run.plan.sites.values() if entry.site.slot == "weight"]
+    setting = run.config.quantization.compile
+    run.instruments.context.compiled = use_compiled(setting, sum(weights), run.total_steps, run.engine.device)
     kinds = run.host.collect("qpipe_quantizers")
     for entry in run.plan.sites.values():
         quantizer = kinds[entry.quantizer].build(entry.options)
@@ -110,7 +115,9 @@ def find_exporter(run: Run, name: str | None = None) -> Exporter:
     name = name or run.config.export.format
     exporters: dict[str, Exporter] = run.host.collect("qpipe_exporters")
     if name not in exporters:
-        raise ConfigError(f"export format {name!r} is unknown{suggest(name, exporters)}; available: {', '.join(exporters)}")
+        raise ConfigError(
+            f"export format {name!r} is unknown{suggest(name, exporters)}; available: {', '.join(exporters)}"
+        )
     return exporters[name]
 
 
@@ -177,9 +184,7 @@ def parameter_groups(run: Run) -> list[dict[str, Any]]:
     return [group for group in groups.values() if group["params"]]
 
 
-def _claim(
-    name: str, parameter: nn.Parameter, contributions: Iterable[tuple[str, ParamGroup]]
-) -> ParamGroup | None:
+def _claim(name: str, parameter: nn.Parameter, contributions: Iterable[tuple[str, ParamGroup]]) -> ParamGroup | None:
     claims = [(source, group) for source, group in contributions if group.match(name, parameter)]
     strong = [claim for claim in claims if not claim[0].startswith(BUILTIN_PREFIX)] or claims
     if len(strong) > 1:

@@ -17,8 +17,8 @@ from qpipe.run import Run
 from qpipe.stages import checkpoint
 from qpipe.stages.build import build
 from qpipe.stages.prepare import prepare, wrap
-from qpipe.stages.trained import save_float
 from qpipe.stages.train import total_steps, train
+from qpipe.stages.trained import save_float
 
 
 def is_needed(config: RunConfig, host: Host) -> bool:

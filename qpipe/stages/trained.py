@@ -96,4 +96,3 @@ def _load_quantizers(run: Run, path: Path) -> None:
         own = {key.partition("/")[2]: value for key, value in state.items() if key.partition("/")[0] == site}
         quantizer.load_state_dict(own)
     run.instruments.context.weights_changed()
-

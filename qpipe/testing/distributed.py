@@ -50,7 +50,9 @@ def run_distributed(function: str, world_size: int = 2, timeout: float = 600, **
             check=False,
         )
         if done.returncode != 0 or not result.is_file():
-            raise RuntimeError(f"{function} failed in {world_size} processes:\n{done.stdout[-2000:]}{done.stderr[-6000:]}")
+            raise RuntimeError(
+                f"{function} failed in {world_size} processes:\n{done.stdout[-2000:]}{done.stderr[-6000:]}"
+            )
         return json.loads(result.read_text())
 
 

@@ -89,5 +89,3 @@ def compare(expected: dict[str, Tensor], found: dict[str, Tensor], tolerance: fl
             largest = max(float(expected[key].abs().max()), 1e-6)
             error = float((expected[key] - found[key]).abs().max())
             assert error <= tolerance * largest + 1e-7, f"{key}: gradients differ by {error:.2e} of {largest:.2e}"
-
-

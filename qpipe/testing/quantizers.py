@@ -26,7 +26,9 @@ def sample_weights(seed: int = 0) -> Iterable[Tensor]:
     yield ordinary[:1]
 
 
-def check_quantizer(make: Callable[[], Quantizer], dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16)) -> None:
+def check_quantizer(
+    make: Callable[[], Quantizer], dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16)
+) -> None:
     """Check a weight quantizer on `sample_weights`.
 
     Codes are integers in range; decoding equals the forward pass bit for bit; the fast path equals encode-decode; the

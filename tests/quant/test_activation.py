@@ -114,7 +114,9 @@ def test_static_gradient_is_zero_where_the_value_is_clipped(symmetric):
 
 @pytest.mark.parametrize("shape", [(4, 8), (8,)])
 def test_per_token_ranges_need_a_token_axis(shape):
-    with pytest.raises(TrainingError, match=r"m:input: per-token ranges need \[batch, tokens, features\].*granularity: tensor"):
+    with pytest.raises(
+        TrainingError, match=r"m:input: per-token ranges need \[batch, tokens, features\].*granularity: tensor"
+    ):
         make()(torch.ones(shape))
 
 

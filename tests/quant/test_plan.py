@@ -82,7 +82,9 @@ def test_a_part_the_model_lacks(part):
 
 
 def test_unknown_quantizer_suggests_the_nearest():
-    with pytest.raises(SiteError, match="configuration: no quantizer is called 'unifrom'; did you mean 'uniform'.*none"):
+    with pytest.raises(
+        SiteError, match="configuration: no quantizer is called 'unifrom'; did you mean 'uniform'.*none"
+    ):
         plan(("*:weight", "unifrom"))
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qpipe import QTensor
+from qpipe import QTensor, SiteError
 from qpipe.quant.tensor import code_range, grouped
 
 
@@ -71,5 +71,5 @@ def test_grouped():
     value = torch.arange(24).view(2, 3, 4)
     assert grouped(value, None) is value
     assert grouped(value, 6).tolist() == value.view(2, 2, 6).tolist()
-    with pytest.raises(ValueError, match="group size 5 does not divide the 12 elements of a channel"):
+    with pytest.raises(SiteError, match="group size 5 does not divide the 12 elements of a channel"):
         grouped(value, 5)

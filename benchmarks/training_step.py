@@ -1,0 +1,179 @@
+"""How much longer a training step takes with quantization: `python -m benchmarks.training_step`.
+
+Both sides of a comparison live in one process and take turns, in alternating order, so that a change of the machine's
+load meets both. A ratio is formed within each pair of neighbouring steps; the table gives the median of these ratios
+and their quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.document import environment, markdown, plain_table, write_between_markers
+from benchmarks.sides import BLOCK_INPUTS, BLOCK_WEIGHTS, Spec, make_side, missing_plugins
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+FULL = Spec()
+
+
+def weights(**options: Any) -> tuple[dict[str, Any], ...]:
+    """A rule for the weight of every linear map in the blocks."""
+    return ({"site": BLOCK_WEIGHTS, "quantizer": "uniform", "options": {"bits": 4, **options}},)
+
+
+W4 = Spec(rules=weights())
+A8 = ({"site": BLOCK_INPUTS, "quantizer": "uniform-activation", "options": {"bits": 8}},)
+WITH_TEACHER = replace(FULL, kind="train+teacher")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A comparison: what is measured, against what."""
+
+    key: str
+    title: str
+    side: Spec
+    against: Spec = FULL
+    baseline: str = "full precision"
+
+
+CASES = (
+    Case("channel", "4-bit weights per channel, compiled", W4),
+    Case("channel-eager", "4-bit weights per channel, eager", replace(W4, compile="off")),
+    Case("group", "4-bit weights in groups of 64", replace(W4, rules=weights(granularity="group", group_size=64))),
+    Case("tensor", "4-bit weights per tensor", replace(W4, rules=weights(granularity="tensor"))),
+    Case("w4a8", "4-bit weights, 8-bit inputs per token", replace(W4, rules=weights() + A8)),
+    Case("ternary", "ternary weights (`ternary-twn`)", Spec(plugins={"ternary-twn": {}})),
+    Case("accumulation", "4-bit weights per channel, 4 micro-batches of 2", replace(W4, micro_batches=4),
+         replace(FULL, micro_batches=4), "full precision, 4 micro-batches of 2"),
+    Case("kure", "the same with `kure`", replace(W4, plugins={"kure": {}}), W4, "4-bit weights per channel"),
+    Case("ti-g", "4-bit weights and `ti-g`, first phase", replace(W4, kind="train+teacher", plugins={"ti-g": {}}),
+         WITH_TEACHER, "full precision and a teacher's forward pass"),
+    Case("evaluate", "evaluation forward, 4-bit weights per channel", replace(W4, kind="evaluate"),
+         replace(FULL, kind="evaluate"), "full precision, evaluation forward"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """Times of one comparison.
+
+    Attributes:
+        key, title, baseline: of the case.
+        dtype: of parameters and activations.
+        seconds: of each step of the measured side.
+        baseline_seconds: of each step of the other side, pair by pair.
+    """
+
+    key: str
+    title: str
+    baseline: str
+    dtype: str
+    seconds: tuple[float, ...]
+    baseline_seconds: tuple[float, ...]
+
+    @property
+    def ratios(self) -> list[float]:
+        """Measured side over the other, pair by pair."""
+        return [a / b for a, b in zip(self.seconds, self.baseline_seconds, strict=True)]
+
+    def summary(self) -> dict[str, Any]:
+        """Median and quartiles of the ratios, and median times in milliseconds."""
+        low, middle, high = statistics.quantiles(self.ratios, n=4, method="inclusive")
+        times = {"ms": self.seconds, "baseline_ms": self.baseline_seconds}
+        return {
+            "ratio": middle,
+            "quartiles": [low, high],
+            "pairs": len(self.seconds),
+            **{name: 1e3 * statistics.median(values) for name, values in times.items()},
+        }
+
+
+def timed(step: Callable[[], None]) -> float:
+    """Seconds that one step takes."""
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def compare(case: Case, dtype: str, pairs: int, warm_up: int, layers: int) -> Result:
+    """Build both sides, warm them up, and let them take turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        measured = make_side(case.side, DTYPES[dtype], layers, out / "measured")
+        other = make_side(case.against, DTYPES[dtype], layers, out / "baseline")
+        for _ in range(warm_up):
+            measured(), other()
+        gc.collect()
+        gc.disable()  # A collection within one of two steps would be counted against it.
+        try:
+            seconds: tuple[list[float], list[float]] = ([], [])
+            for number in range(pairs):
+                turns = (measured, 0), (other, 1)
+                for step, slot in turns if number % 2 == 0 else reversed(turns):
+                    seconds[slot].append(timed(step))
+        finally:
+            gc.enable()
+    return Result(case.key, case.title, case.baseline, dtype, tuple(seconds[0]), tuple(seconds[1]))
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__)
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--cases", nargs="+", choices=[c.key for c in CASES], default=[c.key for c in CASES])
+    parser.add_argument("--pairs", type=int, default=15, help="pairs of steps, at least 2")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps of each side before the first pair")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--json", type=Path, help="write every time measured to this file")
+    parser.add_argument("--markdown", action="store_true", help=f"write the table into docs/{DOCUMENT.name}")
+    options = parser.parse_args(arguments)
+    if options.pairs < 2 or options.warm_up < 1 or options.threads < 1 or options.layers < 1:
+        parser.error("--pairs must be 2 or more; --warm-up, --threads and --layers 1 or more")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, and write what was asked for."""
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parse(given)
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    torch.set_num_threads(options.threads)
+    results: list[Result] = []
+    for dtype in options.dtypes:
+        for case in (case for case in CASES if case.key in options.cases):
+            missing = missing_plugins((case.side, case.against))
+            if missing:
+                print(f"left out: {case.title}: plugin {', '.join(sorted(missing))} is not installed", file=sys.stderr)
+                continue
+            results.append(compare(case, dtype, options.pairs, options.warm_up, options.layers))
+            print(
+                plain_table([{**asdict(results[-1]), **results[-1].summary()}], heading=len(results) == 1), flush=True
+            )
+    rows = [{**asdict(result), **result.summary()} for result in results]
+    about = environment(given, options.threads)
+    if options.json:
+        options.json.write_text(json.dumps({"environment": about, "results": rows}, indent=1))
+    if options.markdown:
+        write_between_markers(DOCUMENT, markdown(rows, about))
+        print(f"written: {DOCUMENT}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,217 @@
+"""The code in README.md, docs/*.md and plugins/*/README.md.
+
+* python: executed, in order, in one namespace a file.
+* console, bash, sh and unnamed blocks: every `qpipe` command must parse with the real command line, its `--set` keys
+  must exist, and `make` targets must be there; after an HTML comment `<!-- run -->` the commands are executed.
+* yaml: a valid configuration; one without `model` is merged over the default recipe.
+* json and toml are parsed. After `<!-- file: PATH -->` the block is also written to that file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from qpipe.cli import app
+from qpipe.config import default_recipe, resolve
+from qpipe.discovery import installed
+from qpipe.host import load_plugins
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("plugins/*/README.md")),
+]
+FENCE = re.compile(r"^(?:<!-- (?P<mark>run|file: \S+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
+SHELL = ("console", "bash", "sh", "")
+ENV = {
+    **os.environ,
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    text: str
+    line: int
+    mark: str
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text()
+    return [
+        Block(m["language"], m["text"], text.count("\n", 0, m.start("text")) + 1, m["mark"] or "")
+        for m in FENCE.finditer(text)
+    ]
+
+
+def command_lines(block: Block) -> list[str]:
+    """The commands of a shell block: lines after `$ ` where there are any, else all; continued lines are joined."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    prompted = [line[2:] for line in lines if line.startswith("$ ")]
+    return prompted or [line for line in lines if line.strip()]
+
+
+def commands(line: str) -> Iterator[list[str]]:
+    """The simple commands of a line, without redirections and leading assignments."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|<>")
+    lexer.whitespace_split = True
+    current: list[str] = []
+    for token in [*lexer, ";"]:
+        if set(token) <= set(";&|<>"):
+            while current and re.fullmatch(r"\w+=.*", current[0]):
+                current.pop(0)
+            if current:
+                yield current
+            current = []
+        else:
+            current.append(token)
+
+
+def parse(arguments: list[str]) -> dict[str, Any]:
+    """Parse arguments as `qpipe` does, in a folder where every relative path that they name exists."""
+    command: Any = typer.main.get_command(app)
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+        for argument in arguments:
+            if re.fullmatch(r"[\w.-]+(/[\w.-]+)+", argument):
+                Path(argument).mkdir(parents=True, exist_ok=True)
+        context = command.make_context("qpipe", list(arguments))
+        while hasattr(command, "resolve_command"):
+            name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+            context = command.make_context(name, rest, parent=context)
+    return dict(context.params)
+
+
+def check_qpipe(arguments: list[str]) -> None:
+    parameters = parse(arguments)
+    if "set_" in parameters:
+        names = [name for name in (parameters.get("plugins") or "").split(",") if name]
+        overrides = parameters["set_"] or ()
+        # A configuration file that is not there may name plugins, whose options `--set` then reaches.
+        in_file = [key for key in (text.partition(".")[0] for text in overrides) if key in installed()]
+        config = resolve(None, overrides, [*names, *in_file])
+        load_plugins({name: o for name, o in config.plugins.items() if name in installed()}, builtins=False)
+
+
+def check_shell(block: Block) -> int:
+    """Check every `qpipe` and `make` command; returns how many there were."""
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    found = 0
+    for line in command_lines(block):
+        try:
+            words_of_line = list(commands(line))
+        except ValueError:  # unbalanced quotes: output, or prose in an unnamed block
+            continue
+        for words in words_of_line:
+            if words[0] == "qpipe":
+                check_qpipe(words[1:])
+            elif words[0] == "make":
+                assert targets.issuperset(w for w in words[1:] if "=" not in w), line
+            else:
+                continue
+            found += 1
+    return found
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    result = {**base}
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        result[key] = merge(base[key], value) if both else value
+    return result
+
+
+def check_yaml(text: str) -> None:
+    given = yaml.safe_load(text)
+    config = resolve(given if "model" in given else merge(default_recipe(), given))
+    load_plugins(config.plugins, builtins=False)
+
+
+def run_commands(block: Block, folder: Path) -> None:
+    for line in command_lines(block):
+        done = subprocess.run(["bash", "-c", line], cwd=folder, env=ENV, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
+
+
+def execute(page: Path, block: Block, namespace: dict[str, Any], folder: Path) -> None:
+    if block.mark.startswith("file: "):
+        target = folder / block.mark.removeprefix("file: ")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(block.text)
+        sys.path.extend([str(target.parent.parent)] if target.name == "__init__.py" else [])
+    if block.language == "python":
+        # Padding makes line numbers in tracebacks those of the page.
+        exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec", dont_inherit=True), namespace)
+    elif block.language == "yaml":
+        check_yaml(block.text)
+    elif block.language == "json":
+        json.loads(block.text)
+    elif block.language == "toml":
+        tomllib.loads(block.text)
+    elif block.language in SHELL:
+        check_shell(block)
+        if block.mark == "run":
+            run_commands(block, folder)
+    else:
+        assert block.language == "text", f"{page.name}, line {block.line}: a block of unknown language"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_code_blocks(page, workplace, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    namespace: dict[str, Any] = {"__name__": "documentation"}
+    for block in blocks(page):
+        try:
+            execute(page, block, namespace, workplace)
+        except BaseException as error:
+            error.add_note(f"in the block at line {block.line} of {page.relative_to(ROOT)}")
+            raise
+
+
+def test_every_fence_is_recognised():
+    for page in PAGES:
+        assert page.read_text().count("\n```") == 2 * len(blocks(page)), page
+
+
+@pytest.mark.parametrize(
+    "line", ["qpipe launch --gpu 2", "qpipe lunch", "qpipe launch -s trian.epochs=1", "make nonsense"]
+)
+def test_wrong_commands_are_noticed(line):
+    with pytest.raises(BaseException, match=r"(?s).+"):
+        check_shell(Block("console", line, 1, ""))
+
+
+def test_wrong_configurations_are_noticed():
+    with pytest.raises(ValueError, match="epoch"):
+        check_yaml("train: {epoch: 1}")
+    with pytest.raises(Exception, match="wieght"):
+        check_yaml("plugins: {kure: {wieght: 1}}")
+
+
+def test_commands_of_a_line():
+    assert list(commands("A=1 qpipe doctor && pip install x | head > f")) == [
+        ["qpipe", "doctor"],
+        ["pip", "install", "x"],
+        ["head"],
+        ["f"],
+    ]

@@ -1,0 +1,229 @@
+"""Checkpoints: a failed save harms nothing, a damaged one is not read, a good one goes on bit for bit."""
+
+import errno
+import importlib
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import qpipe
+from qpipe import CheckpointError, Plugin, hookimpl
+from qpipe.engine.accelerate import AccelerateEngine
+from qpipe.files import sha256, write_json
+from qpipe.stages import checkpoint
+from qpipe.testing import tiny_config
+from qpipe.testing.contract import weights_hash
+
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    RuntimeError("PytorchStreamWriter failed writing file data/0"),
+]
+
+
+@pytest.fixture
+def fails_second_time(monkeypatch):
+    def plant(error):
+        original, calls = AccelerateEngine.save, []
+
+        def save(self, folder):
+            calls.append(folder)
+            original(self, folder)
+            if len(calls) == 2:
+                raise error
+
+        monkeypatch.setattr(AccelerateEngine, "save", save)
+
+    return plant
+
+
+@pytest.mark.parametrize("error", FULL, ids=["os", "torch"])
+def test_a_full_disk_leaves_the_earlier_checkpoint(error, tmp_path, fails_second_time, fast):
+    fails_second_time(error)
+    with pytest.raises(CheckpointError, match=r"cannot write to .*run: .*MiB are free there; make room.*untouched"):
+        qpipe.execute(tiny_config(tmp_path))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [p.name for p in checkpoints.iterdir()] == ["step-00000003"], "something is left of the failed save"
+    checkpoint.verify_files(checkpoints / "step-00000003")
+
+
+def test_an_error_that_is_not_the_disks_is_not_called_one(tmp_path, fails_second_time, fast):
+    fails_second_time(RuntimeError("something else"))
+    with pytest.raises(RuntimeError, match="^something else$"):
+        qpipe.execute(tiny_config(tmp_path))
+    assert checkpoint.steps(tmp_path / "run") == [3]
+
+
+def test_an_unfinished_save_is_no_checkpoint_and_is_overwritten(finished, tmp_path, fast):
+    out = tmp_path / "run"
+    copy_checkpoint(finished, 3, out)
+    left = out / "checkpoints" / ".step-00000006.tmp"
+    left.mkdir()
+    (left / "junk").write_text("half")
+    assert checkpoint.steps(out) == [3]
+    run = resume(finished, out)
+    assert checkpoint.steps(run.out) == [3, 6] and not left.exists()
+    assert not (out / "checkpoints" / "step-00000006" / "junk").exists()
+
+
+def copy_checkpoint(run, step, out):
+    target = checkpoint.folder(SimpleNamespace(out=out), step)
+    return shutil.copytree(checkpoint.folder(run, step), target)
+
+
+def resume(run, out):
+    return qpipe.execute(run.config.model_copy(update={"out": str(out)}), resume=True)
+
+
+def test_resume_ends_in_the_same_bits(finished, tmp_path, fast):
+    out = tmp_path / "again"
+    copy_checkpoint(finished, 3, out)
+    run = resume(finished, out)
+    assert run.results["resumed_step"] == 3
+    assert weights_hash(out) == weights_hash(finished.out)
+    assert run.results["evaluation"] == finished.results["evaluation"]
+
+
+def truncate(path):
+    file = path / "engine" / "state.pt"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip(path):
+    file = path / "engine" / "state.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def remove(path):
+    (path / "rank-00000.pt").unlink()
+
+
+def forge(path):
+    progress = json.loads((path / "progress.json").read_text())
+    (path / "progress.json").write_text(json.dumps({**progress, "best_step": 1}, indent=1))
+
+
+def no_manifest(path):
+    (path / "manifest.json").unlink()
+
+
+def half_a_manifest(path):
+    text = (path / "manifest.json").read_text()
+    (path / "manifest.json").write_text(text[: len(text) // 2])
+
+
+DAMAGE = {
+    truncate: r"state\.pt has \d+ bytes, \d+ were written",
+    flip: r"state\.pt was changed after it was written",
+    remove: r"lacks rank-00000\.pt",
+    forge: r"progress\.json (has \d+ bytes|was changed)",
+    no_manifest: "has no readable manifest",
+    half_a_manifest: "has no readable manifest",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda f: f.__name__)
+def test_a_damaged_checkpoint_is_not_read(damage, finished, tmp_path):
+    path = copy_checkpoint(finished, 6, tmp_path)
+    checkpoint.verify_files(path)
+    damage(path)
+    with pytest.raises(CheckpointError, match=DAMAGE[damage]) as caught:
+        checkpoint.verify_files(path)
+    assert f"remove {path} to go on from an earlier checkpoint" in str(caught.value)
+
+
+def test_a_run_does_not_go_on_from_a_damaged_checkpoint(finished, tmp_path, fast):
+    copy_checkpoint(finished, 3, tmp_path)
+    path = copy_checkpoint(finished, 6, tmp_path)
+    truncate(path)
+    with pytest.raises(CheckpointError, match="were written; remove"):
+        resume(finished, tmp_path)
+    shutil.rmtree(path)
+    assert resume(finished, tmp_path).results["resumed_step"] == 3, "the advice of the message does not work"
+
+
+def test_another_number_of_processes(finished, tmp_path, fast):
+    path = copy_checkpoint(finished, 3, tmp_path)
+    progress = json.loads((path / "progress.json").read_text())
+    write_json(path / "progress.json", {**progress, "world_size": 4})
+    manifest = json.loads((path / "manifest.json").read_text())
+    file = path / "progress.json"
+    manifest["progress.json"] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    write_json(path / "manifest.json", manifest)
+    with pytest.raises(
+        CheckpointError, match="was written by 4 processes, this run has 1; resume with the same number"
+    ):
+        resume(finished, tmp_path)
+
+
+class Counter(Plugin):
+    """Has a state that must survive, random numbers of every generator among it."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.drawn, self.restored = [], [], None
+
+    @hookimpl
+    def qpipe_step_start(self, step):
+        import random
+
+        import numpy as np
+
+        self.seen.append(step.index)
+        self.drawn.append((random.random(), float(np.random.rand()), float(np.random.randn()), float(torch.rand(1))))
+
+    @hookimpl
+    def qpipe_state(self):
+        return {"seen": list(self.seen)}
+
+    @hookimpl
+    def qpipe_restore(self, state):
+        self.restored = state
+        self.seen = list(state["seen"])
+
+
+def test_plugin_state_and_random_generators_go_on(tmp_path, use, fast):
+    whole, again = Counter(), Counter()
+    use(whole)
+    run = qpipe.execute(tiny_config(tmp_path))
+    out = tmp_path / "again"
+    copy_checkpoint(run, 3, out)
+    use(again)
+    resume(run, out)
+    assert again.restored == {"seen": [0, 1, 2]}
+    assert again.seen == whole.seen == list(range(6))
+    assert again.drawn == whole.drawn[3:]
+
+
+STATIC = [
+    {"site": "{block}.*:weight", "options": {"bits": 4}},
+    {
+        "site": "{block}.*:input",
+        "quantizer": "uniform-activation",
+        "options": {"dynamic": False, "granularity": "tensor", "symmetric": False},
+    },
+]
+
+
+def test_calibrated_ranges_survive_resume_restore_and_export(tmp_path, monkeypatch, fast):
+    config = tiny_config(tmp_path, quantization__preset=None, quantization__rules=STATIC)
+    run = qpipe.execute(config)
+    ranges = {s: float(q.scale) for s, q in run.instruments.quantizers().items() if s.endswith(":input")}
+    assert len(set(ranges.values())) > 3
+    out = tmp_path / "again"
+    copy_checkpoint(run, 3, out)
+    module = importlib.import_module("qpipe.stages.execute")
+    monkeypatch.setattr(module, "calibrate", lambda run: pytest.fail("a resumed run must not calibrate again"))
+    again = resume(run, out)
+    assert {s: float(q.scale) for s, q in again.instruments.quantizers().items() if s.endswith(":input")} == ranges
+    assert weights_hash(out) == weights_hash(run.out)
+    assert qpipe.stages.evaluate_run(out) == run.results["evaluation"]
+
+
+def test_old_checkpoints_are_removed(tmp_path, fast):
+    run = qpipe.execute(tiny_config(tmp_path, train__save_every=1, train__keep_checkpoints=2))
+    assert checkpoint.steps(run.out) == [5, 6]

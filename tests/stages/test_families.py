@@ -1,0 +1,156 @@
+"""Every family goes through the whole run, and its export verifies without qpipe."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import qpipe
+from qpipe import FormatError, SiteError
+from qpipe.config import resolve
+from qpipe.export.verify import verify_all
+from qpipe.stages import evaluate_run, plan_run
+from qpipe.testing import tiny_model, tiny_text_data
+from qpipe.testing.tiny import FAMILIES, OTHER
+
+from .conftest import EXECUTE, no_verification
+
+STEPS = 2
+
+
+def images(path: Path) -> Path:
+    """Bright and dark images of 16 x 16 pixels, raw channels-first bytes."""
+    rng = np.random.default_rng(0)
+    labels = [int(i % 2) for i in range(48)]
+    pixels = [rng.integers(100 * label, 100 * label + 150, (3, 16, 16), dtype=np.uint8).tobytes() for label in labels]
+    pq.write_table(pa.table({"image": pixels, "label": labels}), path)
+    return path
+
+
+def lines(path: Path) -> Path:
+    rng = random.Random(0)
+    path.write_text("".join(json.dumps({"text": " ".join(rng.choices(OTHER, k=12))}) + "\n" for _ in range(80)))
+    return path
+
+
+def config_of(family: str, folder: Path, **sizes):
+    model = tiny_model(folder / family, family, **sizes)
+    if family in ("vit", "resnet"):
+        task, data = "image-classification", {"train": str(images(folder / f"{family}.parquet"))}
+    elif family in ("llama", "qwen3"):
+        task, data = "causal-lm", {"train": str(lines(folder / f"{family}.jsonl")), "max_length": 16}
+    else:
+        data = {"train": str(tiny_text_data(folder / f"{family}.jsonl", 60)), "max_length": 16}
+        task = "sst2"
+    rules = [{"site": "*embeddings:weight", "options": {"bits": 8}}]
+    if family == "resnet":
+        rules = [{"site": "*convolution:weight", "options": {"bits": 4}}, {"site": "classifier.1:weight"}]
+    elif family in ("vit", "llama", "qwen3"):
+        rules = [{"site": "{head}:weight", "options": {"bits": 8, "symmetric": False}}]
+    config = {
+        "model": {"name": str(model)},
+        "task": task,
+        "data": {**data, "validation_fraction": 0.2},
+        "quantization": {"preset": None if family in ("resnet", "vit") else "w4a8", "rules": rules},
+        "train": {"max_steps": STEPS, "batch_size": 8, "learning_rate": 1e-3, "log_every": 1},
+        "engine": {"name": "accelerate", "precision": "float32", "cpu": True},
+        "export": {"format": "native" if family == "resnet" else "compressed-tensors"},
+        "out": str(folder / f"run-{family}"),
+    }
+    if family == "vit":
+        config["quantization"]["rules"] += [
+            {"site": "{block}.*:weight", "options": {"bits": 4, "granularity": "group", "group_size": 16}},
+            {"site": "{block}.*:input", "quantizer": "uniform-activation", "options": {"granularity": "tensor"}},
+        ]
+    return resolve(config)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A finished run of every family."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(EXECUTE, "verify", no_verification)
+    folder = tmp_path_factory.mktemp("families")
+    found = {family: qpipe.execute(config_of(family, folder)) for family in FAMILIES}
+    patch.undo()
+    return found
+
+
+@pytest.fixture(scope="module")
+def verified(runs):
+    folders = {family: run.out / "export" for family, run in runs.items()}
+    return dict(zip(folders, verify_all(list(folders.values())), strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trains_and_exports(family, runs):
+    run = runs[family]
+    assert run.results["steps"] == STEPS
+    assert run.results["self_check"]["max_logit_change"][0] > 0
+    folders = Path(run.config.model.name), run.out / "model"
+    names = [load_file(folder / "model.safetensors").keys() for folder in folders]
+    assert names[0] == names[1], "the trained model is an ordinary checkpoint"
+    start, end = (type(run.student).from_pretrained(folder) for folder in folders)
+    for name in run.plan.sites:
+        path, _, slot = name.rpartition(":")
+        if slot == "weight":
+            weights = start.get_submodule(path).weight, end.get_submodule(path).weight
+            assert not torch.equal(*weights), f"{name} did not train"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_planned_weight_is_packed(family, runs):
+    run = runs[family]
+    planned = {n.removesuffix(":weight") + ".weight" for n in run.plan.sites if n.endswith(":weight")}
+    assert planned == {entry["name"] for entry in json.loads((run.out / "tensors.json").read_text())}
+    size = run.results["size"]
+    assert size, "no sizes are reported"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_export_verifies_without_qpipe(family, verified):
+    result = verified[family]
+    assert result.passed, "\n".join(result.lines())
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "resnet"])
+def test_the_reloaded_model_has_the_metrics_of_training(family, verified, runs):
+    metrics, expected = verified[family].metrics, runs[family].results["evaluation"]
+    assert metrics.keys() == expected.keys() and metrics == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_restored_run_has_the_metrics_of_training(family, runs):
+    assert evaluate_run(runs[family].out) == runs[family].results["evaluation"]
+
+
+def test_a_format_that_cannot_hold_the_plan_is_refused_before_training(tmp_path):
+    config = config_of("resnet", tmp_path)
+    config = config.model_copy(update={"export": config.export.model_copy(update={"format": "compressed-tensors"})})
+    with pytest.raises(FormatError, match=r"'compressed-tensors' cannot hold this plan: .*convolution.*native"):
+        plan_run(config)
+
+
+def test_two_rules_for_one_tied_parameter(tmp_path):
+    config = config_of("llama", tmp_path, tie_word_embeddings=True)
+    with pytest.raises(
+        SiteError, match="lm_head:weight and model.embed_tokens:weight are one tied parameter; exclude one"
+    ):
+        plan_run(config)
+
+
+def test_a_model_of_an_unknown_family_says_what_to_write(tmp_path):
+    """DeBERTa has no attention that qpipe knows, so `{block}` stands for nothing; plain paths work."""
+    config = config_of("deberta", tmp_path)
+    with pytest.raises(SiteError, match=r"rule '\{block\}.\*:weight': this model has no block .* write module paths"):
+        plan_run(config)
+    rules = [{"site": "deberta.encoder.layer.*:weight", "options": {"bits": 4}}]
+    plain = resolve({**config.model_dump(mode="json"), "quantization": {"rules": rules}})
+    # Linear layers of two blocks; the relative embedding is none of them.
+    assert len(plan_run(plain).plan.sites) == 12

@@ -1,0 +1,67 @@
+"""What a run leaves behind, and what can be done with it afterwards."""
+
+import json
+
+import pytest
+import torch
+
+from qpipe import CheckpointError, ConfigError
+from qpipe.config import resolve
+from qpipe.export.inspect import describe
+from qpipe.export.verify import verify
+from qpipe.stages import evaluate_run, export_run
+from qpipe.stages.trained import restore
+
+
+def test_run_directory(finished):
+    names = {p.name for p in finished.out.iterdir()}
+    expected = {"config.yaml", "plan.json", "metrics.jsonl", "results.json", "tensors.json"}
+    assert names >= {*expected, "model", "export", "checkpoints"}
+    assert resolve(finished.out / "config.yaml") == finished.config
+    results = json.loads((finished.out / "results.json").read_text())
+    assert results["steps"] == 6 and results["evaluation"] == finished.results["evaluation"]
+    assert not list(finished.out.rglob("*.tmp")), "temporary files are left"
+
+
+def test_evaluating_it_again_gives_its_results(finished):
+    assert evaluate_run(finished.out) == finished.results["evaluation"]
+
+
+def test_the_restored_model_is_the_trained_one(finished):
+    again = restore(finished.out)
+    assert again.plan.to_json() == finished.plan.to_json()
+    batch = finished.data.collate([finished.data.validation[i] for i in range(8)])
+    batch.pop("labels")
+    with torch.no_grad():
+        assert torch.equal(again.student.eval()(**batch).logits, finished.student.eval()(**batch).logits)
+
+
+def test_export_in_another_format_holds_the_same_codes(finished, tmp_path):
+    before = (finished.out / "export" / "model.safetensors").read_bytes()
+    folder = export_run(finished.out, "native", tmp_path / "native")
+    assert folder == tmp_path / "native"
+    assert (finished.out / "export" / "model.safetensors").read_bytes() == before
+    rows = {row["module"]: row for row in describe(folder)}
+    for entry in finished.plan.to_json():
+        if entry["site"].endswith(":weight"):
+            assert rows[entry["site"].removesuffix(":weight")]["bits"] == entry["bits"]
+    result = verify(folder)
+    assert result.passed, "\n".join(result.lines())
+
+
+def test_unknown_format_suggests_the_nearest(finished, tmp_path):
+    with pytest.raises(
+        ConfigError, match="export format 'nativ' is unknown; did you mean 'native'.*compressed-tensors"
+    ):
+        export_run(finished.out, "nativ", tmp_path / "x")
+
+
+def test_what_is_no_run_directory(tmp_path):
+    with pytest.raises(ConfigError, match="has no config.yaml: it is not a run directory"):
+        evaluate_run(tmp_path)
+
+
+def test_a_run_that_has_not_ended(finished, tmp_path):
+    (tmp_path / "config.yaml").write_text((finished.out / "config.yaml").read_text())
+    with pytest.raises(CheckpointError, match="has no trained model yet; finish the training: qpipe launch --resume"):
+        export_run(tmp_path)

@@ -1,0 +1,86 @@
+"""Training that would quantize nothing does not start."""
+
+import pytest
+import torch
+
+import qpipe
+from qpipe import Options, Plugin, QTensor, Quantizer, QuantizerKind, TrainingError, hookimpl
+from qpipe.builtin.models import Models
+from qpipe.stages import checkpoint
+from qpipe.testing import tiny_config
+
+
+class Nothing(Quantizer):
+    """Has a lattice and returns its input."""
+
+    def encode(self, value):
+        return QTensor(torch.zeros_like(value), torch.ones(1, 1), torch.zeros(1), 8)
+
+    def quantize(self, value, out=None):
+        return value.clone() if out is None else out.copy_(value)
+
+
+class Idle(Plugin):
+    @hookimpl
+    def qpipe_quantizers(self):
+        return [QuantizerKind("nothing", lambda options: Nothing(), Options, frozenset({"weight"}))]
+
+
+class Spare(Plugin):
+    """A model with a layer that its forward pass does not use."""
+
+    @hookimpl
+    def qpipe_load_model(self, spec, task, num_labels):
+        model = Models().qpipe_load_model(spec, task, num_labels)
+        model.bert.spare = torch.nn.Linear(4, 4)
+        return model
+
+
+class Broken(Plugin):
+    @hookimpl
+    def qpipe_load_model(self, spec, task, num_labels):
+        model = Models().qpipe_load_model(spec, task, num_labels)
+        model.classifier.bias.data.fill_(torch.inf)
+        return model
+
+
+def rules(*given):
+    return {"quantization__preset": None, "quantization__rules": list(given)}
+
+
+def test_a_quantizer_that_changes_nothing_is_refused(tmp_path, use, fast):
+    use(Idle())
+    config = tiny_config(tmp_path, **rules({"site": "{block}.*:weight", "quantizer": "nothing"}))
+    with pytest.raises(TrainingError, match="rank 0: quantization does not change the model's output"):
+        qpipe.execute(config)
+    assert checkpoint.steps(tmp_path / "run") == []
+
+
+def test_one_effective_site_is_enough(tmp_path, use, fast):
+    use(Idle())
+    nothing = {"site": "{block}.*:weight", "quantizer": "nothing"}
+    config = tiny_config(tmp_path, **rules(nothing, {"site": "classifier:weight", "options": {"bits": 2}}))
+    with pytest.raises(
+        qpipe.FormatError, match=r"encode\(\).decode\(\) differs from the forward pass; Nothing.quantize"
+    ):
+        qpipe.execute(config)  # training runs; the export finds the lattice that was not trained
+
+
+def test_a_site_that_never_runs_is_named(tmp_path, use, fast):
+    use(Spare())
+    config = tiny_config(tmp_path, quantization__rules=[{"site": "bert.spare:weight", "options": {"bits": 4}}])
+    with pytest.raises(TrainingError, match="1 planned sites never ran in the forward pass, such as bert.spare:weight"):
+        qpipe.execute(config)
+    assert checkpoint.steps(tmp_path / "run") == []
+
+
+def test_a_model_that_is_broken_before_training(tmp_path, use, fast):
+    use(Broken())
+    with pytest.raises(TrainingError, match="not finite before training has begun"):
+        qpipe.execute(tiny_config(tmp_path))
+
+
+def test_without_a_plan_there_is_nothing_to_prove(tmp_path, fast):
+    run = qpipe.execute(tiny_config(tmp_path, quantization__preset=None, train__max_steps=1))
+    assert "self_check" not in run.results and not (run.out / "export").exists()
+    assert (run.out / "model" / "model.safetensors").is_file()

@@ -1,0 +1,166 @@
+"""The teacher: named, or fine-tuned in the run and used again while nothing that decides it has changed."""
+
+import importlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import qpipe
+from qpipe import ConfigError, Loss, ModelError, Plugin, Signals, hookimpl
+from qpipe.config import resolve
+from qpipe.host import load_plugins
+from qpipe.stages.teacher import ensure_teacher
+from qpipe.testing import tiny_config, tiny_model
+
+TEACHER = importlib.import_module("qpipe.stages.teacher")
+
+
+class Distil(Plugin):
+    """Mean squared error of the logits; counts the teacher's forward passes."""
+
+    needs_teacher = True
+
+    def __init__(self, wanted=("logits",)):
+        super().__init__()
+        self.wanted, self.calls, self.seen = frozenset(wanted), 0, []
+
+    @hookimpl
+    def qpipe_model_prepared(self, run):
+        def count(*_):
+            self.calls += 1
+
+        run.teacher.register_forward_hook(count)
+
+    @hookimpl
+    def qpipe_signals(self):
+        return Signals(teacher=self.wanted)
+
+    @hookimpl
+    def qpipe_losses(self):
+        def mse(step):
+            self.seen.append(dict(step.teacher))
+            return (step.output.logits - step.teacher["logits", 0]).float().square().mean()
+
+        return [Loss("distil", mse)]
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """Configurations with which a teacher was trained."""
+    calls, original = [], TEACHER.train
+
+    def train(run, resume=False):
+        calls.append(resume)
+        return original(run, resume=resume)
+
+    monkeypatch.setattr(TEACHER, "train", train)
+    return calls
+
+
+def host():
+    return load_plugins({}, extra=[("distil", Distil())])
+
+
+def changed(config, **sections):
+    return resolve({**config.model_dump(mode="json"), **sections})
+
+
+def test_it_is_trained_once_and_again_when_what_decides_it_changes(tmp_path, trainings):
+    config = tiny_config(tmp_path, teacher__epochs=1, train__max_steps=None, train__epochs=1)
+    path, metrics = ensure_teacher(config, host())
+    assert trainings == [False] and set(metrics) == {"accuracy"}
+    first = load_file(f"{path}/model.safetensors")
+    start = load_file(f"{config.model.name}/model.safetensors")
+    assert not torch.equal(first["classifier.weight"], start["classifier.weight"])
+    assert not (tmp_path / "run" / "teacher" / "checkpoints").exists(), "finished checkpoints only take up room"
+
+    for same in (config, changed(config, quantization={"preset": "w2"}), changed(config, export={"format": "native"})):
+        assert ensure_teacher(same, host()) == (path, metrics)
+    assert trainings == [False], "nothing that decides the teacher has changed"
+
+    assert ensure_teacher(changed(config, seed=1), host())[0] == path
+    assert trainings == [False, False]
+    second = load_file(f"{path}/model.safetensors")
+    assert not torch.equal(first["classifier.weight"], second["classifier.weight"])
+    ensure_teacher(changed(config, teacher={"epochs": 1, "learning_rate": 1e-2}, seed=1), host())
+    assert len(trainings) == 3
+
+
+def test_an_interrupted_one_goes_on(tmp_path, trainings, monkeypatch):
+    config = tiny_config(tmp_path, teacher__epochs=1, train__max_steps=None)
+    reference, _ = ensure_teacher(changed(config, out=str(tmp_path / "other")), host())
+    loop = importlib.import_module("qpipe.stages.train")
+    original = loop.after_step
+
+    def interrupt(run, progress):
+        original(run, progress)
+        if progress.step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "after_step", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            ensure_teacher(config, host())
+    path, _ = ensure_teacher(config, host())
+    assert trainings == [False, False, True]
+    expected, found = (load_file(f"{p}/model.safetensors") for p in (reference, path))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_run_uses_it_once_per_batch_and_starts_from_it(tmp_path, use, fast):
+    plugin = Distil(("logits", "probs"))
+    use(plugin)
+    run = qpipe.execute(tiny_config(tmp_path, teacher__epochs=1, train__max_steps=2, train__learning_rate=1e-9))
+    assert plugin.calls == 2, "the teacher runs once per batch"
+    assert set(plugin.seen[0]) == {("logits", 0), ("probs", 0), ("probs", 1)}
+    assert not plugin.seen[0]["logits", 0].requires_grad
+    assert run.results["teacher"].keys() == run.results["evaluation"].keys()
+    assert json.loads((run.out / "results.json").read_text())["teacher"] == run.results["teacher"]
+    teacher, student = (load_file(run.out / p / "model.safetensors") for p in ("teacher/model", "model"))
+    # With hardly a learning rate the student is still where it started: at the teacher.
+    assert all(torch.allclose(student[name], value, atol=1e-6) for name, value in teacher.items())
+    assert not any(p.requires_grad for p in run.teacher.parameters()) and not run.teacher.training
+
+
+def test_a_named_teacher_is_taken_as_it_is(tmp_path, use, fast, trainings):
+    use(Distil())
+    config = tiny_config(
+        tmp_path, teacher__name=str(tmp_path / "teacher"), teacher__init_student=False, train__max_steps=1
+    )
+    run = qpipe.execute(config)
+    assert trainings == [] and not (run.out / "teacher").exists()
+    expected = load_file(tmp_path / "teacher" / "model.safetensors")
+    assert all(torch.equal(p, expected[n]) for n, p in run.teacher.named_parameters())
+
+
+def test_without_need_there_is_none(tmp_path, trainings):
+    assert ensure_teacher(tiny_config(tmp_path), load_plugins({})) == (None, {})
+    assert trainings == []
+
+
+def test_signals_without_a_teacher_say_what_is_missing(tmp_path, use, fast):
+    class Forgot(Distil):
+        needs_teacher = False
+
+        @hookimpl
+        def qpipe_model_prepared(self):
+            pass
+
+    use(Forgot())
+    with pytest.raises(ConfigError, match="asks for teacher signals but declares no `needs_teacher = True`"):
+        qpipe.execute(tiny_config(tmp_path))
+
+
+def test_a_teacher_of_another_task(tmp_path, use, monkeypatch):
+    """A head of another size cannot be compared; loading would resize it, so the check is asked directly."""
+    from transformers import AutoModelForSequenceClassification as Auto
+
+    from qpipe.stages.build import check_labels
+
+    folder = tiny_model(tmp_path / "m")
+    two, three = (Auto.from_pretrained(folder, num_labels=n, ignore_mismatched_sizes=True) for n in (2, 3))
+    check_labels(two, two, "same")
+    with pytest.raises(ModelError, match="teacher 'other' has 3 labels, the student 2"):
+        check_labels(three, two, "other")
