@@ -63,9 +63,7 @@ class DataConfig(Section):
 class RuleConfig(Section):
     """Quantize the sites that match a pattern."""
 
-    site: str = Field(
-        description="`fnmatch` pattern over `module.path:slot`; `{block}`, `{embedding}`, `{head}` expand"
-    )
+    site: str = Field(description="pattern over `module.path:slot`; `{block}`, `{embedding}`, `{head}` expand")
     quantizer: str = Field("uniform", description="name of a quantizer, or `none`")
     options: dict[str, Any] = Field(default_factory=dict)
 
@@ -274,8 +272,7 @@ def _describe_nested(error: ValidationError) -> str:
     first = error.errors()[0]["loc"]
     if len(first) > 1 and first[0] in sections:
         model = sections[str(first[0])]
-        text = describe(error, model)
-        return text if "; did you mean" in text or "allowed" in text else text
+        return describe(error, model)
     return describe(error, RunConfig)
 
 

@@ -6,8 +6,8 @@ How results combine:
 * **first**: the first result that is not None; the built-ins come last, so that a plugin can stand in for them.
 * **event**: called for its effect; what it returns is ignored.
 
-An implementation takes any subset of a hook's arguments. Plugins are called in the order of `--plugins`; nothing numeric
-depends on it. An exception carries the name and version of the plugin it came from.
+An implementation takes any subset of a hook's arguments. Plugins are called in the order of `--plugins`; nothing
+numeric depends on it. An exception carries the name and version of the plugin it came from.
 """
 
 from __future__ import annotations
@@ -115,7 +115,13 @@ class Specs:
 
     @hookspec
     def qpipe_step_end(self, run: Run, step: Step, metrics: Mapping[str, float]) -> None:
-        """An optimizer step has been taken (event). `metrics` holds `loss`, its parts, `lr` and `samples_per_second`."""
+        """An optimizer step has been taken (event).
+
+        Args:
+            run: the run.
+            step: the last micro-batch of the optimizer step.
+            metrics: `loss`, its parts, `grad_norm`, `lr` and `samples_per_second`; empty on steps that are not logged.
+        """
 
     @hookspec
     def qpipe_evaluated(self, run: Run, metrics: Mapping[str, float]) -> None:

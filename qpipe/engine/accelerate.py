@@ -30,9 +30,7 @@ class AccelerateEngine(Processes):
                 "set engine.name: deepspeed, or for sharding here engine.fsdp: true"
             )
         if config.fsdp:
-            raise ConfigError(
-                "engine.fsdp is not available in this version; use engine.name: deepspeed, engine.zero: 3"
-            )
+            raise ConfigError("engine.fsdp is not available in this version; use engine.name: deepspeed, zero: 3")
         from accelerate import Accelerator
 
         self._accelerator = Accelerator(cpu=choose_device(config).type == "cpu")

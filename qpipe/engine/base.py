@@ -133,7 +133,7 @@ def resolve_precision(config: EngineConfig, device: torch.device) -> torch.dtype
 
 
 def choose_device(config: EngineConfig) -> torch.device:
-    """This process's GPU, or the CPU if there is none or the configuration says so."""
+    """The GPU of this process, or the CPU if there is none or the configuration says so."""
     if config.cpu or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -27,7 +27,8 @@ UNSUPPORTED = ("softcap", "position_bias", "s_aux")
 class AttentionSites(nn.Module):
     """Taps and quantizers within one attention call; a child of the attention module it serves.
 
-    Shapes: query `[B, H, T, d]`, key and value `[B, Hkv, T, d]`, scores and probs `[B, H, T, T]`, context `[B, T, H, d]`.
+    Shapes: query `[B, H, T, d]`, key and value `[B, Hkv, T, d]`, scores and probs `[B, H, T, T]`, context
+    `[B, T, H, d]`.
     """
 
     def __init__(self, path: str, context: QuantContext) -> None:

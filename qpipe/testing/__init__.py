@@ -13,7 +13,14 @@ _PUBLIC = {
     "tiny_config": "qpipe.testing.tiny",
     "run_distributed": "qpipe.testing.distributed",
 }
-__all__ = [*_PUBLIC]
+__all__ = [
+    "check_plugin",
+    "check_quantizer",
+    "run_distributed",
+    "tiny_config",
+    "tiny_model",
+    "tiny_text_data",
+]
 
 if TYPE_CHECKING:
     from qpipe.testing.contract import check_plugin
