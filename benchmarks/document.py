@@ -41,11 +41,17 @@ def environment(arguments: Sequence[str], threads: int) -> dict[str, Any]:
 
 def plain_table(rows: Sequence[Mapping[str, Any]], heading: bool = True) -> str:
     """Rows in columns of fixed width."""
-    lines = [f"{'ratio':>7} {'quartiles':>15} {'ms':>8} {'baseline':>9}  what"] if heading else []
+    lines = (
+        [f"{'ratio':>7} {'quartiles':>13} {'CPU':>7} {'quartiles':>13} {'ms':>8} {'baseline':>9}  what"]
+        if heading
+        else []
+    )
     for row in rows:
         low, high = row["quartiles"]
         what = f"{row['title']} ({row['dtype']}), against {row['baseline']}"
-        lines.append(f"{row['ratio']:7.3f} {low:7.3f}-{high:.3f}   {row['ms']:8.1f} {row['baseline_ms']:9.1f}  {what}")
+        cpu_low, cpu_high = row["cpu_quartiles"]
+        ratios = f"{row['ratio']:7.3f}   {low:.3f}-{high:.3f} {row['cpu_ratio']:7.3f}   {cpu_low:.3f}-{cpu_high:.3f}"
+        lines.append(f"{ratios} {row['ms']:8.1f} {row['baseline_ms']:9.1f}  {what}")
     return "\n".join(lines)
 
 
@@ -55,13 +61,15 @@ def markdown(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str
         f"`{about['command']}`, {about['date']}, {about['cpu']}, {about['threads']} threads, load average "
         f"{about['load']} (5 minutes), " + ", ".join(f"{k} {v}" for k, v in about["versions"].items()) + ".",
         "",
-        "| what | against | dtype | ratio | quartiles | ms | baseline ms | pairs |",
-        "|---|---|---|--:|--:|--:|--:|--:|",
+        "| what | against | dtype | ratio | quartiles | CPU ratio | quartiles | ms | baseline ms | pairs |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         low, high = row["quartiles"]
+        cpu_low, cpu_high = row["cpu_quartiles"]
         lines.append(
             f"| {row['title']} | {row['baseline']} | {row['dtype']} | **{row['ratio']:.3f}** | {low:.3f} to {high:.3f} "
+            f"| {row['cpu_ratio']:.3f} | {cpu_low:.3f} to {cpu_high:.3f} "
             f"| {row['ms']:.0f} | {row['baseline_ms']:.0f} | {row['pairs']} |"
         )
     return "\n".join(lines)

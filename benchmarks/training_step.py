@@ -2,7 +2,7 @@
 
 Both sides of a comparison live in one process and take turns, in alternating order, so that a change of the machine's
 load meets both. A ratio is formed within each pair of neighbouring steps; the table gives the median of these ratios
-and their quartiles.
+and their quartiles, for elapsed time and for the processor time of this process, which other processes disturb less.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,7 @@ class Result:
         dtype: of parameters and activations.
         seconds: of each step of the measured side.
         baseline_seconds: of each step of the other side, pair by pair.
+        cpu_seconds, baseline_cpu_seconds: processor time of the same steps, over all threads.
     """
 
     key: str
@@ -85,29 +86,36 @@ class Result:
     dtype: str
     seconds: tuple[float, ...]
     baseline_seconds: tuple[float, ...]
-
-    @property
-    def ratios(self) -> list[float]:
-        """Measured side over the other, pair by pair."""
-        return [a / b for a, b in zip(self.seconds, self.baseline_seconds, strict=True)]
+    cpu_seconds: tuple[float, ...]
+    baseline_cpu_seconds: tuple[float, ...]
 
     def summary(self) -> dict[str, Any]:
         """Median and quartiles of the ratios, and median times in milliseconds."""
-        low, middle, high = statistics.quantiles(self.ratios, n=4, method="inclusive")
+        low, middle, high = ratio_quartiles(self.seconds, self.baseline_seconds)
+        cpu = ratio_quartiles(self.cpu_seconds, self.baseline_cpu_seconds)
         times = {"ms": self.seconds, "baseline_ms": self.baseline_seconds}
         return {
             "ratio": middle,
             "quartiles": [low, high],
+            "cpu_ratio": cpu[1],
+            "cpu_quartiles": [cpu[0], cpu[2]],
             "pairs": len(self.seconds),
             **{name: 1e3 * statistics.median(values) for name, values in times.items()},
         }
 
 
-def timed(step: Callable[[], None]) -> float:
-    """Seconds that one step takes."""
-    started = time.perf_counter()
+def ratio_quartiles(measured: Sequence[float], baseline: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile of the ratios, pair by pair."""
+    ratios = [a / b for a, b in zip(measured, baseline, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return low, middle, high
+
+
+def timed(step: Callable[[], None]) -> tuple[float, float]:
+    """Elapsed seconds and processor seconds of one step."""
+    started, cpu = time.perf_counter(), time.process_time()
     step()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - cpu
 
 
 def compare(case: Case, dtype: str, pairs: int, warm_up: int, layers: int) -> Result:
@@ -121,14 +129,15 @@ def compare(case: Case, dtype: str, pairs: int, warm_up: int, layers: int) -> Re
         gc.collect()
         gc.disable()  # A collection within one of two steps would be counted against it.
         try:
-            seconds: tuple[list[float], list[float]] = ([], [])
+            times: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
             for number in range(pairs):
                 turns = (measured, 0), (other, 1)
                 for step, slot in turns if number % 2 == 0 else reversed(turns):
-                    seconds[slot].append(timed(step))
+                    times[slot].append(timed(step))
         finally:
             gc.enable()
-    return Result(case.key, case.title, case.baseline, dtype, tuple(seconds[0]), tuple(seconds[1]))
+    (wall, cpu), (other_wall, other_cpu) = (tuple(zip(*side, strict=True)) for side in times)
+    return Result(case.key, case.title, case.baseline, dtype, wall, other_wall, cpu, other_cpu)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -141,6 +150,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--json", type=Path, help="write every time measured to this file")
+    parser.add_argument("--reuse", type=Path, nargs="+", default=[], help="measure nothing; take these --json files")
     parser.add_argument("--markdown", action="store_true", help=f"write the table into docs/{DOCUMENT.name}")
     options = parser.parse_args(arguments)
     if options.pairs < 2 or options.warm_up < 1 or options.threads < 1 or options.layers < 1:
@@ -154,25 +164,33 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(given)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     torch.set_num_threads(options.threads)
-    results: list[Result] = []
+    if options.reuse:
+        measured = [json.loads(path.read_text()) for path in options.reuse]
+    else:
+        rows = measure(options)
+        measured = [{"environment": environment(given, options.threads), "results": rows}]
+    if options.json:
+        options.json.write_text(json.dumps(measured[0], indent=1))
+    if options.markdown:
+        texts = [markdown(part["results"], part["environment"]) for part in measured]
+        write_between_markers(DOCUMENT, "\n\n".join(texts))
+        print(f"written: {DOCUMENT}")
+    return 0
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every case asked for whose plugins are installed, each printed when it is done."""
+    rows: list[dict[str, Any]] = []
     for dtype in options.dtypes:
         for case in (case for case in CASES if case.key in options.cases):
             missing = missing_plugins((case.side, case.against))
             if missing:
                 print(f"left out: {case.title}: plugin {', '.join(sorted(missing))} is not installed", file=sys.stderr)
                 continue
-            results.append(compare(case, dtype, options.pairs, options.warm_up, options.layers))
-            print(
-                plain_table([{**asdict(results[-1]), **results[-1].summary()}], heading=len(results) == 1), flush=True
-            )
-    rows = [{**asdict(result), **result.summary()} for result in results]
-    about = environment(given, options.threads)
-    if options.json:
-        options.json.write_text(json.dumps({"environment": about, "results": rows}, indent=1))
-    if options.markdown:
-        write_between_markers(DOCUMENT, markdown(rows, about))
-        print(f"written: {DOCUMENT}")
-    return 0
+            result = compare(case, dtype, options.pairs, options.warm_up, options.layers)
+            rows.append({**asdict(result), **result.summary()})
+            print(plain_table(rows[-1:], heading=len(rows) == 1), flush=True)
+    return rows
 
 
 if __name__ == "__main__":

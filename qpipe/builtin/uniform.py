@@ -68,7 +68,7 @@ class UniformWeight(Quantizer):
         return QTensor(codes, scale, zero_point, self.options.bits, self.options.group_size)
 
     def quantize(self, value: Tensor, out: Tensor | None = None) -> Tensor:
-        """Bitwise `encode(value).decode()`, in one pass over memory: each block stays in cache from range to product."""
+        """Bitwise `encode(value).decode()`, in one pass over memory: a block stays in cache from range to product."""
         width = self.options.group_size or max(1, value[0].numel())
         if self.options.granularity == "tensor":
             rows = value.reshape(-1, width)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 BLOCK_ELEMENTS = 32 * 1024 - 1
-"""Elements of one block: its float32 working set stays in a core's second-level cache through all passes, and torch runs
-operators of fewer than 32768 elements on the calling thread. Waking other threads for each of them costs as much as it
-saves on idle cores, and several times the arithmetic on busy ones."""
+"""Elements of one block: its float32 working set stays in a core's second-level cache through all passes, and operators
+of fewer than 32768 elements run on the calling thread. Waking other threads for each of them costs as much as it saves
+on idle cores, and several times the arithmetic on busy ones."""
 
 
 def snap_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -68,24 +68,34 @@ def write_traces(cases: dict[str, dict[str, Any]], steps: int, folder: str) -> l
     return list(cases)
 
 
-def compare(expected: dict[str, Tensor], found: dict[str, Tensor], tolerance: float = 1e-4) -> None:
-    """Compare two traces: gradients within rounding of their largest element, codes exactly.
+def compare(
+    expected: dict[str, Tensor], found: dict[str, Tensor], tolerance: float = 1e-4, after_update: float = 2e-2
+) -> None:
+    """Compare two traces: gradients within a part of their largest element, codes within one in a thousand.
 
-    A weight on the border between two codes may fall on either side after a step that rounds otherwise, so codes may
-    differ by one in one of a thousand weights; before any step they must be equal, which the gradients of the first
-    step show.
+    The first step's gradients are those of equal weights and differ by float rounding only. Later ones follow updates
+    of Adam, which moves an element whose gradient is nothing but rounding by a whole learning rate, so they are allowed
+    more, and a weight on the border between two codes may fall on either side.
+
+    Args:
+        expected: one trace.
+        found: the other.
+        tolerance: of the first step's gradients.
+        after_update: of later ones; pass `tolerance` again where the learning rate is next to nothing.
 
     Raises:
         AssertionError: they differ; says where and by how much.
     """
-    missing = {k for k in set(expected) ^ set(found) if float((expected.get(k, found.get(k))).abs().max()) > 0}  # type: ignore[union-attr]
-    assert not missing, f"only one side has {sorted(missing)[:5]}"
+    for key in sorted(set(expected) ^ set(found)):
+        alone = expected[key] if key in expected else found[key]
+        assert not bool(alone.any()), f"only one side has {key}"
     for key in sorted(set(expected) & set(found)):
         if key.startswith("codes/"):
             difference = (expected[key].int() - found[key].int()).abs()
             share = float((difference > 0).float().mean())
             assert int(difference.max()) <= 1 and share <= 1e-3, f"{key}: {share:.2%} of the codes differ"
-        else:
-            largest = max(float(expected[key].abs().max()), 1e-6)
-            error = float((expected[key] - found[key]).abs().max())
-            assert error <= tolerance * largest + 1e-7, f"{key}: gradients differ by {error:.2e} of {largest:.2e}"
+            continue
+        allowed = tolerance if key.startswith("gradient/0/") else after_update
+        largest = max(float(expected[key].abs().max()), 1e-6)
+        error = float((expected[key] - found[key]).abs().max())
+        assert error <= allowed * largest + 1e-7, f"{key}: gradients differ by {error:.2e} of {largest:.2e}"

@@ -1,0 +1,72 @@
+"""A run killed with SIGKILL at a random step and resumed ends in the bits of one that was never interrupted."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from qpipe.config import dump
+from qpipe.testing import tiny_config
+from qpipe.testing.contract import weights_hash
+
+STEPS = 40
+
+
+def command(config, out, *more):
+    return [sys.executable, "-m", "qpipe.cli", "launch", str(config), "--cpus", "2", "--out", str(out), *more]
+
+
+def steps_logged(out):
+    path = out / "metrics.jsonl"
+    rows = path.read_text().splitlines() if path.exists() else []
+    return max((json.loads(row)["step"] for row in rows if row.endswith("}")), default=0)
+
+
+def kill_at(process, out, step, timeout=240):
+    """SIGKILL the launcher and all its workers as soon as `step` has been logged."""
+    deadline = time.time() + timeout
+    while steps_logged(out) < step:
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.time() < deadline, "training did not get there in time"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("engine", "zero", "precision"), [("deepspeed", 2, "bfloat16")])
+def test_resumed_equals_uninterrupted(tmp_path, engine, zero, precision):
+    seed = random.SystemRandom().randrange(1000)
+    kill_step = random.SystemRandom().randrange(6, STEPS - 3)
+    config = tiny_config(
+        tmp_path,
+        {"kure": {"skip_above": None}, "ti-g": {}},
+        teacher__name=str(tmp_path / "teacher"),
+        train__max_steps=STEPS,
+        train__save_every=5,
+        train__keep_checkpoints=2,
+        train__dropout=0.1,
+        engine__name=engine,
+        engine__zero=zero,
+        engine__precision=precision,
+        seed=seed,
+    )
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump(config))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = subprocess.run(command(path, whole), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    process = subprocess.Popen(
+        command(path, killed), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    kill_at(process, killed, kill_step)
+    assert not (killed / "results.json").exists(), "the run ended before it was killed"
+    done = subprocess.run(command(path, killed, "--resume"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "resuming after step" in done.stdout + done.stderr
+    assert weights_hash(killed) == weights_hash(whole), f"seed {seed}, killed at step {kill_step}"

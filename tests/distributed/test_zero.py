@@ -1,0 +1,71 @@
+"""Two gloo processes under ZeRO 0, 1, 2 and 3 compute what one process computes."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from qpipe.testing import run_distributed, tiny_config
+from qpipe.testing.gradients import compare, write_traces
+
+STEPS = 3
+PLUGINS = {"kure": {"skip_above": None}, "ternary-twn": {}, "ti-g": {"fraction": 0.7}}
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory):
+    """Gradients of three steps, one in each phase of the teacher's intervention, and the codes after them."""
+    folder = tmp_path_factory.mktemp("zero")
+    tiny_config(folder)  # makes model, teacher and data
+    config = tiny_config(
+        folder,
+        PLUGINS,
+        teacher__name=str(folder / "teacher"),
+        quantization__preset="a8",
+        train__accumulation=2,
+        train__max_steps=4,
+        train__learning_rate=1e-12,  # so that every phase is compared on equal weights
+    ).model_dump(mode="json")
+    settings = folder / "zero3.json"
+    settings.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
+    write_traces({"one": config}, STEPS, str(folder))
+    cases = {}
+    for stage in (0, 1, 2, 3):
+        extra = {"config_file": str(settings)} if stage == 3 else {}
+        cases[f"zero{stage}"] = {**config, "engine": {**config["engine"], "name": "deepspeed", "zero": stage, **extra}}
+    cases["ddp"] = config
+    trained = {**config, "train": {**config["train"], "learning_rate": 1e-3}}
+    write_traces({"one-trained": trained}, STEPS, str(folder))
+    cases["zero3-trained"] = {**cases["zero3"], "train": trained["train"]}
+    run_distributed("qpipe.testing.gradients:write_traces", cases=cases, steps=STEPS, folder=str(folder))
+    return folder
+
+
+pytestmark = pytest.mark.xdist_group("zero")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", ["zero0", "zero1", "zero2", "zero3", "ddp"])
+def test_gradients_and_codes_equal_one_process(traces, case):
+    one, two = load_file(traces / "one.safetensors"), load_file(traces / f"{case}.safetensors")
+    assert sum(key.startswith("gradient/0/") for key in one) > 30
+    assert any(key.startswith("codes/") for key in one)
+    compare(one, two, after_update=1e-4)
+    for key in one:
+        assert not key.startswith("codes/") or bool((one[key] == two[key]).all()), key
+
+
+@pytest.mark.distributed
+def test_zero3_follows_one_process_through_updates(traces):
+    compare(load_file(traces / "one-trained.safetensors"), load_file(traces / "zero3-trained.safetensors"))
+
+
+@pytest.mark.distributed
+def test_the_comparison_can_fail(traces):
+    one, two = load_file(traces / "one.safetensors"), load_file(traces / "zero3.safetensors")
+    key = next(k for k in two if k.startswith("gradient/0/") and k.endswith("query.weight"))
+    with pytest.raises(AssertionError, match="gradients differ"):
+        compare(one, {**two, key: two[key] * 1.001})
+    code = next(k for k in two if k.startswith("codes/"))
+    with pytest.raises(AssertionError, match="of the codes differ"):
+        compare(one, {**two, code: -two[code]})
