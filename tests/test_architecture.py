@@ -38,9 +38,6 @@ WITHIN = {("export", "data"), ("quant", "model"), ("model", "quant")}
 """Within a layer: verification computes the task's metric from data; hosting modules are models and quantizers in one.
 The foundation's files may import each other."""
 
-VIOLATIONS = {("export", "builtin"), ("stages", "builtin")}
-"""Both import the uniform activation quantizer, to describe it to exporters and to read it back."""
-
 
 def text_files(folder: Path) -> list[Path]:
     binary = {".pyc", ".so", ".png", ".safetensors"}
@@ -115,15 +112,7 @@ def test_every_package_has_a_layer():
 
 def test_layers():
     wrong = {pair: files for pair, files in dependencies().items() if not allowed(*pair)}
-    new = {pair: files for pair, files in wrong.items() if pair not in VIOLATIONS}
-    assert not new, new
-
-
-@pytest.mark.xfail(
-    strict=True, reason="the uniform activation quantizer lies in builtin, but export and stages need it"
-)
-def test_known_violations_of_the_layers_are_gone():
-    assert not VIOLATIONS & set(dependencies())
+    assert not wrong, wrong
 
 
 def test_built_ins_are_reached_through_hooks():

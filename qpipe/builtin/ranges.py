@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from qpipe.builtin.activation import UniformActivation
 from qpipe.plugin import Plugin, hookimpl
+from qpipe.quant.activation import UniformActivation
 from qpipe.run import Run
 from qpipe.types import CalibrationPass
 

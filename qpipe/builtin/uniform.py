@@ -9,8 +9,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from qpipe.builtin.activation import ActivationOptions, UniformActivation
 from qpipe.plugin import Options, Plugin, hookimpl
+from qpipe.quant.activation import ActivationOptions, UniformActivation
 from qpipe.quant.compiled import compiled, turn_off
 from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.rounding import block_rows, min_max_grid, round_to_codes

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qpipe.builtin.activation import ActivationOptions, UniformActivation
+from qpipe.quant.activation import ActivationOptions, UniformActivation
 
 
 def quantizer_of(site: Mapping[str, Any]) -> UniformActivation:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import qpipe
-from qpipe.builtin.activation import UniformActivation
 from qpipe.data.locate import locate
 from qpipe.errors import FormatError
 from qpipe.export.record import ActivationSite, ExportRecord, PackedWeight, tensor_sha256
 from qpipe.files import write_json
+from qpipe.quant.activation import UniformActivation
 from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.tensor import QTensor
 from qpipe.report.statistics import weight_statistics

@@ -198,7 +198,8 @@ def non_finite_message(run: Run, step: Step, parts: dict[str, Tensor]) -> str:
     kept = f"the checkpoint of step {last[-1]} is kept" if last else "no checkpoint had been written"
     return (
         f"the loss is not finite at step {step.index} (rank {run.engine.rank}; "
-        f"parts: {', '.join(bad) or 'their sum'}); {where}; {kept}. Lower train.learning_rate, or check the data of this batch"
+        f"parts: {', '.join(bad) or 'their sum'}); {where}; {kept}. "
+        "Lower train.learning_rate, or check the data of this batch"
     )
 
 

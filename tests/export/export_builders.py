@@ -25,10 +25,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from qpipe.builtin.activation import ActivationOptions, UniformActivation
 from qpipe.builtin.uniform import UniformOptions, UniformWeight
 from qpipe.export.folder import REFERENCE, write_sums
 from qpipe.export.record import ActivationSite, ExportRecord, PackedWeight, decoded_sha256
+from qpipe.quant.activation import ActivationOptions, UniformActivation
 from qpipe.quant.tensor import QTensor
 
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 60}

@@ -145,7 +145,7 @@ def test_scores_are_before_the_mask_and_probs_after(family_model, batch_of, swit
 
 
 def test_quantizers_take_part_in_evaluation_too(family_model, batch_of, instrumented):
-    from qpipe.builtin.activation import ActivationOptions, UniformActivation
+    from qpipe.quant.activation import ActivationOptions, UniformActivation
 
     model, batch = family_model("bert"), batch_of("bert", True)
     plain = model(**batch).logits

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from qpipe import ModelError, ModelMap, QuantModule, SiteError, TapStage
-from qpipe.builtin.activation import ActivationOptions, UniformActivation
 from qpipe.builtin.uniform import UniformOptions, UniformWeight
 from qpipe.model.instrument import Instruments
 from qpipe.model.taps import Tap, add_sorted, run_taps
+from qpipe.quant.activation import ActivationOptions, UniformActivation
 from qpipe.quant.quantizer import QuantContext
 from qpipe.testing.tiny import FAMILIES
 

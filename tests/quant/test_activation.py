@@ -8,7 +8,7 @@ from compressed_tensors.quantization.utils import calculate_qparams, compute_dyn
 from pydantic import ValidationError
 
 from qpipe import TrainingError
-from qpipe.builtin.activation import ActivationOptions, UniformActivation
+from qpipe.quant.activation import ActivationOptions, UniformActivation
 from qpipe.quant.quantizer import QuantContext
 from qpipe.quant.tensor import code_range
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from qpipe.builtin.activation import ActivationOptions, UniformActivation
 from qpipe.builtin.modules import HOSTS
 from qpipe.builtin.uniform import UniformOptions, UniformWeight
 from qpipe.model.taps import Tap
+from qpipe.quant.activation import ActivationOptions, UniformActivation
 from qpipe.quant.modules import QuantModule
 from qpipe.quant.quantizer import QuantContext
 from qpipe.types import TapStage, WeightLoss
