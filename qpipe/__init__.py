@@ -113,7 +113,7 @@ if TYPE_CHECKING:
     from qpipe.quant.quantizer import Quantizer, straight_through
     from qpipe.quant.tensor import QTensor
     from qpipe.run import Run, Step
-    from qpipe.stages import execute
+    from qpipe.stages.execute import execute
     from qpipe.types import (
         CalibrationPass,
         Exporter,

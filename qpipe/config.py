@@ -129,13 +129,13 @@ class RunConfig(Section):
     """A whole run. `qpipe inspect plan` prints it resolved; docs/config.md lists every key."""
 
     model: ModelConfig
-    teacher: TeacherConfig = TeacherConfig()  # type: ignore[call-arg]
+    teacher: TeacherConfig = TeacherConfig()
     task: str = Field("classification", description="name of a task")
-    data: DataConfig = DataConfig()  # type: ignore[call-arg]
-    quantization: QuantizationConfig = QuantizationConfig()  # type: ignore[call-arg]
-    train: TrainConfig = TrainConfig()  # type: ignore[call-arg]
-    engine: EngineConfig = EngineConfig()  # type: ignore[call-arg]
-    export: ExportConfig = ExportConfig()  # type: ignore[call-arg]
+    data: DataConfig = DataConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
+    train: TrainConfig = TrainConfig()
+    engine: EngineConfig = EngineConfig()
+    export: ExportConfig = ExportConfig()
     plugins: dict[str, dict[str, Any]] = Field(default_factory=dict, description="options by plugin name, in order")
     seed: int = 0
     out: str = Field("runs/default", description="the run directory")

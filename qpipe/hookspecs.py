@@ -35,7 +35,7 @@ class Specs:
     # --- build ------------------------------------------------------------------------------------------------------
 
     @hookspec(firstresult=True)
-    def qpipe_load_model(self, spec: ModelConfig, task: types.Task, num_labels: int) -> nn.Module | None:  # type: ignore[empty-body]
+    def qpipe_load_model(self, spec: ModelConfig, task: types.Task, num_labels: int) -> nn.Module | None:
         """Load a model (first). Called for the student and for the teacher.
 
         Args:
@@ -45,7 +45,7 @@ class Specs:
         """
 
     @hookspec(firstresult=True)
-    def qpipe_model_map(self, model: nn.Module) -> types.ModelMap | None:  # type: ignore[empty-body]
+    def qpipe_model_map(self, model: nn.Module) -> types.ModelMap | None:
         """Say where blocks, attention and head of a model are (first). None if the model is of an unknown family."""
 
     @hookspec
@@ -59,7 +59,7 @@ class Specs:
         """Offer quantizers that rules can name (all)."""
 
     @hookspec(firstresult=True)
-    def qpipe_quantize_module(self, module: nn.Module) -> type[nn.Module] | None:  # type: ignore[empty-body]
+    def qpipe_quantize_module(self, module: nn.Module) -> type[nn.Module] | None:
         """Name the class that hosts quantizers in place of this module's class (first).
 
         The class must derive from `qpipe.QuantModule` and from the module's own class, and keep its parameter names.
@@ -82,11 +82,11 @@ class Specs:
         """Give some parameters their own learning rate or weight decay (all)."""
 
     @hookspec(firstresult=True)
-    def qpipe_optimizer(self, run: Run, groups: list[dict[str, Any]]) -> Optimizer | None:  # type: ignore[empty-body]
+    def qpipe_optimizer(self, run: Run, groups: list[dict[str, Any]]) -> Optimizer | None:
         """Make the optimizer (first). `groups` is what `torch.optim` optimizers take."""
 
     @hookspec(firstresult=True)
-    def qpipe_scheduler(self, run: Run, optimizer: Optimizer) -> LRScheduler | None:  # type: ignore[empty-body]
+    def qpipe_scheduler(self, run: Run, optimizer: Optimizer) -> LRScheduler | None:
         """Make the learning-rate schedule (first), stepped once per optimizer step; `run.total_steps` is its length."""
 
     # --- calibrate --------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ class Specs:
         """A micro-batch is about to go forward (event): change phase here."""
 
     @hookspec
-    def qpipe_signals(self, run: Run) -> types.Signals | None:  # type: ignore[empty-body]
+    def qpipe_signals(self, run: Run) -> types.Signals | None:
         """Say which tensors of student and teacher this step needs (all, united). Called after `qpipe_step_start`."""
 
     @hookspec
@@ -128,7 +128,7 @@ class Specs:
         """An evaluation has ended (event)."""
 
     @hookspec
-    def qpipe_state(self, run: Run) -> Mapping[str, Any] | None:  # type: ignore[empty-body]
+    def qpipe_state(self, run: Run) -> Mapping[str, Any] | None:
         """Return what a checkpoint must hold of the plugin (all, kept by plugin name)."""
 
     @hookspec
@@ -150,7 +150,7 @@ class Specs:
         """Offer file formats (all)."""
 
     @hookspec
-    def qpipe_export_metadata(self, run: Run) -> Mapping[str, types.Json] | None:  # type: ignore[empty-body]
+    def qpipe_export_metadata(self, run: Run) -> Mapping[str, types.Json] | None:
         """Return what the exported metadata should say about the plugin's work (all, kept by plugin name)."""
 
     @hookspec

@@ -57,7 +57,7 @@ class _Manager(pluggy.PluginManager):
     labels: dict[str, str]
 
     def _hookexec(self, hook_name: str, methods: Sequence[Any], kwargs: Mapping[str, Any], firstresult: bool) -> Any:
-        attributed = [
+        attributed: list[Any] = [  # stand-ins with the attributes of pluggy's HookImpl
             m if (m.wrapper or m.hookwrapper) else _Attributed(m, self.labels.get(m.plugin_name, m.plugin_name))
             for m in methods
         ]

@@ -42,7 +42,7 @@ class Models(Plugin):
         if task.kind == "regression":
             overrides["problem_type"] = "regression"
         try:
-            return classes[task.kind].from_pretrained(  # type: ignore[no-any-return]
+            return classes[task.kind].from_pretrained(
                 locate(spec.name),
                 revision=spec.revision or "main",
                 trust_remote_code=spec.trust_remote_code,
@@ -65,7 +65,7 @@ class Models(Plugin):
         prefix = f"{model.base_model_prefix}."
         modules = dict(model.named_modules())
         head = tuple(n for n, m in modules.items() if n and not m._modules and not (n + ".").startswith(prefix))
-        embedding = model.get_input_embeddings() if _has_embedding(model) else None
+        embedding = _input_embedding(model)
         return ModelMap(
             blocks=recorded_paths(model, "hidden_states"),
             attention=attention,
@@ -76,11 +76,11 @@ class Models(Plugin):
         )
 
 
-def _has_embedding(model: Any) -> bool:
+def _input_embedding(model: Any) -> nn.Module | None:
     try:
-        return model.get_input_embeddings() is not None
+        return model.get_input_embeddings()
     except NotImplementedError:
-        return False
+        return None
 
 
 def projections(

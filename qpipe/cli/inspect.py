@@ -20,6 +20,7 @@ def plan(
     plugins: PluginsOption = "",
     set_: SetOption = None,
     show_config: Annotated[bool, typer.Option("--config", help="Print the resolved configuration too.")] = False,
+    show_sites: Annotated[bool, typer.Option("--sites", help="List every site that a rule could name.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Print what would be quantized, and how. Trains nothing."""
@@ -27,6 +28,11 @@ def plan(
     from qpipe.stages import plan_run
 
     resolved = resolve(config, set_ or [], split_names(plugins))
+    if show_sites:
+        from qpipe.stages import sites_of
+
+        _print_sites(sites_of(resolved), as_json)
+        return
     sites = plan_run(resolved).plan.sites
     rows = [{"site": name, **_site(site)} for name, site in sites.items()]
     if as_json:
@@ -39,14 +45,19 @@ def plan(
     typer.echo(f"{len(rows)} sites")
 
 
+def _print_sites(sites: Mapping[str, Any], as_json: bool) -> None:
+    """Every site with the module it belongs to; needs no rule to be right."""
+    rows = [{"site": name, "module": s.module_type, "shape": list(s.shape)} for name, s in sites.items()]
+    if as_json:
+        print_json(rows)
+        return
+    print_table(("site", "module", "shape"), [[r["site"], r["module"], r["shape"] or ""] for r in rows])
+    typer.echo(f"{len(rows)} sites")
+
+
 def _site(site: Any) -> dict[str, Any]:
-    options = site.options.model_dump(mode="json")
-    return {
-        "quantizer": site.quantizer,
-        "bits": options.pop("bits", None),
-        "granularity": options.pop("granularity", None),
-        "options": options,
-    }
+    options = site.options.model_dump(mode="json", exclude={"bits", "granularity"})
+    return {"quantizer": site.quantizer, "bits": site.bits, "granularity": site.granularity, "options": options}
 
 
 def _pairs(options: Mapping[str, Any]) -> str:

@@ -66,7 +66,7 @@ class AccelerateEngine(Processes):
         if hasattr(self._model, "require_backward_grad_sync"):
             self._model.require_backward_grad_sync = last
 
-    def forward(self, **inputs: Tensor) -> Any:
+    def forward(self, **inputs: Tensor | bool) -> Any:
         """Call the wrapped model; autocast in training only, so that evaluation computes as the export does."""
         if not self._module.training:
             return self._module(**inputs)

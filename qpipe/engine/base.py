@@ -42,7 +42,7 @@ class Engine(Protocol):
     def begin_micro_batch(self, last: bool) -> None:
         """Before each training forward pass; `last` marks the micro-batch that ends the optimizer step."""
 
-    def forward(self, **inputs: Tensor) -> Any:
+    def forward(self, **inputs: Tensor | bool) -> Any:
         """Call the wrapped model."""
 
     def backward(self, loss: Tensor) -> None:
@@ -150,4 +150,5 @@ def join_processes(backend: str) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]  # public, but torch does not re-export it to type checkers
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)

@@ -116,7 +116,7 @@ class DeepSpeedEngine(Processes):
     def begin_micro_batch(self, last: bool) -> None:
         """Nothing to do: DeepSpeed counts micro-batches itself."""
 
-    def forward(self, **inputs: Tensor) -> Any:
+    def forward(self, **inputs: Tensor | bool) -> Any:
         """Call the DeepSpeed engine."""
         return self._engine(**inputs)
 
@@ -137,7 +137,7 @@ class DeepSpeedEngine(Processes):
         """Gather partitioned parameters on every process."""
         if not self.partitioned:
             return nullcontext()
-        return self._deepspeed.zero.GatheredParameters(list(parameters))  # type: ignore[no-any-return]
+        return self._deepspeed.zero.GatheredParameters(list(parameters))
 
     def save(self, folder: Path) -> None:
         """DeepSpeed's own checkpoint, in `folder/engine`."""

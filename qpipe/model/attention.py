@@ -6,7 +6,7 @@ one function that passes the call on to the module's own `AttentionSites`; nothi
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,13 @@ from transformers.masking_utils import sdpa_mask
 from qpipe.errors import ModelError
 from qpipe.model.taps import Tap, run_taps
 from qpipe.quant.quantizer import QuantContext, Quantizer
+from qpipe.types import Slot
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAME = "qpipe"
-SLOTS = ("query", "key", "value", "scores", "probs", "context")
+SLOTS: tuple[Slot, ...] = ("query", "key", "value", "scores", "probs", "context")
 MAP_SLOTS = ("scores", "probs")
 UNSUPPORTED = ("softcap", "position_bias", "s_aux")
 
@@ -121,8 +125,8 @@ def dispatch(
     """The registered attention function: pass the call on to the module's sites."""
     sites = module._modules.get("qpipe_sites")
     if sites is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
-    return sites(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return sites(module, query, key, value, attention_mask, **kwargs)
 
 
 # Both must be registered: without the mask function transformers passes no mask at all, silently.
@@ -136,8 +140,9 @@ def install(model: nn.Module, paths: tuple[str, ...], context: QuantContext) -> 
     Raises:
         ModelError: the model does not follow the attention interface.
     """
-    model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
+    pretrained = cast("PreTrainedModel", model)
+    pretrained.set_attn_implementation(NAME)
+    if pretrained.config._attn_implementation != NAME:
         raise ModelError(
             f"{type(model).__name__} does not follow transformers' attention interface, so its attention cannot be "
             "observed or quantized; use a model family that does (BERT, RoBERTa, ViT, LLaMA, ...), or rules for "

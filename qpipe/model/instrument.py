@@ -52,7 +52,7 @@ class Instruments:
                 found[site.name] = site
         for path in self.map.attention:
             for slot in SLOTS:
-                site = Site(path, slot, type(self.model.get_submodule(path)).__name__)  # type: ignore[arg-type]
+                site = Site(path, slot, type(self.model.get_submodule(path)).__name__)
                 found[site.name] = site
         return found
 
@@ -123,7 +123,7 @@ class Instruments:
         self._capturing = True
         for layer, path in enumerate(self.map.attention):
             for kind in ("scores", "probs", "context"):
-                self._capture(f"{path}:{kind}", kind, layer)  # type: ignore[arg-type]
+                self._capture(f"{path}:{kind}", kind, layer)
         for layer, path in enumerate(self.map.attention_output):
             self._capture(f"{path}:output", "attention_output", layer)
 

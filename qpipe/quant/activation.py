@@ -52,6 +52,8 @@ class UniformActivation(Quantizer):
     ranges block it outside.
     """
 
+    low: Tensor
+    high: Tensor
     scale: Tensor
     zero_point: Tensor
 
@@ -153,4 +155,4 @@ class UniformActivation(Quantizer):
         bottom, top = code_range(self.options.bits)
         low, high = (bottom - self.zero_point) * self.scale, (top - self.zero_point) * self.scale
         inside = (value >= low.to(value.dtype)) & (value <= high.to(value.dtype))
-        return _ClippedStraightThrough.apply(value, quantized, inside)  # type: ignore[no-any-return]
+        return _ClippedStraightThrough.apply(value, quantized, inside)

@@ -41,7 +41,7 @@ class QuantModule(nn.Module):
 
     slots: ClassVar[tuple[Slot, ...]] = ("weight", "input", "output")
     qpipe: ModuleState
-    weight: nn.Parameter
+    weight: Tensor  # a Parameter; annotated as in torch's own modules, which subclasses also derive from
 
     @classmethod
     def adopt(cls, module: nn.Module, path: str, context: QuantContext) -> None:

@@ -64,7 +64,7 @@ def straight_through(surrogate: Tensor, quantized: Tensor) -> Tensor:
         surrogate: any float tensor.
         quantized: tensor of the same shape and dtype.
     """
-    return _StraightThrough.apply(surrogate, quantized)  # type: ignore[no-any-return]
+    return _StraightThrough.apply(surrogate, quantized)
 
 
 class Quantizer(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from qpipe.host import Host
 from qpipe.model.instrument import Instruments
 from qpipe.run import Run
 from qpipe.types import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:
@@ -32,7 +36,7 @@ def load_model(host: Host, spec: ModelConfig, task: Task, num_labels: int) -> nn
         ModelError: none can.
     """
     error = ModelError(f"no plugin loads model {spec.name!r} for task {task.name!r}")
-    return host.first("qpipe_load_model", error, spec=spec, task=task, num_labels=num_labels)  # type: ignore[no-any-return]
+    return host.first("qpipe_load_model", error, spec=spec, task=task, num_labels=num_labels)
 
 
 def override_dropout(model: nn.Module, rate: float | None) -> None:
@@ -95,7 +99,7 @@ def build(config: RunConfig, host: Host, engine: Engine, teacher: str | None = N
     run = Run(config, host, engine, task, data, student)
     run.instruments = instrument(host, student)
     if teacher is not None:
-        spec = ModelConfig(name=teacher, trust_remote_code=config.model.trust_remote_code)  # type: ignore[call-arg]
+        spec = ModelConfig(name=teacher, trust_remote_code=config.model.trust_remote_code)
         run.teacher = load_model(host, spec, task, data.num_labels)
         check_labels(run.teacher, student, teacher)
         run.teacher.eval().requires_grad_(False)
@@ -105,5 +109,6 @@ def build(config: RunConfig, host: Host, engine: Engine, teacher: str | None = N
 def name_labels(model: nn.Module, data: TaskData) -> None:
     """Write the label names into the model's configuration, so that the export carries them."""
     if data.label_names and hasattr(model, "config"):
-        model.config.id2label = dict(enumerate(data.label_names))
-        model.config.label2id = {name: index for index, name in enumerate(data.label_names)}
+        config = cast("PreTrainedModel", model).config
+        config.id2label = dict(enumerate(data.label_names))
+        config.label2id = {name: index for index, name in enumerate(data.label_names)}

@@ -7,7 +7,7 @@ import random
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,10 +26,11 @@ def folder(run: Run, step: int) -> Path:
 
 def random_state() -> dict[str, Any]:
     """State of every random generator of this process."""
-    numpy = np.random.get_state(legacy=True)
+    # numpy's stub also allows the dict that only legacy=False gives.
+    numpy = cast("tuple[str, np.ndarray, int, int, float]", np.random.get_state(legacy=True))
     state = {
         "python": random.getstate(),
-        "numpy": (str(numpy[0]), torch.from_numpy(numpy[1].astype(np.int64)), *map(float, numpy[2:])),  # type: ignore[union-attr]
+        "numpy": (str(numpy[0]), torch.from_numpy(numpy[1].astype(np.int64)), *map(float, numpy[2:])),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():

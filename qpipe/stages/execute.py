@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from qpipe.stages.self_check import self_check
 from qpipe.stages.teacher import ensure_teacher, is_needed
 from qpipe.stages.train import total_steps, train
 from qpipe.stages.trained import alone, restore, save_float
+from qpipe.types import Site
 
 logger = logging.getLogger("qpipe.stages")
 
@@ -138,6 +139,12 @@ def plan_run(config: RunConfig) -> Run:
     run = build(lonely, load_plugins(config.plugins), connect(lonely.engine))
     prepare(run)
     return run
+
+
+def sites_of(config: RunConfig) -> Mapping[str, Site]:
+    """Every site of the configured model, without making a plan; so it also helps where a rule is wrong."""
+    lonely = alone(config)
+    return build(lonely, load_plugins(config.plugins), connect(lonely.engine)).instruments.sites
 
 
 def evaluate_run(run_dir: Path) -> dict[str, float]:

@@ -82,14 +82,14 @@ def packed_weights(run: Run) -> tuple[dict[str, PackedWeight], list[dict[str, Js
         path, _, slot = site.rpartition(":")
         if slot != "weight":
             continue
-        module = run.student.get_submodule(path)
-        with run.engine.gathered([module.weight, *quantizer.parameters()]), torch.no_grad():
+        name = f"{path}.weight"
+        parameter = run.student.get_parameter(name)
+        with run.engine.gathered([parameter, *quantizer.parameters()]), torch.no_grad():
             if run.engine.rank != 0:
                 continue
-            tensor = checked_lattice(site, quantizer, module.weight.detach())
-            weight = module.weight.detach().float().cpu()
+            tensor = checked_lattice(site, quantizer, parameter.detach())
+            weight = parameter.detach().float().cpu()
         decoded = tensor.decode(run.engine.dtype)
-        name = f"{path}.weight"
         module_type = run.plan.sites[site].site.module_type
         packed[name] = PackedWeight(path, module_type, tensor, tensor_sha256(decoded))
         statistics.append({"name": name, **weight_statistics(weight, tensor)})

@@ -53,7 +53,7 @@ def refuse_shared(model: nn.Module, made: Plan) -> None:
     for name, entry in made.sites.items():
         if entry.site.slot != "weight":
             continue
-        parameter = model.get_submodule(entry.site.path).weight
+        parameter = model.get_parameter(f"{entry.site.path}.weight")
         other = owners.setdefault(id(parameter), name)
         if other != name:
             raise SiteError(f"{name} and {other} are one tied parameter; exclude one of them with quantizer: none")
@@ -71,7 +71,7 @@ def insert_quantizers(run: Run, initialize: bool) -> None:
         quantizer = kinds[entry.quantizer].build(entry.options)
         run.instruments.put(entry.site, quantizer)
         if entry.site.slot == "weight":
-            weight = run.student.get_submodule(entry.site.path).weight
+            weight = run.student.get_parameter(f"{entry.site.path}.weight")
             with torch.no_grad():
                 replacement = quantizer.initialize(weight.detach()) if initialize else None
                 if replacement is not None:
@@ -202,10 +202,11 @@ def wrap(run: Run) -> None:
     if run.teacher is not None:
         cast(run.teacher, run)
     if train.activation_checkpointing:
-        if not hasattr(run.student, "gradient_checkpointing_enable"):
+        enable = getattr(run.student, "gradient_checkpointing_enable", None)
+        if enable is None:
             raise ConfigError(f"{type(run.student).__name__} cannot checkpoint activations")
         # The reentrant kind would silently give no gradient to captured tensors.
-        run.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     hook = run.host.hook
     optimizer = hook.qpipe_optimizer(run=run, groups=parameter_groups(run))
     run.scheduler = hook.qpipe_scheduler(run=run, optimizer=optimizer)

@@ -38,7 +38,7 @@ def teacher_config(config: RunConfig) -> RunConfig:
     return config.model_copy(
         update={
             "plugins": {},
-            "quantization": QuantizationConfig(),  # type: ignore[call-arg]
+            "quantization": QuantizationConfig(),
             "train": train_config,
             "out": str(Path(config.out) / "teacher"),
         }

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import qpipe
 from qpipe.errors import PluginError
 from qpipe.files import sha256
 from qpipe.host import PluginInfo, build_plugin, installed, load_plugins
+from qpipe.quant.quantizer import Quantizer
 from qpipe.testing.distributed import run_distributed
 from qpipe.testing.gradients import compare, write_traces
 from qpipe.testing.quantizers import check_quantizer
 from qpipe.testing.tiny import tiny_config
+from qpipe.types import QuantizerKind
 
 
 def find_plugin(plugin: Any, name: str | None = None) -> PluginInfo:
@@ -97,7 +100,11 @@ def check_quantizers(info: PluginInfo, options: Mapping[str, Any]) -> None:
     for plugin, call in host.implementations("qpipe_quantizers"):
         for kind in call() if plugin == info.name else ():
             if "weight" in kind.slots:
-                check_quantizer(lambda kind=kind: kind.build(kind.options()))
+                check_quantizer(partial(_with_defaults, kind))
+
+
+def _with_defaults(kind: QuantizerKind) -> Quantizer:
+    return kind.build(kind.options())
 
 
 def config_for(folder: Path, info: PluginInfo, options: Mapping[str, Any], changes: Mapping[str, Any]) -> Any:

@@ -82,11 +82,11 @@ def tiny_model(folder: Path, family: str = "bert", seed: int = 0, **sizes: Any) 
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     if family not in ("vit", "resnet"):
-        from transformers import BertTokenizerFast
+        from transformers import BertTokenizer
 
         vocabulary = folder / "vocab.txt"
         vocabulary.write_text("\n".join(VOCABULARY))
-        BertTokenizerFast(str(vocabulary)).save_pretrained(folder)
+        BertTokenizer(str(vocabulary)).save_pretrained(folder)
     return folder
 
 

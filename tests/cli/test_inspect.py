@@ -20,7 +20,7 @@ class Grid(Options):
 def stages(monkeypatch):
     """Stand-ins for the stages, which have their own tests; they keep what they were called with."""
     calls = []
-    sites = {"block.0.query:weight": SimpleNamespace(quantizer="uniform", options=Grid())}
+    sites = {"block.0.query:weight": SimpleNamespace(quantizer="uniform", bits=4, granularity="channel", options=Grid())}
     module = types.ModuleType("qpipe.stages")
     module.plan_run = lambda config: calls.append(config) or SimpleNamespace(plan=SimpleNamespace(sites=sites))
     module.evaluate_run = lambda run: calls.append(run) or {"accuracy": 0.875}
@@ -43,6 +43,20 @@ def test_plan_as_json_with_the_configuration(cli, stages, config_file):
     assert value["config"]["model"]["name"] == "some/model"
     assert value["sites"][0]["bits"] == 4
     assert json.loads(cli("inspect", "plan", config_file, "--json").out) == value["sites"]
+
+
+def test_plan_and_sites_of_a_real_model(cli, tmp_path):
+    from qpipe.config import dump
+    from qpipe.testing import tiny_config
+
+    path = tmp_path / "tiny.yaml"
+    path.write_text(dump(tiny_config(tmp_path)))
+    plan = json.loads(cli("inspect", "plan", path, "--json").out)
+    embedding = next(row for row in plan if row["site"] == "bert.embeddings.word_embeddings:weight")
+    assert (embedding["bits"], embedding["granularity"]) == (8, "channel")
+    sites = json.loads(cli("inspect", "plan", path, "--sites", "--json", "--set", "quantization.preset=no-such").out)
+    assert {"bert.encoder.layer.0.attention.self:probs", "classifier:input"} <= {row["site"] for row in sites}
+    assert {row["site"] for row in plan} < {row["site"] for row in sites}
 
 
 def test_evaluate_and_export(cli, stages, tmp_path):
