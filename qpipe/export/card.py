@@ -140,7 +140,8 @@ def render(data: Mapping[str, Any], has_licence_file: bool) -> str:
     is_hub = (
         base.count("/") <= 1 and not base.startswith((".", "/", "~")) and ":" not in base and not Path(base).exists()
     )
-    shown = base if is_hub else base.rstrip("/").rpartition("/")[2]
+    package = base.removeprefix("package:").partition("/")[0] if base.startswith("package:") else ""
+    shown = base if is_hub else package or base.rstrip("/").rpartition("/")[2]
     title = " ".join(filter(None, [shown.rpartition("/")[2], str(data.get("task") or ""), "quantized"]))
     environment = Environment(undefined=StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE).render(

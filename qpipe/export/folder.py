@@ -190,6 +190,7 @@ def whole_folder(target: Path, needed: int) -> Iterator[Path]:
     try:
         partial.mkdir()
         yield partial
+        share_files(partial)
         write_sums(partial)
         _swap(partial, target)
     except BaseException as error:
@@ -201,6 +202,15 @@ def whole_folder(target: Path, needed: int) -> Iterator[Path]:
                 f"{_size(free)} are free now that the unfinished files are gone; make room, or export elsewhere"
             ) from error
         raise
+
+
+def share_files(folder: Path) -> None:
+    """Give every file the permissions that the user's umask grants: safetensors writes files only the owner can read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
 
 
 def _clear_remains(target: Path) -> None:

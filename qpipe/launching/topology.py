@@ -117,15 +117,22 @@ def _count(gpus: int | None, cpus: int | None, prefer_cpu: bool) -> tuple[int, b
     return min(2, cpu_cores()), True
 
 
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+"""Settings of glibc's allocator: keep freed memory for the next step. By default every large tensor is mapped from the
+system and given back, and zeroing its pages anew took a third of a training step (0.80 against 1.27 s of processor time
+for 16 x 40 tokens on the default encoder, one thread). Other C libraries ignore them."""
+
+
 def environment(topology: Topology) -> dict[str, str]:
     """The environment variables the workers need beside those that are set; what the user has set stays.
 
     `DS_ACCELERATOR` and `CUDA_VISIBLE_DEVICES` keep a CPU run away from GPUs. Threads are shared out, since every
-    process would otherwise start as many as there are cores.
+    process would otherwise start as many as there are cores. Freed memory is kept (`KEEP_MEMORY`).
     """
     wanted: dict[str, str] = {}
     if topology.cpu:
         wanted |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        wanted |= {name: value for name, value in KEEP_MEMORY.items() if name not in os.environ}
     if topology.processes and "OMP_NUM_THREADS" not in os.environ:
         wanted["OMP_NUM_THREADS"] = str(max(1, cpu_cores() // topology.processes))
     one_machine = topology.nodes == 1 and topology.hostfile is None

@@ -150,7 +150,7 @@ def metadata(run: Run) -> Mapping[str, Json]:
     """What the export says about its making."""
     contributed = run.host.collect_mappings("qpipe_export_metadata", run=run)
     plugins = {
-        name: {"version": version, **dict(contributed.get(name, {}))} for name, version in run.host.versions.items()
+        name: {"version": run.host.versions[name], **dict(contributed.get(name, {}))} for name in run.config.plugins
     }
     result: dict[str, Json] = {
         "qpipe": qpipe.__version__,

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from qpipe.config import RunConfig, resolve
 from qpipe.engine.accelerate import AccelerateEngine
 from qpipe.errors import CheckpointError, ConfigError
+from qpipe.export.folder import share_files
 from qpipe.files import disk_errors, write_json
 from qpipe.host import load_plugins
 from qpipe.run import Run
@@ -39,6 +40,7 @@ def save_float(run: Run, folder: Path) -> None:
                 run.data.tokenizer.save_pretrained(temporary)
             if quantizers:
                 save_file(quantizers, temporary / QUANTIZERS)
+            share_files(temporary)
             write_json(temporary / DETAILS, {"dtype": str(run.engine.dtype).removeprefix("torch.")})
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)

@@ -20,7 +20,9 @@ class Grid(Options):
 def stages(monkeypatch):
     """Stand-ins for the stages, which have their own tests; they keep what they were called with."""
     calls = []
-    sites = {"block.0.query:weight": SimpleNamespace(quantizer="uniform", bits=4, granularity="channel", options=Grid())}
+    sites = {
+        "block.0.query:weight": SimpleNamespace(quantizer="uniform", bits=4, granularity="channel", options=Grid())
+    }
     module = types.ModuleType("qpipe.stages")
     module.plan_run = lambda config: calls.append(config) or SimpleNamespace(plan=SimpleNamespace(sites=sites))
     module.evaluate_run = lambda run: calls.append(run) or {"accuracy": 0.875}

@@ -95,6 +95,14 @@ def test_threads_are_shared_out_unless_the_user_chose(monkeypatch):
     assert "DS_ACCELERATOR" not in topology.environment(Topology(3, cpu=False))
 
 
+def test_cpu_processes_keep_freed_memory_unless_told_otherwise(monkeypatch):
+    monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)
+    assert topology.environment(Topology(2, cpu=True))["MALLOC_MMAP_MAX_"] == "0"
+    assert "MALLOC_MMAP_MAX_" not in topology.environment(Topology(2, cpu=False))
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "7")
+    assert "MALLOC_MMAP_MAX_" not in topology.environment(Topology(2, cpu=True))
+
+
 @pytest.mark.parametrize("text", ["node0", "node0:", ":1", "node0:http", "node0:70000"])
 def test_bad_rendezvous(text):
     with pytest.raises(ConfigError, match="HOST:PORT"):
