@@ -205,7 +205,7 @@ def whole_folder(target: Path, needed: int) -> Iterator[Path]:
 
 
 def share_files(folder: Path) -> None:
-    """Give every file the permissions that the user's umask grants: safetensors writes files only the owner can read."""
+    """Give every file the permissions of the umask: safetensors writes files that only their owner can read."""
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.iterdir():

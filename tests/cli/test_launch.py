@@ -144,13 +144,19 @@ def test_bad_deepspeed_file(cli, config_file, tmp_path, text, message):
     assert result.code == 1 and message in result.err
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "checkpoints"])
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "model", "export", "results.json"])
 def test_used_directory_is_refused(cli, config_file, tmp_path, name):
     out = tmp_path / "run"
     (out / name).mkdir(parents=True)
     result = cli("launch", config_file, "--cpus", 1, "--out", out)
     assert result.code == 1
     assert f"already in use: it holds {name}" in result.err and "--resume" in result.err and "--out" in result.err
+
+
+def test_a_directory_with_nothing_but_a_configuration_can_be_used_again(tmp_path):
+    """A launch that fails before training, say for a wrong column name, must not block the next attempt."""
+    (tmp_path / "config.yaml").touch()
+    rundir.require_unused(tmp_path)
 
 
 def test_lock_names_the_process_that_holds_it_and_is_freed_with_it(tmp_path):
