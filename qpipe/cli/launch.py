@@ -41,7 +41,7 @@ def launch(
     rank = node_rank or 0
     overrides = [*(set_ or []), *_engine_overrides(zero, engine)]
     resolved, changes = prepare.configuration(config, overrides, split_names(plugins), out, resume, rank)
-    where = topology.choose(gpus, cpus, nodes, rank, rendezvous, hostfile, resolved.engine.cpu)
+    where = topology.choose(gpus, cpus, nodes, rank, rendezvous, hostfile, resolved.engine.cpu, dry_run)
     changed_device = resolved.engine.cpu != where.cpu
     final = prepare.with_device(resolved, where.cpu)
     prepare.check(final)

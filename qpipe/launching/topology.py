@@ -72,6 +72,7 @@ def choose(
     rendezvous: str | None = None,
     hostfile: Path | None = None,
     prefer_cpu: bool = False,
+    only_shown: bool = False,
 ) -> Topology:
     """Decide on the processes. With neither `gpus` nor `cpus`: all GPUs, else 2 CPU processes (1 on a single core).
 
@@ -83,6 +84,7 @@ def choose(
         rendezvous: `HOST:PORT` where the machines meet.
         hostfile: hosts for DeepSpeed's launcher.
         prefer_cpu: the configuration says `engine.cpu`, which holds where neither number is given.
+        only_shown: the command is for another machine, so the GPUs of this one do not matter.
 
     Raises:
         ConfigError: more GPUs are asked for than present, or the rendezvous or the hostfile is not usable.
@@ -94,6 +96,8 @@ def choose(
         cpu = cpus is not None or (prefer_cpu and gpus is None)
         count = cpus or gpus or 0
         return Topology(count, cpu, address=address if rendezvous else "", port=port, hostfile=hostfile)
+    if gpus is not None and only_shown:
+        return Topology(gpus, False, nodes, node_rank, address, port)
     count, cpu = _count(gpus, cpus, prefer_cpu)
     return Topology(count, cpu, nodes, node_rank, address, port)
 

@@ -67,6 +67,11 @@ def test_unknown_option_of_a_plugin_is_refused(cli, config_file, installed_plugi
     assert "options of plugin 'mine': wieght is not an option" in result.err
 
 
+def test_a_dry_run_is_for_any_machine(cli, config_file):
+    result = cli("launch", config_file, "--gpus", 8, "--dry-run")
+    assert result.code == 0 and "--nproc-per-node" in result.out.replace("_", "-") and "8" in result.out
+
+
 @pytest.mark.parametrize("present", [0, 2])
 def test_more_gpus_than_present(cli, config_file, monkeypatch, present):
     monkeypatch.setattr(topology, "gpus_present", lambda: present)
