@@ -13,7 +13,7 @@ BENCH ?=
 # What `qpipe launch` sets for CPU runs; waiting threads must not count as work.
 BENCH_ENV := OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776
 # A part of the data that two CPU cores train in minutes; `make demo DEMO=` uses all of it.
-DEMO ?= --set data.max_train_examples=4000 --set data.max_eval_examples=1000
+DEMO ?= --set data.max_train_examples=3200 --set data.max_eval_examples=1000
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
