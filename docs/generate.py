@@ -52,7 +52,22 @@ def demo_table(run_dir: Path) -> str:
     rows = [f"| | {' | '.join(COLUMNS.values())} |", "|---|" + "---:|" * len(COLUMNS)]
     for row in results_rows(run_dir):
         rows.append(f"| {row['quantity']} | {' | '.join(show(row, column) for column in COLUMNS)} |")
-    return "\n".join(rows)
+    return "\n".join([*rows, "", origin(run_dir)])
+
+
+def origin(run_dir: Path) -> str:
+    """The command that made a run of the default recipe, from what its configuration changes."""
+    from qpipe.config import resolve
+
+    config, recipe = resolve(run_dir / "config.yaml"), resolve()
+    data, usual = config.data.model_dump(), recipe.data.model_dump()
+    changed = [f"--set data.{key}={value}" for key, value in data.items() if value != usual[key]]
+    command = " ".join(["qpipe launch --plugins", ",".join(config.plugins), *changed])
+    return (
+        f"Command: `{command}`, seed {config.seed}; metrics are of {config.data.max_eval_examples or 'all'} held-out "
+        "sentences, time is without installation, on the machine of [docs/benchmarks.md](docs/benchmarks.md). "
+        "`make demo` runs the same on as many sentences as fit into 12 minutes there (`DEMO` in the Makefile)."
+    )
 
 
 def with_demo(readme: str, table: str) -> str:
