@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qpipe.errors import ConfigError
 from qpipe.host import describe
@@ -114,8 +114,23 @@ class EngineConfig(Section):
         "auto", description="auto: bfloat16 where the hardware computes in it, else float32"
     )
     config_file: str | None = Field(None, description="DeepSpeed JSON whose keys are added to those qpipe sets")
-    fsdp: bool = Field(False, description="shard with FSDP2 instead of DDP (accelerate)")
+    fsdp: bool = Field(False, description="shard with FSDP2 instead of DDP (accelerate); not available yet")
     cpu: bool = Field(False, description="use CPUs even if there are GPUs")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> EngineConfig:
+        if self.fsdp:
+            raise ValueError("engine.fsdp is not available in this version; set engine.name: deepspeed, engine.zero: 3")
+        if self.name == "accelerate" and (self.zero > 1 or self.offload != "none" or self.config_file):
+            raise ValueError(
+                "engine.zero above 1, engine.offload and engine.config_file belong to DeepSpeed; "
+                "set engine.name: deepspeed"
+            )
+        if self.offload != "none" and self.zero == 0:
+            raise ValueError("engine.offload needs engine.zero 1, 2 or 3")
+        if self.offload == "all" and self.zero != 3:
+            raise ValueError("engine.offload: all keeps weights in CPU memory and needs engine.zero: 3")
+        return self
 
 
 class ExportConfig(Section):

@@ -205,6 +205,9 @@ def describe(error: ValidationError, model: Any) -> str:
             fields = list(getattr(model, "model_fields", {}))
             hint = suggest(key, fields) or f"; allowed: {', '.join(fields) or 'no options'}"
             lines.append(f"{key} is not an option{hint}")
+        elif problem["type"] == "value_error":  # raised by a check of several keys, whose message names them
+            text = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{key}: {text}" if key else text)
         else:
             lines.append(f"{key} = {problem.get('input')!r}: {problem['msg']}")
     return "; ".join(lines)

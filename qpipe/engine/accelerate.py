@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from qpipe.config import EngineConfig, TrainConfig
 from qpipe.engine.base import Processes, choose_device, resolve_precision
 from qpipe.engine.deepspeed import micro_batch_size
-from qpipe.errors import ConfigError
 
 
 class AccelerateEngine(Processes):
@@ -24,13 +23,6 @@ class AccelerateEngine(Processes):
     name = "accelerate"
 
     def __init__(self, config: EngineConfig) -> None:
-        if config.zero not in (0, 1) or config.offload != "none" or config.config_file:
-            raise ConfigError(
-                "engine.zero, engine.offload and engine.config_file belong to DeepSpeed; "
-                "set engine.name: deepspeed, or for sharding here engine.fsdp: true"
-            )
-        if config.fsdp:
-            raise ConfigError("engine.fsdp is not available in this version; use engine.name: deepspeed, zero: 3")
         from accelerate import Accelerator
 
         self._accelerator = Accelerator(cpu=choose_device(config).type == "cpu")

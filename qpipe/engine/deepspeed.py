@@ -103,10 +103,6 @@ class DeepSpeedEngine(Processes):
 
     def wrap(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, train: TrainConfig) -> None:
         """Hand model and optimizer to DeepSpeed."""
-        if self.config.offload != "none" and self.config.zero == 0:
-            raise ConfigError("engine.offload needs engine.zero 1, 2 or 3")
-        if self.config.offload == "all" and self.config.zero != 3:
-            raise ConfigError("engine.offload: all keeps weights in CPU memory and needs engine.zero: 3")
         settings = self.settings(train)
         self._engine, *_ = self._deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=settings, dist_init_required=False
