@@ -1,7 +1,7 @@
 """Fill docs/results.md: GLUE tasks in full precision, W4A8 and ternary, on a small and on the default encoder.
 
 Each cell is one `qpipe launch` in a folder named after the hash of its configuration, so that a second run trains only
-what is missing, and one that was interrupted goes on.
+what is missing, and one that was interrupted goes on. `--jobs N` trains N cells at a time, each in one CPU process.
 
     python -m benchmarks.results --data ../shared/data --small ../shared/models/bert_tiny
 """
@@ -11,13 +11,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shlex
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from qpipe.launching.topology import cpu_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "results.md"
@@ -29,6 +33,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "W4A8 + ti-g": ("ti-g", ["quantization.preset=w4a8"]),
     "ternary, A8": ("ternary-twn", ["quantization.preset=a8"]),
     "ternary, A8 + ti-g": ("ternary-twn,ti-g", ["quantization.preset=a8"]),
+    "W4A8 + kure": ("kure", ["quantization.preset=w4a8"]),
 }
 TEACHER = "full precision"
 
@@ -78,8 +83,8 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
                 common = common_overrides(options, task, encoder)
                 teacher = Cell(task, encoder, TEACHER, seed, (*common, *VARIANTS[TEACHER][1]))
                 yield teacher
-                for variant in VARIANTS:
-                    if variant == TEACHER or (encoder == "default" and "+" not in variant):
+                for variant in options.variants:
+                    if variant == TEACHER:
                         continue
                     name = f"teacher.name={teacher.folder(options.runs) / 'model'}"
                     yield Cell(task, encoder, variant, seed, (*common, *VARIANTS[variant][1], name))
@@ -107,14 +112,29 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> None:
         return
     words = cell.arguments(options.runs)
     words += ["--resume"] if (folder / "config.yaml").is_file() else []
+    words += ["--cpus", "1"] if options.jobs > 1 else []
     print(f"training {folder.name}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{folder.name}.log").open("a") as log:
         done = subprocess.run(
-            [sys.executable, "-m", "qpipe.cli", *words], stdout=log, stderr=subprocess.STDOUT, check=False, cwd=ROOT
+            [sys.executable, "-m", "qpipe.cli", *words],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": str(cpu_cores() // options.jobs or 1)} if options.jobs > 1 else None,
         )
     if done.returncode != 0:
         raise SystemExit(f"{shlex.join(words)} failed; see {log.name}")
+
+
+def train_all(wanted: list[Cell], options: argparse.Namespace) -> None:
+    """Train every cell, each after its teacher, and write the table after each."""
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for teachers in (True, False):
+            batch = [cell for cell in wanted if (cell.variant == TEACHER) == teachers]
+            for _ in pool.map(lambda cell: run_cell(cell, options), batch):
+                write(render(options))
 
 
 def read(cell: Cell, root: Path) -> dict[str, object] | None:
@@ -168,6 +188,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/results"))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--encoders", nargs="+", choices=("small", "default"), default=["small", "default"])
+    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time, each in one CPU process")
     parser.add_argument("--small-seeds", type=int, default=3)
     parser.add_argument("--default-seeds", type=int, default=1)
     parser.add_argument("--sst2-examples", type=int, help="cap on SST-2 training examples of the default encoder")
@@ -179,9 +201,7 @@ def main() -> None:
         if getattr(options, path) is not None:
             setattr(options, path, Path(getattr(options, path)))
     if not options.render_only:
-        for cell in cells(options):
-            run_cell(cell, options)
-            write(render(options))
+        train_all(list(cells(options)), options)
     write(render(options))
 
 

@@ -111,16 +111,16 @@ class EngineConfig(Section):
     zero: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage (deepspeed)")
     offload: Literal["none", "optimizer", "all"] = Field("none", description="what to keep in CPU memory (deepspeed)")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 where the hardware computes in it, else float32"
+        "auto", description="auto: bfloat16 where the hardware is faster in it (GPUs, AMX), else float32"
     )
     config_file: str | None = Field(None, description="DeepSpeed JSON whose keys are added to those qpipe sets")
-    fsdp: bool = Field(False, description="shard with FSDP2 instead of DDP (accelerate); not available yet")
+    fsdp: bool = Field(False, description="shard with FSDP2 instead of DDP (accelerate)")
     cpu: bool = Field(False, description="use CPUs even if there are GPUs")
 
     @model_validator(mode="after")
     def _fits_together(self) -> EngineConfig:
-        if self.fsdp:
-            raise ValueError("engine.fsdp is not available in this version; set engine.name: deepspeed, engine.zero: 3")
+        if self.fsdp and self.name != "accelerate":
+            raise ValueError("engine.fsdp belongs to engine.name: accelerate; DeepSpeed shards with engine.zero: 3")
         if self.name == "accelerate" and (self.zero > 1 or self.offload != "none" or self.config_file):
             raise ValueError(
                 "engine.zero above 1, engine.offload and engine.config_file belong to DeepSpeed; "

@@ -137,14 +137,12 @@ def _cpu() -> Iterator[Finding]:
     from qpipe.launching.topology import cpu_cores
 
     flags = _cpu_flags()
-    bf16 = [name for name in ("amx_bf16", "avx512_bf16") if name in flags]
     cores = f"{cpu_cores()} cores of {os.cpu_count()} usable"
-    if bf16:
-        yield Finding("CPU", f"{cores}, bf16 by {' and '.join(bf16)}")
+    if "amx_bf16" in flags:
+        yield Finding("CPU", f"{cores}, fast bf16 (AMX)")
     else:
-        yield Finding(
-            "CPU", f"{cores}, no bf16 instructions", "note", "on CPUs, leave engine.precision at auto or float32"
-        )
+        advice = "on CPUs, leave engine.precision at auto or float32"
+        yield Finding("CPU", f"{cores}, no fast bf16 (AMX)", "note", advice)
 
 
 def _cpu_flags() -> set[str]:

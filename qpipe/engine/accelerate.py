@@ -1,8 +1,8 @@
-"""Accelerate: one process, DDP, or FSDP2. Parameters stay in float32; bfloat16 is used by autocast in training."""
+"""Accelerate: one process, DDP or FSDP2. Parameters stay in float32; bfloat16 is used by autocast in training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from qpipe.config import EngineConfig, TrainConfig
 from qpipe.engine.base import Processes, choose_device, resolve_precision
 from qpipe.engine.deepspeed import micro_batch_size
+from qpipe.engine.sharding import Shards, whole_tensor
+from qpipe.errors import ConfigError
 
 
 class AccelerateEngine(Processes):
@@ -33,6 +35,10 @@ class AccelerateEngine(Processes):
         self.dtype = torch.float32
         self._autocast = resolve_precision(config, self.device) == torch.bfloat16
         self.partitioned = False
+        self._fsdp = config.fsdp
+        if self._accelerator.state.distributed_type == "FSDP" and not config.fsdp:
+            raise ConfigError("`accelerate launch` is set to FSDP; set engine.fsdp: true, or give it DDP settings")
+        self._shards: Shards | None = None
         self._model: Any = None
         self._module: Any = None
         self._optimizer: Any = None
@@ -41,11 +47,22 @@ class AccelerateEngine(Processes):
         self._norm: float | None = None
         self._stepping = False
 
-    def wrap(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, train: TrainConfig) -> None:
-        """Hand model and optimizer to Accelerate; the schedule is stepped here, once per optimizer step."""
+    def wrap(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scheduler: LRScheduler,
+        train: TrainConfig,
+        blocks: Sequence[nn.Module] = (),
+    ) -> None:
+        """Shard the model, or hand it to Accelerate; the schedule is stepped here, once per optimizer step."""
         micro_batch_size(train, self.world_size)
-        self._module = model
-        self._model = self._accelerator.prepare_model(model)
+        self._module = self._model = model
+        if self._fsdp and self.world_size > 1:
+            self._shards = Shards(model, blocks, optimizer, self.device)
+            self.partitioned = True
+        else:
+            self._model = self._accelerator.prepare_model(model)
         self._optimizer, self._scheduler, self._train = optimizer, scheduler, train
 
     def serve(self, model: nn.Module) -> None:
@@ -55,6 +72,8 @@ class AccelerateEngine(Processes):
     def begin_micro_batch(self, last: bool) -> None:
         """Exchange gradients in the last micro-batch only."""
         self._stepping = last
+        if self._shards is not None:
+            self._shards.synchronize(last)
         if hasattr(self._model, "require_backward_grad_sync"):
             self._model.require_backward_grad_sync = last
 
@@ -76,7 +95,7 @@ class AccelerateEngine(Processes):
             return
         assert self._train is not None
         limit = self._train.clip or float("inf")
-        self._norm = float(nn.utils.clip_grad_norm_(self._module.parameters(), limit))
+        self._norm = float(whole_tensor(nn.utils.clip_grad_norm_(self._module.parameters(), limit)))
         self._optimizer.step()
         self._scheduler.step()
         self._optimizer.zero_grad()
@@ -85,28 +104,32 @@ class AccelerateEngine(Processes):
         """Norm before clipping."""
         return self._norm
 
-    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
-        """Every process holds all weights."""
-        return nullcontext()
+    def gathered(self, parameters: Iterable[Tensor]) -> AbstractContextManager[list[Tensor]]:
+        """Sharded parameters are gathered; others are whole on every process anyway."""
+        return nullcontext(list(parameters)) if self._shards is None else self._shards.gathered(parameters)
 
     def save(self, folder: Path) -> None:
-        """One file, written by process 0."""
+        """One file, written by process 0; where the model is sharded, the shards of all processes beside it."""
+        state = {"scheduler": self._scheduler.state_dict()}
+        if self._shards is not None:
+            self._shards.save(folder / "engine")
+        else:
+            state |= {"model": self._module.state_dict(), "optimizer": self._optimizer.state_dict()}
         if self.rank == 0:
-            (folder / "engine").mkdir()
-            state = {
-                "model": self._module.state_dict(),
-                "optimizer": self._optimizer.state_dict(),
-                "scheduler": self._scheduler.state_dict(),
-            }
+            (folder / "engine").mkdir(exist_ok=True)
             torch.save(state, folder / "engine" / "state.pt")
 
     def load(self, folder: Path) -> None:
         """Read it back on every process."""
         state = torch.load(folder / "engine" / "state.pt", map_location=self.device, weights_only=True)
-        self._module.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        if self._shards is not None:
+            self._shards.load(folder / "engine")
+        else:
+            self._module.load_state_dict(state["model"])
+            self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
 
     def close(self) -> None:
         """Forget the wrapped model."""
+        self.partitioned, self._shards = False, None
         self._model = self._module = self._optimizer = self._scheduler = None

@@ -6,8 +6,8 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +101,15 @@ class DeepSpeedEngine(Processes):
         }
         return merge_config_file(settings, self.config)
 
-    def wrap(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, train: TrainConfig) -> None:
-        """Hand model and optimizer to DeepSpeed."""
+    def wrap(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scheduler: LRScheduler,
+        train: TrainConfig,
+        blocks: Sequence[nn.Module] = (),
+    ) -> None:
+        """Hand model and optimizer to DeepSpeed, which partitions parameter by parameter and needs no `blocks`."""
         settings = self.settings(train)
         self._engine, *_ = self._deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=settings, dist_init_required=False
@@ -129,11 +136,12 @@ class DeepSpeedEngine(Processes):
         norm = self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
-        """Gather partitioned parameters on every process."""
-        if not self.partitioned:
-            return nullcontext()
-        return self._deepspeed.zero.GatheredParameters(list(parameters))
+    @contextmanager
+    def gathered(self, parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+        """The parameters themselves; partitioned ones are gathered in place meanwhile."""
+        found = list(parameters)
+        with self._deepspeed.zero.GatheredParameters(found) if self.partitioned else nullcontext():
+            yield found
 
     def save(self, folder: Path) -> None:
         """DeepSpeed's own checkpoint, in `folder/engine`."""

@@ -84,11 +84,11 @@ def packed_weights(run: Run) -> tuple[dict[str, PackedWeight], list[dict[str, Js
             continue
         name = f"{path}.weight"
         parameter = run.student.get_parameter(name)
-        with run.engine.gathered([parameter, *quantizer.parameters()]), torch.no_grad():
+        with run.engine.gathered([parameter, *quantizer.parameters()]) as (whole, *_), torch.no_grad():
             if run.engine.rank != 0:
                 continue
-            tensor = checked_lattice(site, quantizer, parameter.detach())
-            weight = parameter.detach().float().cpu()
+            tensor = checked_lattice(site, quantizer, whole.detach())
+            weight = whole.detach().to("cpu", torch.float32, copy=True)  # the gathered memory is freed
         decoded = tensor.decode(run.engine.dtype)
         module_type = run.plan.sites[site].site.module_type
         packed[name] = PackedWeight(path, module_type, tensor, tensor_sha256(decoded))

@@ -27,8 +27,8 @@ def model_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
         if name.startswith(prefixes) or not isinstance(tensor, Tensor):
             continue
         if isinstance(tensor, nn.Parameter):
-            with run.engine.gathered([tensor]):
-                yield name, tensor.detach()
+            with run.engine.gathered([tensor]) as (whole,):
+                yield name, whole.detach()
         else:
             yield name, tensor.detach()
 
@@ -49,8 +49,9 @@ def quantizer_state(run: Run) -> dict[str, Tensor]:
     """Parameters and buffers of every quantizer, as `site/name`, on the CPU of process 0. Collective."""
     state: dict[str, Tensor] = {}
     for site, quantizer in run.instruments.quantizers().items():
-        with run.engine.gathered(quantizer.parameters()):
-            for name, tensor in quantizer.state_dict().items():
+        own = quantizer.state_dict(keep_vars=True)
+        with run.engine.gathered(own.values()) as whole:
+            for name, tensor in zip(own, whole, strict=True):
                 if run.engine.rank == 0:
                     state[f"{site}/{name}"] = tensor.detach().to("cpu", copy=True)
     return state

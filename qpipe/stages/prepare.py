@@ -202,16 +202,17 @@ def wrap(run: Run) -> None:
     if run.teacher is not None:
         cast(run.teacher, run)
     if train.activation_checkpointing:
-        enable = getattr(run.student, "gradient_checkpointing_enable", None)
+        enable = getattr(run.student, "activation_checkpointing_enable", None)
         if enable is None:
             raise ConfigError(f"{type(run.student).__name__} cannot checkpoint activations")
         # The reentrant kind would silently give no gradient to captured tensors.
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable({"use_reentrant": False})
     hook = run.host.hook
     optimizer = hook.qpipe_optimizer(run=run, groups=parameter_groups(run))
     run.scheduler = hook.qpipe_scheduler(run=run, optimizer=optimizer)
     with float32_buffers(run.student):
-        run.engine.wrap(run.student, optimizer, run.scheduler, train)
+        blocks = [run.student.get_submodule(path) for path in run.instruments.map.blocks]
+        run.engine.wrap(run.student, optimizer, run.scheduler, train, blocks)
     run.instruments.context.partitioned = run.engine.partitioned
     run.instruments.context.weights_changed()
 

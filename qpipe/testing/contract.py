@@ -161,8 +161,8 @@ def check_absent(folder: Path, plugin: Any, changes: Mapping[str, Any]) -> None:
 
 
 def check_zero3(folder: Path, info: PluginInfo, options: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
-    """Two processes under ZeRO-3 have the gradients of one process."""
-    single = config_for(folder, info, options, changes)
+    """Two processes under ZeRO-3 have the gradients of one process, on equal weights."""
+    single = config_for(folder, info, options, {**changes, "train__learning_rate": 1e-12})
     sharded = single.model_dump(mode="json")
     sharded["engine"] |= {"name": "deepspeed", "zero": 3, "config_file": str(zero3_settings(folder))}
     write_traces({"one": single.model_dump(mode="json")}, 2, str(folder))

@@ -1,4 +1,4 @@
-"""Two gloo processes under ZeRO 0, 1, 2 and 3 compute what one process computes."""
+"""Two gloo processes under ZeRO 0, 1, 2 and 3, DDP and FSDP2 compute what one process computes."""
 
 import json
 
@@ -9,6 +9,7 @@ from qpipe.testing import run_distributed, tiny_config
 from qpipe.testing.gradients import compare, write_traces
 
 STEPS = 3
+CASES = ("zero0", "zero1", "zero2", "zero3", "zero3-recomputing", "ddp", "fsdp", "fsdp-recomputing")
 PLUGINS = {"kure": {"skip_above": None}, "ternary-twn": {}, "ti-g": {"fraction": 0.7}}
 
 
@@ -34,6 +35,9 @@ def traces(tmp_path_factory):
         extra = {"config_file": str(settings)} if stage == 3 else {}
         cases[f"zero{stage}"] = {**config, "engine": {**config["engine"], "name": "deepspeed", "zero": stage, **extra}}
     cases["ddp"] = config
+    cases["fsdp"] = {**config, "engine": {**config["engine"], "fsdp": True}}
+    recomputing = {**config["train"], "activation_checkpointing": True}
+    cases |= {f"{name}-recomputing": {**cases[name], "train": recomputing} for name in ("zero3", "fsdp")}
     trained = {**config, "train": {**config["train"], "learning_rate": 1e-3}}
     write_traces({"one-trained": trained}, STEPS, str(folder))
     cases["zero3-trained"] = {**cases["zero3"], "train": trained["train"]}
@@ -45,19 +49,23 @@ pytestmark = pytest.mark.xdist_group("zero")
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", ["zero0", "zero1", "zero2", "zero3", "ddp"])
+@pytest.mark.parametrize(
+    "case", ["zero0", "zero1", "zero2", "zero3", "ddp", "fsdp", "zero3-recomputing", "fsdp-recomputing"]
+)
 def test_gradients_and_codes_equal_one_process(traces, case):
     one, two = load_file(traces / "one.safetensors"), load_file(traces / f"{case}.safetensors")
     assert sum(key.startswith("gradient/0/") for key in one) > 30
     assert any(key.startswith("codes/") for key in one)
-    compare(one, two, after_update=1e-4)
+    compare(one, two)
     for key in one:
         assert not key.startswith("codes/") or bool((one[key] == two[key]).all()), key
 
 
 @pytest.mark.distributed
 def test_zero3_follows_one_process_through_updates(traces):
-    compare(load_file(traces / "one-trained.safetensors"), load_file(traces / "zero3-trained.safetensors"))
+    # Adam moves an element whose gradient is nothing but rounding by a whole learning rate, which later gradients feel.
+    one, two = load_file(traces / "one-trained.safetensors"), load_file(traces / "zero3-trained.safetensors")
+    compare(one, two, after_update=2e-2)
 
 
 @pytest.mark.distributed

@@ -1,0 +1,100 @@
+"""FSDP2: parameters sharded by torch's own `fully_shard`, on CPUs as on GPUs.
+
+Accelerate does the same for GPUs only, so the call is made here; processes, devices and precision stay Accelerate's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+
+class Shards:
+    """A model sharded over all processes, in place: every block on its own, the rest with the model.
+
+    Args:
+        model: on `device`.
+        blocks: modules of `model` whose weights are whole only while they run.
+        optimizer: without state; from here on it holds the shards in place of the parameters.
+        device: whose kind decides how the processes communicate.
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[nn.Module], optimizer: Optimizer, device: torch.device
+    ) -> None:
+        self._model, self._optimizer = model, optimizer
+        # Nothing here changes a model's output in place, which is what torch warns of.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+        before = {id(parameter): name for name, parameter in model.named_parameters()}
+        for module in (*blocks, model):
+            fully_shard(module, mesh=mesh)
+        shards = dict(model.named_parameters())
+        for group in optimizer.param_groups:
+            group["params"] = [shards[before[id(parameter)]] for parameter in group["params"]]
+        self._names = {id(parameter): name for name, parameter in shards.items()}
+
+    def synchronize(self, wanted: bool) -> None:
+        """Whether the next backward passes exchange gradients."""
+        self._root().set_requires_gradient_sync(wanted)
+
+    def _root(self) -> FSDPModule:
+        assert isinstance(self._model, FSDPModule)
+        return self._model
+
+    def _owner(self, name: str) -> FSDPModule:
+        """The innermost sharded module around a parameter."""
+        path = name
+        while path:
+            path = path.rpartition(".")[0]
+            module = self._model.get_submodule(path)
+            if isinstance(module, FSDPModule):
+                return module
+        return self._root()
+
+    @contextmanager
+    def gathered(self, parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+        """The parameters as whole tensors; meanwhile their modules hold them whole too. Collective."""
+        # A parameter that is no shard is whole already: the root's stay so after a forward pass.
+        found = [(self._names.get(id(parameter)), parameter) for parameter in parameters]
+        owners = {id(owner): owner for name, _ in found if name for owner in [self._owner(name)]}
+        for owner in owners.values():
+            owner.unshard()
+        try:
+            yield [self._model.get_parameter(name) if name else parameter for name, parameter in found]
+        finally:
+            for owner in owners.values():
+                owner.reshard()
+
+    def save(self, folder: Path) -> None:
+        """Write the shards of model and optimizer with torch's distributed checkpoint. Collective."""
+        weights, moments = get_state_dict(self._model, self._optimizer)
+        save({"model": weights, "optimizer": moments}, checkpoint_id=str(folder))
+
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote. Collective."""
+        weights, moments = get_state_dict(self._model, self._optimizer)
+        # In place for tensors; whatever else there is comes back in the dictionary.
+        state: dict[str, Any] = {"model": weights, "optimizer": moments}
+        load(state, checkpoint_id=str(folder))
+        set_state_dict(
+            self._model, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A sharded tensor as a whole one on every process, any other tensor itself. Collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
