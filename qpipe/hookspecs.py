@@ -35,13 +35,14 @@ class Specs:
     # --- build ------------------------------------------------------------------------------------------------------
 
     @hookspec(firstresult=True)
-    def qpipe_load_model(self, spec: ModelConfig, task: types.Task, num_labels: int) -> nn.Module | None:
+    def qpipe_load_model(self, spec: ModelConfig, task: types.Task, num_labels: int, strict: bool) -> nn.Module | None:
         """Load a model (first). Called for the student and for the teacher.
 
         Args:
-            spec: `model` or `teacher` section of the configuration.
+            spec: where it is, in the form of the `model` section of the configuration.
             task: what the model has to predict.
             num_labels: size of the head, 1 for regression, 0 for language models.
+            strict: True for a teacher: refuse a checkpoint whose head is missing or of another size.
         """
 
     @hookspec(firstresult=True)

@@ -58,6 +58,7 @@ class Run:
         weight_losses: penalties on weights that are in place.
         scheduler: the learning-rate schedule.
         total_steps: optimizer steps of the whole training.
+        trained: True for a finished run that was loaded to evaluate or export it.
         step: the micro-batch under way, None outside training.
         results: what has been measured so far, by stage.
     """
@@ -75,6 +76,7 @@ class Run:
     weight_losses: tuple[WeightLoss, ...] = ()
     scheduler: LRScheduler = None  # type: ignore[assignment]
     total_steps: int = 0
+    trained: bool = False
     step: Step | None = None
     results: dict[str, Any] = field(default_factory=dict)
 

@@ -21,7 +21,7 @@ PLUGIN_SOURCES = sorted(ROOT.glob("plugins/*/src"))
 METHODS = re.compile(r"kure|sqwq|ternary|intervention|(?<![a-z])(peg|twn|ti-[omg])(?![a-z])", re.IGNORECASE)
 """Names of methods. The lookarounds keep `jpeg` out."""
 
-FOUNDATION = {"config", "discovery", "errors", "files", "host", "hookspecs", "plugin", "run", "types"}
+FOUNDATION = {"config", "discovery", "errors", "files", "host", "hookspecs", "plugin", "run", "rundir", "types"}
 LAYERS = (
     {"testing", "cli"},
     {"doctor"},

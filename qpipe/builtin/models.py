@@ -25,7 +25,7 @@ class Models(Plugin):
     """Hugging Face models by task."""
 
     @hookimpl(trylast=True)
-    def qpipe_load_model(self, spec: ModelConfig, task: Task, num_labels: int) -> nn.Module | None:
+    def qpipe_load_model(self, spec: ModelConfig, task: Task, num_labels: int, strict: bool) -> nn.Module | None:
         """`AutoModelFor...from_pretrained` in float32."""
         import transformers
 
@@ -36,17 +36,17 @@ class Models(Plugin):
             "causal-lm": transformers.AutoModelForCausalLM,
         }
         overrides: dict[str, Any] = dict(spec.config)
-        if task.kind != "causal-lm":
-            overrides["num_labels"] = num_labels
-            overrides["ignore_mismatched_sizes"] = True
+        if task.kind != "causal-lm" and not strict:
+            overrides |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}
         if task.kind == "regression":
             overrides["problem_type"] = "regression"
         try:
-            return classes[task.kind].from_pretrained(
+            model, info = classes[task.kind].from_pretrained(
                 locate(spec.name),
                 revision=spec.revision or "main",
                 trust_remote_code=spec.trust_remote_code,
                 dtype="float32",
+                output_loading_info=True,
                 **overrides,
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -54,6 +54,9 @@ class Models(Plugin):
                 f"model {spec.name!r} does not load for task kind {task.kind!r}: {error}. "
                 "Give a folder, a hub name, or package:NAME/PATH"
             ) from error
+        if strict:
+            refuse_untrained(spec.name, model, sorted(info["missing_keys"]), num_labels)
+        return model
 
     @hookimpl(trylast=True)
     def qpipe_model_map(self, model: nn.Module) -> ModelMap | None:
@@ -74,6 +77,28 @@ class Models(Plugin):
             embedding=next((n for n, m in modules.items() if m is embedding and isinstance(m, nn.Embedding)), None),
             head=tuple(n for n in head if next(modules[n].parameters(), None) is not None),
         )
+
+
+def refuse_untrained(name: str, model: Any, missing: list[str], num_labels: int) -> None:
+    """Refuse a teacher whose head would be random or answers another question.
+
+    Args:
+        name: what the configuration calls it.
+        model: as loaded.
+        missing: weights that the checkpoint lacks.
+        num_labels: size of the student's head; 0 for language models.
+
+    Raises:
+        ModelError: weights are missing, or the numbers of labels differ.
+    """
+    if missing:
+        raise ModelError(
+            f"teacher {name!r} lacks weights, such as {missing[0]}: it was not fine-tuned for this task; "
+            "leave teacher.name out to have it fine-tuned first"
+        )
+    found = getattr(model.config, "num_labels", num_labels)
+    if num_labels and found != num_labels:
+        raise ModelError(f"teacher {name!r} has {found} labels, the student {num_labels}; give a teacher of this task")
 
 
 def _input_embedding(model: Any) -> nn.Module | None:

@@ -83,8 +83,9 @@ def _engine_overrides(zero: int | None, engine: str | None) -> list[str]:
 
 
 def _show(config: RunConfig, where: Topology, env: dict[str, str], resume: bool) -> None:
+    from qpipe import rundir
     from qpipe.config import dump
-    from qpipe.launching import command, rundir
+    from qpipe.launching import command
 
     path = rundir.config_path(Path(config.out), where.node_rank)
     typer.echo(command.shell_script(command.command(where, path, resume), env, path, dump(config)))

@@ -9,7 +9,7 @@ from typing import Any
 from qpipe.config import resolve
 from qpipe.errors import ConfigError
 from qpipe.launching import failures
-from qpipe.launching.rundir import CHECKPOINTS_NAME, CONFIG_NAME
+from qpipe.rundir import CHECKPOINTS_NAME, CONFIG_NAME
 
 
 def summarize(out: Path) -> dict[str, dict[str, Any]]:

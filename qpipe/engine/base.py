@@ -88,6 +88,15 @@ class Engine(Protocol):
     def broadcast_object(self, value: Any) -> Any:
         """The value of process 0."""
 
+    def broadcast_tensor(self, tensor: Tensor) -> None:
+        """Overwrite a tensor with that of process 0."""
+
+    def any(self, flag: Tensor) -> bool:
+        """Whether a boolean scalar is true on any process."""
+
+    def leave(self) -> None:
+        """Leave the other processes: nothing that involves them may follow."""
+
 
 class Processes:
     """Communication that both engines share."""
@@ -126,6 +135,25 @@ class Processes:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def broadcast_tensor(self, tensor: Tensor) -> None:
+        """Overwrite a tensor with that of process 0."""
+        if self.world_size > 1:
+            dist.broadcast(tensor.detach(), src=0)
+
+    def any(self, flag: Tensor) -> bool:
+        """Whether a boolean scalar is true on any process."""
+        if self.world_size > 1:
+            count = flag.detach().to(torch.int32)
+            dist.all_reduce(count, dist.ReduceOp.MAX)
+            return bool(count)
+        return bool(flag)
+
+    def leave(self) -> None:
+        """Wait for all processes, then leave them: nothing that involves them may follow."""
+        if self.world_size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
 
 
 def bf16_is_native(device: torch.device) -> bool:

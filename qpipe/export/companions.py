@@ -20,7 +20,7 @@ import qpipe
 from qpipe.errors import FormatError
 from qpipe.export.card import render
 from qpipe.export.folder import METADATA, REFERENCE, write_json
-from qpipe.export.record import ExportRecord, decoded_sha256, tensor_sha256, zero_point_kind
+from qpipe.export.record import ExportRecord, PackedWeight, decoded_sha256, tensor_sha256, zero_point_kind
 
 FORMAT_VERSION = 1
 
@@ -92,17 +92,26 @@ def resolve_ties(record: ExportRecord) -> ExportRecord:
     for name, source in record.tied.items():
         if source not in weights and source not in tensors:
             raise FormatError(f"{name} is tied to {source}, which the record holds neither quantized nor as a tensor")
-    if not is_untied(record) and not any(source in weights for source in tied.values()):
+    if not is_untied(record) and not any(name in weights for pair in tied.items() for name in pair):
         return record
     for name, source in tied.items():
-        if source in tensors:
+        packed = weights.get(source) or weights.get(name)
+        if packed is None:
             tensors[name] = tensors[source].clone()
             continue
-        module = name.removesuffix(".weight")
-        kind = "Embedding" if isinstance(record.model.get_submodule(module), nn.Embedding) else "Linear"
-        weights[name] = replace(weights[source], module=module, module_type=kind)
+        for other in (name, source):
+            weights.setdefault(other, _second_copy(packed, record.model, other))
+            tensors.pop(other, None)
     about = {**record.metadata, "untied": sorted(tied)}
     return replace(record, weights=weights, tensors=tensors, tied={}, metadata=about)
+
+
+def _second_copy(packed: PackedWeight, model: nn.Module, name: str) -> PackedWeight:
+    """The same codes for another module, with tensors of its own: safetensors refuses shared memory."""
+    module = name.removesuffix(".weight")
+    kind = "Embedding" if isinstance(model.get_submodule(module), nn.Embedding) else "Linear"
+    lattice = replace(packed.tensor, scale=packed.tensor.scale.clone(), zero_point=packed.tensor.zero_point.clone())
+    return replace(packed, module=module, module_type=kind, tensor=lattice)
 
 
 def model_config(record: ExportRecord) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qpipe.errors import QpipeError
 from qpipe.files import disk_errors, write_json
-from qpipe.launching.rundir import ERRORS_NAME
+from qpipe.rundir import ERRORS_NAME
 
 OUTSIDE_SIGNALS = frozenset({signal.SIGKILL, signal.SIGBUS})
 """Signals that come from outside the program, so that they are a cause and never the consequence of a Python error."""

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from qpipe import rundir
 from qpipe.config import RunConfig, default_recipe, dump, resolve
 from qpipe.errors import ConfigError
-from qpipe.launching import rundir
 from qpipe.launching.topology import Topology
 
 

@@ -9,11 +9,13 @@ import signal
 import sys
 import traceback
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 from qpipe.errors import QpipeError
 from qpipe.launching import failures
 from qpipe.launching.start import LAUNCHER_VARIABLE
+from qpipe.rundir import Lock
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -35,9 +37,12 @@ def run_worker(config_path: Path, resume: bool) -> None:
 
         config = resolve(config_path)
         out = out or Path(config.out)
-        from qpipe.stages import execute
+        # The launcher holds the directory for its workers; other launchers know nothing of it.
+        first = not launched and os.environ.get("RANK", "0") == "0"
+        with Lock(Path(config.out)) if first else nullcontext():
+            from qpipe.stages import execute
 
-        execute(config, resume=resume)
+            execute(config, resume=resume)
     except Exception as error:
         _fail(out, error, quiet=launched)
     _destroy_process_group()

@@ -29,14 +29,14 @@ def seed_everything(seed: int, rank: int = 0) -> None:
     torch.manual_seed(seed + rank)
 
 
-def load_model(host: Host, spec: ModelConfig, task: Task, num_labels: int) -> nn.Module:
+def load_model(host: Host, spec: ModelConfig, task: Task, num_labels: int, strict: bool = False) -> nn.Module:
     """A model from the first plugin that can load it.
 
     Raises:
-        ModelError: none can.
+        ModelError: none can, or the checkpoint lacks weights although it has to be whole (`strict`).
     """
     error = ModelError(f"no plugin loads model {spec.name!r} for task {task.name!r}")
-    return host.first("qpipe_load_model", error, spec=spec, task=task, num_labels=num_labels)
+    return host.first("qpipe_load_model", error, spec=spec, task=task, num_labels=num_labels, strict=strict)
 
 
 def override_dropout(model: nn.Module, rate: float | None) -> None:
@@ -64,34 +64,30 @@ def instrument(host: Host, model: nn.Module) -> Instruments:
     return Instruments(model, model_map, lambda m: host.hook.qpipe_quantize_module(module=m))
 
 
-def check_labels(teacher: nn.Module, student: nn.Module, name: str) -> None:
-    """Refuse a teacher whose head does not fit the student's.
-
-    Raises:
-        ModelError: the numbers of labels differ.
-    """
-    sizes = [getattr(getattr(m, "config", None), "num_labels", None) for m in (teacher, student)]
-    if sizes[0] != sizes[1]:
-        raise ModelError(f"teacher {name!r} has {sizes[0]} labels, the student {sizes[1]}; give a teacher of this task")
-
-
-def build(config: RunConfig, host: Host, engine: Engine, teacher: str | None = None) -> Run:
-    """Load task, data, student and (where named) teacher.
+def build(
+    config: RunConfig,
+    host: Host,
+    engine: Engine,
+    teacher: str | ModelConfig | None = None,
+    data: TaskData | None = None,
+) -> Run:
+    """Load task, data, student and (where there is one) teacher.
 
     Args:
         config: resolved configuration.
         host: the plugins.
         engine: connected, not yet wrapped.
-        teacher: where a fine-tuned full-precision model is.
+        teacher: where a fine-tuned full-precision model is, or a model that stands in for one not yet fine-tuned.
+        data: what `load_data` gave for this configuration; None loads them.
 
     Raises:
         QpipeError: something named in the configuration cannot be loaded.
     """
     task = find_task(host.collect("qpipe_tasks"), config.task)
-    data: TaskData = load_data(config, task)
+    data = load_data(config, task) if data is None else data
     seed_everything(config.seed)
     start = config.model
-    if teacher is not None and config.teacher.init_student:
+    if isinstance(teacher, str) and config.teacher.init_student:
         start = config.model.model_copy(update={"name": teacher, "revision": None})
     student = load_model(host, start, task, data.num_labels)
     override_dropout(student, config.train.dropout)
@@ -99,11 +95,20 @@ def build(config: RunConfig, host: Host, engine: Engine, teacher: str | None = N
     run = Run(config, host, engine, task, data, student)
     run.instruments = instrument(host, student)
     if teacher is not None:
-        spec = ModelConfig(name=teacher, trust_remote_code=config.model.trust_remote_code)
-        run.teacher = load_model(host, spec, task, data.num_labels)
-        check_labels(run.teacher, student, teacher)
-        run.teacher.eval().requires_grad_(False)
+        run.teacher = load_teacher(run, teacher)
     return run
+
+
+def load_teacher(run: Run, teacher: str | ModelConfig) -> nn.Module:
+    """The teacher, frozen.
+
+    Raises:
+        ModelError: it is no model that was fine-tuned for this task.
+    """
+    remote = run.config.model.trust_remote_code
+    spec = ModelConfig(name=teacher, trust_remote_code=remote) if isinstance(teacher, str) else teacher
+    model = load_model(run.host, spec, run.task, run.data.num_labels, strict=isinstance(teacher, str))
+    return model.eval().requires_grad_(False)
 
 
 def name_labels(model: nn.Module, data: TaskData) -> None:

@@ -15,6 +15,7 @@ import torch
 from qpipe.errors import CheckpointError
 from qpipe.files import disk_errors, sha256, sync_folder, write_json
 from qpipe.run import Run
+from qpipe.stages.gather import share_buffers
 
 NAME = re.compile(r"step-(\d{8})")
 
@@ -69,26 +70,20 @@ def save(run: Run, progress: dict[str, Any]) -> Path:
     """
     final = folder(run, progress["step"])
     temporary = final.with_name(f".{final.name}.tmp")
-    problem = None
+    share_buffers(run)
     try:
+        # A process that fails here raises at once: the launcher ends the others, who may be waiting for it.
         with disk_errors(run.out):
             _write(run, temporary, progress)
-    except CheckpointError as error:
-        problem = error
-    problems = [p for p in run.engine.gather_objects(str(problem) if problem else None) if p]
-    if not problems and run.engine.rank == 0:
-        try:
-            with disk_errors(run.out):
+            run.engine.barrier()
+            if run.engine.rank == 0:
                 _publish(temporary, final)
-        except CheckpointError as error:
-            problems = [str(error)]
-    problems = run.engine.broadcast_object(problems)
-    if problems:
+    except CheckpointError:
         if run.engine.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(problems[0])
+        raise
     if run.engine.rank == 0:
-        prune(run, progress)
+        prune(run)
     run.engine.barrier()
     return final
 
@@ -130,13 +125,31 @@ def sync_folder_entry(parent: Path) -> None:
         os.close(descriptor)
 
 
-def prune(run: Run, progress: dict[str, Any]) -> None:
-    """Keep the newest checkpoints and the best one."""
+def prune(run: Run) -> None:
+    """Keep the newest checkpoints, and of each the best one it knows, so that training can end from any of them."""
     found = steps(run.out)
-    keep = {*found[-run.config.train.keep_checkpoints :], progress.get("best_step")}
+    newest = found[-run.config.train.keep_checkpoints :]
+    keep = {*newest, *(best_known(folder(run, step)) for step in newest)}
     for step in found:
         if step not in keep:
             shutil.rmtree(folder(run, step), ignore_errors=True)
+    for leftover in (run.out / "checkpoints").glob(".step-*.tmp"):  # of a killed save
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def best_known(path: Path) -> int | None:
+    """The best step when a checkpoint was written; None without one, or where the checkpoint is damaged."""
+    try:
+        found: int | None = read_progress(path)["best_step"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return found
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    """Where training stood when a checkpoint was written: `step`, `best_step`, `best_metric`, `world_size`."""
+    progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
+    return progress
 
 
 def steps(out: Path) -> list[int]:
@@ -186,7 +199,7 @@ def load(run: Run, step: int) -> dict[str, Any]:
     problem = run.engine.broadcast_object(problem)
     if problem:
         raise CheckpointError(problem)
-    progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
+    progress = read_progress(path)
     if progress["world_size"] != run.engine.world_size:
         raise CheckpointError(
             f"checkpoint {path} was written by {progress['world_size']} processes, this run has "

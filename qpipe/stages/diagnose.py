@@ -14,7 +14,8 @@ from qpipe.stages.calibrate import inputs_of
 def first_non_finite(run: Run, step: Step) -> str | None:
     """Run the batch again without gradients; the path of the first module whose output has NaN or infinity.
 
-    Children report before their parents, so the name is the innermost one. Under ZeRO-3 every rank must call this.
+    Children report before their parents, so the name is the innermost one. Collective: the forward pass may gather
+    weights or exchange buffers.
     """
     found: list[str] = []
 
@@ -25,8 +26,6 @@ def first_non_finite(run: Run, step: Step) -> str | None:
 
         return hook
 
-    if run.engine.partitioned and run.engine.world_size > 1:
-        return None  # the other ranks are not in this forward pass, so weights cannot be gathered
     handles = [m.register_forward_hook(watch(path)) for path, m in run.student.named_modules() if path]
     try:
         with torch.no_grad():

@@ -12,6 +12,7 @@ from qpipe.data.loader import eval_loader
 from qpipe.data.metrics import token_losses
 from qpipe.run import Run
 from qpipe.stages.calibrate import inference, inputs_of, to_device
+from qpipe.stages.gather import share_buffers
 
 
 def evaluate(run: Run) -> dict[str, float]:
@@ -20,6 +21,7 @@ def evaluate(run: Run) -> dict[str, float]:
     Taps that observe or replace are inactive; every quantizer acts.
     """
     rows: list[tuple[int, Any, Any]] = []
+    share_buffers(run)
     with inference(run):
         for batch, indices in eval_loader(
             run.data,

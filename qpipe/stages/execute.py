@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from qpipe.config import RunConfig, dump
+from qpipe.data.loading import TaskData, find_task, load_data
 from qpipe.engine import connect
-from qpipe.errors import CheckpointError
+from qpipe.engine.base import Engine
+from qpipe.errors import CheckpointError, ConfigError
 from qpipe.export.inspect import sizes
 from qpipe.export.verify import verify
 from qpipe.files import write_json, write_text
 from qpipe.host import Host, load_plugins
 from qpipe.run import Run
+from qpipe.rundir import require_unused
 from qpipe.stages import checkpoint
 from qpipe.stages.build import build
 from qpipe.stages.calibrate import calibrate
@@ -48,13 +53,14 @@ def execute(config: RunConfig, resume: bool = False) -> Run:
         resume: go on from the newest checkpoint in `config.out`.
 
     Raises:
-        QpipeError: something in the configuration, the data or a plugin is wrong, or the run failed.
+        QpipeError: something in the configuration, the data or a plugin is wrong, `config.out` holds a run that is not
+            to be resumed, or the run failed.
     """
     host = load_plugins(config.plugins)
     seconds: dict[str, float] = {}
     run: Run | None = None
     try:
-        run = assemble(config, host, seconds)
+        run = assemble(config, host, seconds, resume)
         started = resume and bool(checkpoint.steps(run.out))
         record_start(run)
         with timed(seconds, "calibrate"):
@@ -70,22 +76,53 @@ def execute(config: RunConfig, resume: bool = False) -> Run:
     return run
 
 
-def assemble(config: RunConfig, host: Host, seconds: dict[str, float]) -> Run:
+def assemble(config: RunConfig, host: Host, seconds: dict[str, float], resume: bool = False) -> Run:
     """Teacher, build, prepare and wrap: everything before the first batch."""
+    with timed(seconds, "build"):
+        engine = connect(config.engine)
+        refuse_used(config, engine, resume)
+        data = load_data(config, find_task(host.collect("qpipe_tasks"), config.task))
     teacher: str | None = None
     teacher_metrics: dict[str, float] = {}
     if is_needed(config, host):
         with timed(seconds, "teacher"):
-            teacher, teacher_metrics = ensure_teacher(config, host)
+            teacher, teacher_metrics = ensure_teacher(config, host, data, lambda: rehearse(config, engine, data))
     with timed(seconds, "build"):
-        engine = connect(config.engine)
-        run = build(config, host, engine, teacher)
+        run = build(config, host, engine, teacher, data)
         if teacher_metrics:
             run.results["teacher"] = teacher_metrics
         run.total_steps = total_steps(run)
         prepare(run)
         wrap(run)
     return run
+
+
+def refuse_used(config: RunConfig, engine: Engine, resume: bool) -> None:
+    """Refuse to start over a run.
+
+    Raises:
+        ConfigError: the run directory holds one, and it is not to be resumed.
+    """
+    problem = None
+    if engine.rank == 0 and not resume:
+        try:
+            require_unused(Path(config.out))
+        except ConfigError as error:
+            problem = str(error)
+    problem = engine.broadcast_object(problem)
+    if problem:
+        raise ConfigError(problem)
+
+
+def rehearse(config: RunConfig, engine: Engine, data: TaskData) -> None:
+    """Prepare the run as if the teacher were there already, so that what is wrong shows before it is fine-tuned.
+
+    Raises:
+        QpipeError: rules, options, plugins or export format do not fit the model.
+    """
+    run = build(config, load_plugins(config.plugins), engine, config.model, data)
+    run.total_steps = total_steps(run)
+    prepare(run)
 
 
 def record_start(run: Run) -> None:
@@ -101,21 +138,23 @@ def record_start(run: Run) -> None:
 def conclude(run: Run, seconds: dict[str, float]) -> None:
     """Save the trained model, export, verify, and write `results.json`. Without a plan there is nothing to export."""
     save_float(run, run.out / "model")
+    folder: Path | None = None
     if run.plan.sites:
         with timed(seconds, "export"):
             folder = export(run)
-        if run.engine.rank == 0:
-            with timed(seconds, "verify"):
-                result = verify(folder)
-            run.results["reloaded"] = result.metrics
-            run.results["verified"] = result.passed
-            run.results["size"] = sizes(folder)
-            if not result.passed:
-                raise CheckpointError("the export does not verify:\n" + "\n".join(result.lines()))
+    run.engine.leave()  # verification is process 0's work, and may take longer than the others could wait
+    if run.engine.rank != 0:
+        return
+    if folder is not None:
+        with timed(seconds, "verify"):
+            result = verify(folder)
+        run.results["reloaded"] = result.metrics
+        run.results["verified"] = result.passed
+        run.results["size"] = sizes(folder)
+        if not result.passed:
+            raise CheckpointError("the export does not verify:\n" + "\n".join(result.lines()))
     run.results["seconds"] = seconds
-    if run.engine.rank == 0:
-        write_json(run.out / "results.json", run.results)
-    run.engine.barrier()
+    write_json(run.out / "results.json", run.results)
 
 
 def report_error(host: Host, run: Run | None, error: BaseException) -> None:
@@ -147,6 +186,13 @@ def sites_of(config: RunConfig) -> Mapping[str, Site]:
     return build(lonely, load_plugins(config.plugins), connect(lonely.engine)).instruments.sites
 
 
+def read_results(run_dir: Path) -> dict[str, Any]:
+    """`results.json` of a finished run; empty if there is none yet."""
+    path = run_dir / "results.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
 def evaluate_run(run_dir: Path) -> dict[str, float]:
     """Metrics of a trained run's quantized model, computed on this process."""
     return evaluate(restore(Path(run_dir)))
@@ -155,5 +201,6 @@ def evaluate_run(run_dir: Path) -> dict[str, float]:
 def export_run(run_dir: Path, format: str | None = None, out: Path | None = None) -> Path:
     """Export a trained run again, for example in another format."""
     run = restore(Path(run_dir))
+    run.results |= read_results(Path(run_dir))
     run.results["evaluation"] = evaluate(run)
     return export(run, format, out)

@@ -12,7 +12,8 @@ from qpipe.run import Run
 
 def internal_prefixes(model: nn.Module) -> tuple[str, ...]:
     """Paths of the modules that qpipe added; what lies below them is not part of the exported model."""
-    added = [n for n, m in model.named_modules() if isinstance(m, Quantizer) or n.endswith("qpipe_sites")]
+    modules = model.named_modules(remove_duplicate=False)  # modules with tied weights share a quantizer
+    added = [n for n, m in modules if isinstance(m, Quantizer) or n.endswith("qpipe_sites")]
     return tuple(f"{name}." for name in added)
 
 
@@ -31,6 +32,19 @@ def model_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
                 yield name, whole.detach()
         else:
             yield name, tensor.detach()
+
+
+def share_buffers(run: Run) -> None:
+    """Give every process the persistent float buffers of process 0, as DDP does. Collective.
+
+    Batch normalization counts on each process what that process saw; only one set of statistics is saved and exported,
+    so the same one must be evaluated.
+    """
+    prefixes = internal_prefixes(run.student)
+    for name, buffer in run.student.state_dict(keep_vars=True).items():
+        if isinstance(buffer, nn.Parameter) or name.startswith(prefixes) or not isinstance(buffer, Tensor):
+            continue
+        run.engine.broadcast_tensor(buffer)
 
 
 def ties(model: nn.Module) -> dict[str, str]:

@@ -21,7 +21,7 @@ from qpipe.quant.presets import preset_rules
 from qpipe.quant.quantizer import Quantizer
 from qpipe.run import Run
 from qpipe.stages.build import instrument
-from qpipe.types import Exporter, ParamGroup, Rule
+from qpipe.types import Exporter, ParamGroup, Rule, Site
 
 SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -71,6 +71,8 @@ def insert_quantizers(run: Run, initialize: bool) -> None:
         quantizer = kinds[entry.quantizer].build(entry.options)
         run.instruments.put(entry.site, quantizer)
         if entry.site.slot == "weight":
+            for site in tied_sites(run, entry.site):
+                run.instruments.module(site).host("weight", quantizer)
             weight = run.student.get_parameter(f"{entry.site.path}.weight")
             with torch.no_grad():
                 replacement = quantizer.initialize(weight.detach()) if initialize else None
@@ -78,6 +80,24 @@ def insert_quantizers(run: Run, initialize: bool) -> None:
                     weight.copy_(replacement)
                 lattice = quantizer.encode(weight.detach())
             run.plan = run.plan.measured(entry.site.name, lattice, zero_point_kind(lattice.zero_point))
+
+
+def tied_sites(run: Run, site: Site) -> list[Site]:
+    """The other sites of the Parameter at a weight site. One quantizer serves them all: it is one tensor in the file.
+
+    Raises:
+        SiteError: a module that shares the Parameter cannot host a quantizer.
+    """
+    weight = run.student.get_parameter(f"{site.path}.weight")
+    names = [name for name, other in run.student.named_parameters(remove_duplicate=False) if other is weight]
+    others = [name for name in names if name != f"{site.path}.weight"]
+    found = [run.instruments.sites.get(f"{name.removesuffix('.weight')}:weight") for name in others]
+    if None in found:
+        raise SiteError(
+            f"{site.name} is tied to {others[found.index(None)]}, which cannot be quantized with it; "
+            "leave it out with quantizer: none"
+        )
+    return [other for other in found if other is not None]
 
 
 def refuse_unexportable(run: Run) -> None:
@@ -90,9 +110,9 @@ def refuse_unexportable(run: Run) -> None:
     exporter = find_exporter(run)
     planned = [
         export_record.PlannedSite(
-            path=entry.site.path,
-            slot=entry.site.slot,
-            module_type=entry.site.module_type,
+            path=site.path,
+            slot=site.slot,
+            module_type=site.module_type,
             bits=entry.bits or 0,
             granularity=entry.granularity or "tensor",
             group_size=getattr(entry.options, "group_size", None),
@@ -100,6 +120,7 @@ def refuse_unexportable(run: Run) -> None:
             zero_point=entry.zero_point,
         )
         for entry in run.plan.sites.values()
+        for site in (entry.site, *(tied_sites(run, entry.site) if entry.site.slot == "weight" else ()))
     ]
     reasons = list(exporter.check(planned))
     if reasons:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from qpipe.config import QuantizationConfig, RunConfig
+from qpipe.data.loading import TaskData
 from qpipe.data.locate import locate
 from qpipe.engine import connect
-from qpipe.files import write_json
+from qpipe.files import sha256, write_json
 from qpipe.host import Host, load_plugins
 from qpipe.run import Run
 from qpipe.stages import checkpoint
@@ -46,15 +48,33 @@ def teacher_config(config: RunConfig) -> RunConfig:
 
 
 def fingerprint(config: RunConfig) -> str:
-    """Hash of everything that decides the teacher's weights."""
+    """Hash of everything that decides the teacher's weights: the configuration, and the files that it names."""
     decisive = config.model_dump(mode="json", exclude={"out", "plugins", "quantization", "export"})
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+    named = (config.model.name, config.model.tokenizer, config.data.train, config.data.validation)
+    contents = {name: content_hash(Path(locate(name))) for name in named if name is not None}
+    return hashlib.sha256(json.dumps([decisive, contents], sort_keys=True).encode()).hexdigest()
 
 
-def ensure_teacher(config: RunConfig, host: Host) -> tuple[str | None, dict[str, float]]:
+def content_hash(path: Path) -> str | None:
+    """Hash of a file, or of the files directly in a folder; None for what is not here, such as a name on the hub."""
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    if not files:
+        return None
+    return hashlib.sha256("".join(f"{p.name}:{sha256(p)};" for p in files).encode()).hexdigest()
+
+
+def ensure_teacher(
+    config: RunConfig, host: Host, data: TaskData | None = None, rehearse: Callable[[], None] = lambda: None
+) -> tuple[str | None, dict[str, float]]:
     """Where the teacher is, and its metrics if this run measured them. Collective.
 
     A teacher fine-tuned before is used again if nothing that decides it has changed; one interrupted half-way goes on.
+
+    Args:
+        config: resolved configuration.
+        host: the plugins.
+        data: what `load_data` gives for this configuration; None loads them where they are needed.
+        rehearse: called before a fine-tuning begins, to find errors that would otherwise show only after it.
     """
     if not is_needed(config, host):
         return None, {}
@@ -67,7 +87,8 @@ def ensure_teacher(config: RunConfig, host: Host) -> tuple[str | None, dict[str,
     unchanged = _read(folder / "inputs.json") == mark
     if unchanged and model.is_dir() and results.is_file():
         return str(model), json.loads(results.read_text())["evaluation"]
-    run = _fine_tune(sub, mark, unchanged)
+    rehearse()
+    run = _fine_tune(sub, mark, unchanged, data)
     metrics: dict[str, float] = run.results["evaluation"]
     run.engine.close()
     return str(model), metrics
@@ -77,7 +98,7 @@ def _read(path: Path) -> Any:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _fine_tune(config: RunConfig, mark: dict[str, str], resume: bool) -> Run:
+def _fine_tune(config: RunConfig, mark: dict[str, str], resume: bool, data: TaskData | None) -> Run:
     engine = connect(config.engine)
     folder = Path(config.out)
     # Every rank has read the mark by now; only then may it change.
@@ -88,7 +109,7 @@ def _fine_tune(config: RunConfig, mark: dict[str, str], resume: bool) -> Run:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "inputs.json", mark)
     engine.barrier()
-    run = build(config, load_plugins({}), engine)
+    run = build(config, load_plugins({}), engine, data=data)
     run.total_steps = total_steps(run)
     prepare(run)
     wrap(run)

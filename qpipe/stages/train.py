@@ -21,6 +21,7 @@ from qpipe.stages.build import seed_everything
 from qpipe.stages.calibrate import inputs_of, to_device
 from qpipe.stages.diagnose import first_non_finite
 from qpipe.stages.evaluate import evaluate, is_better
+from qpipe.stages.self_check import self_check
 from qpipe.types import Loss, Signals
 
 
@@ -161,7 +162,7 @@ def micro_step(run: Run, step: Step, losses: list[Loss]) -> dict[str, Tensor]:
     parts = {loss.name: _weight(loss, step.index) * loss.fn(step) for loss in losses}
     parts |= weight_loss_parts(run)
     total = torch.stack([part.float() for part in parts.values()]).sum()
-    if not bool(torch.isfinite(total.detach())):
+    if run.engine.any(~torch.isfinite(total.detach())):  # so that all processes stop together
         context.taps_active = False
         raise TrainingError(non_finite_message(run, step, parts))
     run.engine.backward(total)
@@ -190,16 +191,17 @@ def weight_loss_parts(run: Run) -> dict[str, Tensor]:
 
 
 def non_finite_message(run: Run, step: Step, parts: dict[str, Tensor]) -> str:
-    """Say which part and which module went wrong first."""
+    """Say on which process which part and which module went wrong first. Collective."""
     bad = [name for name, value in parts.items() if not bool(torch.isfinite(value.detach()))]
-    module = first_non_finite(run, step)
+    total = torch.stack([part.detach().float() for part in parts.values()]).sum()
+    found = run.engine.gather_objects((bool(torch.isfinite(total)), bad, first_non_finite(run, step)))
+    rank, (_, bad, module) = next((i, entry) for i, entry in enumerate(found) if not entry[0])
     where = f"the first module whose output is not finite is {module}" if module else "every module's output is finite"
     last = checkpoint.steps(run.out)
     kept = f"the checkpoint of step {last[-1]} is kept" if last else "no checkpoint had been written"
     return (
-        f"the loss is not finite at step {step.index} (rank {run.engine.rank}; "
-        f"parts: {', '.join(bad) or 'their sum'}); {where}; {kept}. "
-        "Lower train.learning_rate, or check the data of this batch"
+        f"the loss is not finite at step {step.index} (rank {rank}; parts: {', '.join(bad) or 'their sum'}); {where}; "
+        f"{kept}. Lower train.learning_rate, or check the data of this batch"
     )
 
 
@@ -218,6 +220,9 @@ def train(run: Run, resume: bool = False) -> Progress:
         restored = checkpoint.load(run, found[-1])
         progress = Progress(restored["step"], restored["best_step"], restored["best_metric"])
         run.results["resumed_step"] = progress.step
+        state = checkpoint.random_state()
+        self_check(run)
+        checkpoint.restore_random_state(state)
     run.host.hook.qpipe_run_start(run=run)
     run.student.train()
     for index, micro_batches in steps_from(run, progress.step):
@@ -276,6 +281,8 @@ def finish(run: Run, progress: Progress) -> None:
     best = progress.best_step
     if run.config.train.keep_best and best is not None and best != progress.step:
         checkpoint.load(run, best)
+        run.results.pop("evaluation", None)
+    if "evaluation" not in run.results:  # other weights, or resumed where nothing was left to train
         run.results["evaluation"] = evaluate(run)
     run.results["steps"] = progress.step
     run.results["best_step"] = best

@@ -66,6 +66,7 @@ def restore(run_dir: Path) -> Run:
     trained = config.model.model_copy(update={"name": str(folder), "revision": None})
     run = build(config.model_copy(update={"model": trained}), load_plugins(config.plugins), engine)
     run.config = config.model_copy(update={"out": str(run_dir)})
+    run.trained = True
     prepare(run, initialize=False)
     cast(run.student, run)
     if (folder / QUANTIZERS).is_file():

@@ -163,6 +163,7 @@ def check_absent(folder: Path, plugin: Any, changes: Mapping[str, Any]) -> None:
 def check_zero3(folder: Path, info: PluginInfo, options: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
     """Two processes under ZeRO-3 have the gradients of one process, on equal weights."""
     single = config_for(folder, info, options, {**changes, "train__learning_rate": 1e-12})
+    single = single.model_copy(update={"out": str(folder / "compared")})
     sharded = single.model_dump(mode="json")
     sharded["engine"] |= {"name": "deepspeed", "zero": 3, "config_file": str(zero3_settings(folder))}
     write_traces({"one": single.model_dump(mode="json")}, 2, str(folder))

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from qpipe import rundir
 from qpipe.config import resolve
 from qpipe.errors import ConfigError
-from qpipe.launching import command, prepare, rundir, topology
+from qpipe.launching import command, prepare, topology
 from qpipe.launching.topology import Topology
 
 
@@ -166,7 +167,7 @@ def test_a_directory_with_nothing_but_a_configuration_can_be_used_again(tmp_path
 
 def test_lock_names_the_process_that_holds_it_and_is_freed_with_it(tmp_path):
     code = (
-        "import sys, pathlib, time\nfrom qpipe.launching.rundir import Lock\n"
+        "import sys, pathlib, time\nfrom qpipe.rundir import Lock\n"
         "with Lock(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)

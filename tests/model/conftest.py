@@ -32,7 +32,7 @@ def family_model(tmp_path_factory):
         key = (family, *sorted(sizes.items()))
         if key not in made:
             folder = tiny_model(tmp_path_factory.mktemp(family), family, **sizes)
-            model = Models().qpipe_load_model(ModelConfig(name=str(folder)), TASKS.get(family, TEXT), 2)
+            model = Models().qpipe_load_model(ModelConfig(name=str(folder)), TASKS.get(family, TEXT), 2, strict=False)
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.ndim == 2:

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import qpipe
-from qpipe import CheckpointError, Plugin, hookimpl
+from qpipe import CheckpointError, ConfigError, Plugin, hookimpl
 from qpipe.engine.accelerate import AccelerateEngine
 from qpipe.files import sha256, write_json
 from qpipe.stages import checkpoint
 from qpipe.testing import tiny_config
 from qpipe.testing.contract import weights_hash
 
+TRAIN = importlib.import_module("qpipe.stages.train")
 FULL = [
     OSError(errno.ENOSPC, "No space left on device"),
     RuntimeError("PytorchStreamWriter failed writing file data/0"),
@@ -84,6 +85,17 @@ def test_resume_ends_in_the_same_bits(finished, tmp_path, fast):
     assert run.results["resumed_step"] == 3
     assert weights_hash(out) == weights_hash(finished.out)
     assert run.results["evaluation"] == finished.results["evaluation"]
+
+
+def test_resume_after_the_last_checkpoint_evaluates_and_exports(finished, tmp_path, fast):
+    """Killed while exporting or verifying: no step is left, and the results are those of an uninterrupted run."""
+    out = tmp_path / "again"
+    copy_checkpoint(finished, 6, out)
+    run = resume(finished, out)
+    assert weights_hash(out) == weights_hash(finished.out)
+    again = json.loads((out / "results.json").read_text())
+    assert again["evaluation"] == finished.results["evaluation"]
+    assert run.results["self_check"]["max_logit_change"][0] > 0, "the check is made at every start"
 
 
 def truncate(path):
@@ -227,3 +239,21 @@ def test_calibrated_ranges_survive_resume_restore_and_export(tmp_path, monkeypat
 def test_old_checkpoints_are_removed(tmp_path, fast):
     run = qpipe.execute(tiny_config(tmp_path, train__save_every=1, train__keep_checkpoints=2))
     assert checkpoint.steps(run.out) == [5, 6]
+
+
+def test_training_can_end_from_every_checkpoint_that_is_kept(tmp_path, monkeypatch, fast):
+    """The best of each is kept with it: here the newest was damaged and removed, as its message advises."""
+    script = iter([0.5, 0.9, 0.7, 0.6, 0.95, 0.8, 0.8, 0.1, 0.2, 0.3])
+    monkeypatch.setattr(TRAIN, "evaluate", lambda run: {"accuracy": next(script)})
+    changes = {"eval_every": 1, "save_every": 1, "keep_best": True, "keep_checkpoints": 2}
+    config = tiny_config(tmp_path, **{f"train__{key}": value for key, value in changes.items()}, train__max_steps=5)
+    qpipe.execute(config)
+    assert checkpoint.steps(tmp_path / "run") == [2, 4, 5]
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000005")
+    run = qpipe.execute(config, resume=True)
+    assert run.results["best_step"] == 2
+
+
+def test_a_directory_with_a_run_is_not_started_over(finished):
+    with pytest.raises(ConfigError, match="is already in use: it holds checkpoints; continue that run with --resume"):
+        qpipe.execute(finished.config)

@@ -22,6 +22,8 @@ from qpipe.testing.tiny import FAMILIES, OTHER
 from .conftest import EXECUTE, no_verification
 
 STEPS = 2
+MODELS = (*FAMILIES, "llama-tied", "qwen3-tied")
+"""Families, and those whose output head shares the embedding's weight."""
 
 
 def images(path: Path) -> Path:
@@ -39,8 +41,9 @@ def lines(path: Path) -> Path:
     return path
 
 
-def config_of(family: str, folder: Path, **sizes):
-    model = tiny_model(folder / family, family, **sizes)
+def config_of(name: str, folder: Path, **sizes):
+    family, _, tied = name.partition("-")
+    model = tiny_model(folder / name, family, **sizes, **({"tie_word_embeddings": True} if tied else {}))
     if family in ("vit", "resnet"):
         task, data = "image-classification", {"train": str(images(folder / f"{family}.parquet"))}
     elif family in ("llama", "qwen3"):
@@ -51,6 +54,8 @@ def config_of(family: str, folder: Path, **sizes):
     rules = [{"site": "*embeddings:weight", "options": {"bits": 8}}]
     if family == "resnet":
         rules = [{"site": "*convolution:weight", "options": {"bits": 4}}, {"site": "classifier.1:weight"}]
+    elif tied:
+        rules = []  # the embedding's rule holds for the head
     elif family in ("vit", "llama", "qwen3"):
         rules = [{"site": "{head}:weight", "options": {"bits": 8, "symmetric": False}}]
     config = {
@@ -61,7 +66,7 @@ def config_of(family: str, folder: Path, **sizes):
         "train": {"max_steps": STEPS, "batch_size": 8, "learning_rate": 1e-3, "log_every": 1},
         "engine": {"name": "accelerate", "precision": "float32", "cpu": True},
         "export": {"format": "native" if family == "resnet" else "compressed-tensors"},
-        "out": str(folder / f"run-{family}"),
+        "out": str(folder / f"run-{name}"),
     }
     if family == "vit":
         config["quantization"]["rules"] += [
@@ -77,7 +82,7 @@ def runs(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr(EXECUTE, "verify", no_verification)
     folder = tmp_path_factory.mktemp("families")
-    found = {family: qpipe.execute(config_of(family, folder)) for family in FAMILIES}
+    found = {family: qpipe.execute(config_of(family, folder)) for family in MODELS}
     patch.undo()
     return found
 
@@ -88,7 +93,7 @@ def verified(runs):
     return dict(zip(folders, verify_all(list(folders.values())), strict=True))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_trains_and_exports(family, runs):
     run = runs[family]
     assert run.results["steps"] == STEPS
@@ -104,7 +109,7 @@ def test_trains_and_exports(family, runs):
             assert not torch.equal(*weights), f"{name} did not train"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_every_planned_weight_is_packed(family, runs):
     run = runs[family]
     planned = {n.removesuffix(":weight") + ".weight" for n in run.plan.sites if n.endswith(":weight")}
@@ -113,19 +118,19 @@ def test_every_planned_weight_is_packed(family, runs):
     assert size, "no sizes are reported"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_the_export_verifies_without_qpipe(family, verified):
     result = verified[family]
     assert result.passed, "\n".join(result.lines())
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "resnet"])
+@pytest.mark.parametrize("family", [m for m in MODELS if m != "resnet"])
 def test_the_reloaded_model_has_the_metrics_of_training(family, verified, runs):
     metrics, expected = verified[family].metrics, runs[family].results["evaluation"]
     assert metrics.keys() == expected.keys() and metrics == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_the_restored_run_has_the_metrics_of_training(family, runs):
     assert evaluate_run(runs[family].out) == runs[family].results["evaluation"]
 

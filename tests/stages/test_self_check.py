@@ -30,16 +30,16 @@ class Spare(Plugin):
     """A model with a layer that its forward pass does not use."""
 
     @hookimpl
-    def qpipe_load_model(self, spec, task, num_labels):
-        model = Models().qpipe_load_model(spec, task, num_labels)
+    def qpipe_load_model(self, spec, task, num_labels, strict):
+        model = Models().qpipe_load_model(spec, task, num_labels, strict)
         model.bert.spare = torch.nn.Linear(4, 4)
         return model
 
 
 class Broken(Plugin):
     @hookimpl
-    def qpipe_load_model(self, spec, task, num_labels):
-        model = Models().qpipe_load_model(spec, task, num_labels)
+    def qpipe_load_model(self, spec, task, num_labels, strict):
+        model = Models().qpipe_load_model(spec, task, num_labels, strict)
         model.classifier.bias.data.fill_(torch.inf)
         return model
 

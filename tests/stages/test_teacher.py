@@ -2,17 +2,20 @@
 
 import importlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
 import qpipe
-from qpipe import ConfigError, Loss, ModelError, Plugin, Signals, hookimpl
+from qpipe import ConfigError, Loss, ModelError, Plugin, Signals, SiteError, hookimpl
 from qpipe.config import resolve
 from qpipe.host import load_plugins
 from qpipe.stages.teacher import ensure_teacher
 from qpipe.testing import tiny_config, tiny_model
+from qpipe.testing.tiny import tiny_text_data
 
 TEACHER = importlib.import_module("qpipe.stages.teacher")
 
@@ -153,14 +156,46 @@ def test_signals_without_a_teacher_say_what_is_missing(tmp_path, use, fast):
         qpipe.execute(tiny_config(tmp_path))
 
 
-def test_a_teacher_of_another_task(tmp_path, use, monkeypatch):
-    """A head of another size cannot be compared; loading would resize it, so the check is asked directly."""
-    from transformers import AutoModelForSequenceClassification as Auto
+def test_a_teacher_of_another_task(tmp_path, use, fast):
+    use(Distil())
+    tiny_config(tmp_path)
+    other = tiny_model(tmp_path / "other", num_labels=3)
+    with pytest.raises(ModelError, match="teacher '.*other' has 3 labels, the student 2; give a teacher of this task"):
+        qpipe.execute(tiny_config(tmp_path, teacher__name=str(other)))
 
-    from qpipe.stages.build import check_labels
 
-    folder = tiny_model(tmp_path / "m")
-    two, three = (Auto.from_pretrained(folder, num_labels=n, ignore_mismatched_sizes=True) for n in (2, 3))
-    check_labels(two, two, "same")
-    with pytest.raises(ModelError, match="teacher 'other' has 3 labels, the student 2"):
-        check_labels(three, two, "other")
+def test_a_teacher_that_was_not_fine_tuned(tmp_path, use, fast):
+    """Its head would be random."""
+    use(Distil())
+    tiny_config(tmp_path)
+    bare = AutoModelForSequenceClassification.from_pretrained(tmp_path / "teacher")
+    bare.bert.save_pretrained(tmp_path / "bare")
+    with pytest.raises(ModelError, match="lacks weights, such as classifier.bias: it was not fine-tuned for this task"):
+        qpipe.execute(tiny_config(tmp_path, teacher__name=str(tmp_path / "bare"), teacher__init_student=False))
+
+
+@pytest.mark.parametrize("name", ["model", "data"])
+def test_it_is_trained_again_when_a_file_changes(name, tmp_path, trainings):
+    config = tiny_config(tmp_path, teacher__epochs=1)
+    ensure_teacher(config, host())
+    if name == "model":
+        tiny_model(tmp_path / "model", seed=5)
+    else:
+        tiny_text_data(Path(config.data.train), seed=5)
+    ensure_teacher(config, host())
+    assert trainings == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"quantization__rules": [{"site": "nothing.*:weight"}]}, SiteError, "nothing"),
+        ({"export__format": "tar"}, ConfigError, "export format 'tar' is unknown"),
+        ({"quantization__preset": "w99"}, ConfigError, "w99"),
+    ],
+)
+def test_what_is_wrong_shows_before_it_is_trained(changes, error, message, tmp_path, use, trainings):
+    use(Distil())
+    with pytest.raises(error, match=message):
+        qpipe.execute(tiny_config(tmp_path, **changes))
+    assert trainings == []

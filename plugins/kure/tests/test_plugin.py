@@ -37,6 +37,7 @@ def make_run(tmp_path, planned=("embedding", "query", "ffn"), student=None):
         engine=SimpleNamespace(rank=0),
         out=tmp_path,
         total_steps=10,
+        trained=False,
     )
 
 
@@ -147,7 +148,7 @@ def test_a_finished_run_reports_the_kurtosis_before_training(tmp_path):
     plugin.qpipe_run_start(run)
     with torch.no_grad():
         run.student["query"].weight.pow_(3)
-    run.total_steps = 0
+    run.trained = True
     finished, term = start(run, skip_above=100)
     assert finished.qpipe_export_metadata(run) == plugin.qpipe_export_metadata(run)
     assert term.applies("query") and not term.applies("ffn")

@@ -75,7 +75,7 @@ class Kure(Plugin):
                 raise ModelError(f"the weight of {path} holds NaN or infinity before training; load another checkpoint")
             return kurtosis(weight)
 
-        recorded = read(run.out / FILE) if run.total_steps == 0 else None
+        recorded = read(run.out / FILE) if run.trained else None
         if recorded is not None:  # A finished run, loaded for evaluation or export: its weights are trained ones.
             self.candidates = tuple(Candidate(**entry) for entry in recorded["weights"])
         else:

@@ -1,0 +1,66 @@
+"""What the processes of tests/distributed/test_failures.py run; called by name through `run_distributed`."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qpipe
+from qpipe import CheckpointError, Loss, Plugin, TrainingError, hookimpl
+from qpipe.config import resolve
+from qpipe.files import write_json
+from qpipe.host import load_plugins
+
+EXECUTE: Any = importlib.import_module("qpipe.stages.execute")
+RANK = int(os.environ.get("RANK", "0"))
+
+
+class Poison(Plugin):
+    """A loss term that is NaN on rank 1 in step 2."""
+
+    @hookimpl
+    def qpipe_losses(self):
+        def term(step):
+            return step.output.logits.float().sum() * (float("nan") if RANK == 1 and step.index == 2 else 0.0)
+
+        return [Loss("poison", term)]
+
+
+def nan_on_one_rank(config: dict[str, Any]) -> str:
+    """The error that every rank has to raise."""
+    EXECUTE.load_plugins = lambda options, **more: load_plugins(options, extra=[("test", Poison())])
+    try:
+        qpipe.execute(resolve(config))
+    except TrainingError as error:
+        return str(error)
+    return "no error"
+
+
+def full_disk_on_one_rank(config: dict[str, Any]) -> None:
+    """Rank 0 cannot write the second checkpoint, and ends as a worker does."""
+    original = torch.save
+
+    def save(value: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        if RANK == 0 and "step-00000006" in str(file):
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        original(value, file, *args, **kwargs)
+
+    torch.save = save
+    try:
+        qpipe.execute(resolve(config))
+    except CheckpointError as error:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def running_statistics(config: dict[str, Any], folder: str) -> None:
+    """Write the float buffers with which this rank evaluated last."""
+    run = qpipe.execute(resolve(config))
+    sums = {n: float(b.double().sum()) for n, b in run.student.named_buffers() if n.endswith("running_mean")}
+    write_json(Path(folder) / f"rank-{RANK}.json", sums)

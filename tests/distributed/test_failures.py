@@ -1,0 +1,61 @@
+"""What goes wrong on one process ends all of them with a message, and what they count apart is made one."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from qpipe.config import resolve
+from qpipe.stages import checkpoint
+from qpipe.testing import run_distributed, tiny_config, tiny_model
+
+pytestmark = pytest.mark.distributed
+LIMIT = 150  # seconds; a hang would last until the process group's timeout of 30 minutes
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+def engine(name, zero=1):
+    return {"engine__name": name, **({"engine__zero": zero} if name == "deepspeed" else {})}
+
+
+@pytest.mark.parametrize(("name", "zero"), [("accelerate", 1), ("deepspeed", 3)])
+def test_a_non_finite_loss_on_one_rank_stops_all(tmp_path, name, zero):
+    config = tiny_config(tmp_path, **engine(name, zero)).model_dump(mode="json")
+    message = run_distributed("cases:nan_on_one_rank", timeout=LIMIT, config=config)
+    assert "the loss is not finite at step 2 (rank 1; parts: poison); every module's output is finite" in message
+
+
+def test_a_full_disk_on_one_rank_ends_the_run(tmp_path):
+    config = tiny_config(tmp_path, **engine("deepspeed")).model_dump(mode="json")
+    with pytest.raises(RuntimeError, match=r"cannot write to .*No space left on device.*was saved before is untouched"):
+        run_distributed("cases:full_disk_on_one_rank", timeout=LIMIT, config=config)
+    assert checkpoint.steps(tmp_path / "run") == [3]
+    checkpoint.verify_files(tmp_path / "run" / "checkpoints" / "step-00000003")
+
+
+def test_batch_normalization_is_evaluated_with_one_set_of_statistics(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = [int(i % 2) for i in range(48)]
+    pixels = [rng.integers(100 * label, 100 * label + 150, (3, 16, 16), dtype=np.uint8).tobytes() for label in labels]
+    pq.write_table(pa.table({"image": pixels, "label": labels}), tmp_path / "images.parquet")
+    config = {
+        "model": {"name": str(tiny_model(tmp_path / "model", "resnet"))},
+        "task": "image-classification",
+        "data": {"train": str(tmp_path / "images.parquet"), "validation_fraction": 0.2},
+        "quantization": {"rules": [{"site": "*convolution:weight", "options": {"bits": 4}}]},
+        "train": {"max_steps": 2, "batch_size": 8, "learning_rate": 1e-3},
+        "engine": {"name": "deepspeed", "precision": "float32", "cpu": True},
+        "export": {"format": "native"},
+        "out": str(tmp_path / "run"),
+    }
+    config = resolve(config).model_dump(mode="json")
+    run_distributed("cases:running_statistics", timeout=LIMIT, config=config, folder=str(tmp_path))
+    one, two = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    assert one and one == two
