@@ -103,6 +103,20 @@ class TrainConfig(Section):
     activation_checkpointing: bool = False
     dropout: float | None = Field(None, ge=0, lt=1, description="overrides every dropout of the model")
 
+    def micro_batch_size(self, processes: int) -> int:
+        """Examples per process and micro-batch.
+
+        Raises:
+            ConfigError: processes times accumulation does not divide the batch size.
+        """
+        parts = processes * self.accumulation
+        if self.batch_size % parts:
+            raise ConfigError(
+                f"train.batch_size {self.batch_size} is not divisible by {processes} processes x "
+                f"{self.accumulation} micro-batches; choose a multiple of {parts}"
+            )
+        return self.batch_size // parts
+
 
 class EngineConfig(Section):
     """How processes work together."""

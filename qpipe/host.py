@@ -204,6 +204,8 @@ def describe(error: ValidationError, model: Any) -> str:
         if problem["type"] == "extra_forbidden":
             fields = list(getattr(model, "model_fields", {}))
             hint = suggest(key, fields) or f"; allowed: {', '.join(fields) or 'no options'}"
+            if "plugins" in fields and key.partition(".")[0] in installed():
+                hint = f", but a plugin that is installed: add --plugins {key.partition('.')[0]}"
             lines.append(f"{key} is not an option{hint}")
         elif problem["type"] == "value_error":  # raised by a check of several keys, whose message names them
             text = problem["msg"].removeprefix("Value error, ")

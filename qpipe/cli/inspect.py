@@ -25,6 +25,9 @@ def plan(
 ) -> None:
     """Print what would be quantized, and how. Trains nothing."""
     from qpipe.config import dump, resolve
+    from qpipe.launching.worker import quiet_libraries
+
+    quiet_libraries()
     from qpipe.stages import plan_run
 
     resolved = resolve(config, set_ or [], split_names(plugins))

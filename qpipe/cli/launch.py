@@ -40,13 +40,19 @@ def launch(
 
     rank = node_rank or 0
     overrides = [*(set_ or []), *_engine_overrides(zero, engine)]
-    resolved, changes = prepare.configuration(config, overrides, split_names(plugins), out, resume, rank)
-    where = topology.choose(gpus, cpus, nodes, rank, rendezvous, hostfile, resolved.engine.cpu, dry_run)
-    changed_device = resolved.engine.cpu != where.cpu
+    resolved, saved = prepare.configuration(config, overrides, split_names(plugins), out, resume, rank)
+    directory = Path(resolved.out)
+    if resume and hostfile is None:
+        gpus, cpus = _as_before(directory, nodes, gpus, cpus, (saved or resolved).engine.cpu)
+    prefer_cpu = (saved or resolved).engine.cpu
+    where = topology.choose(gpus, cpus, nodes, rank, rendezvous, hostfile, prefer_cpu, dry_run)
     final = prepare.with_device(resolved, where.cpu)
-    prepare.check(final)
-    if resume and changed_device:
-        changes = [*changes, f"engine.cpu: {str(resolved.engine.cpu).lower()} -> {str(where.cpu).lower()}"]
+    prepare.check(final, where.processes * where.nodes)
+    changes = prepare.differences(saved, final) if saved else []
+    prepare.refuse_changes(directory, changes)
+    if resume and not changes and (directory / "results.json").is_file():
+        _print_result(directory, "already complete")
+        return
     if changes:
         typer.echo("changed since the run was started: " + "; ".join(changes), err=True)
     env = topology.environment(where)
@@ -78,6 +84,42 @@ def _check_usage(
         raise typer.BadParameter("--zero belongs to the engine deepspeed; leave out --zero or --engine accelerate")
 
 
+def _as_before(
+    out: Path, nodes: int, gpus: int | None, cpus: int | None, on_cpus: bool
+) -> tuple[int | None, int | None]:
+    """GPUs and CPU processes per machine of a run that goes on: those of its checkpoint.
+
+    Raises:
+        ConfigError: another number was asked for.
+    """
+    from qpipe.errors import ConfigError
+    from qpipe.launching import prepare
+
+    count = prepare.saved_processes(out, nodes)
+    if count is None:
+        return gpus, cpus
+    asked = gpus if gpus is not None else cpus
+    if asked is not None and asked != count:
+        raise ConfigError(
+            f"{out} was trained by {count} process{'es' if count != 1 else ''} per machine, and goes on bit for bit "
+            f"only with as many, not with {asked}; leave out --gpus and --cpus"
+        )
+    if asked is not None:
+        return gpus, cpus
+    return (None, count) if on_cpus else (count, None)
+
+
+def _print_result(out: Path, state: str) -> None:
+    """The result of a run that has ended, where it is, and what can be done with it."""
+    from qpipe.cli.output import console
+    from qpipe.report.table import results_table
+
+    console().print(results_table(out))
+    export = out / "export"
+    typer.echo(f"{state}: {export if export.is_dir() else out / 'model'}")
+    typer.echo(f"next: qpipe report {out}")
+
+
 def _engine_overrides(zero: int | None, engine: str | None) -> list[str]:
     return [*([f"engine.zero={zero}"] if zero is not None else []), *([f"engine.name={engine}"] if engine else [])]
 
@@ -106,3 +148,5 @@ def _run(config: RunConfig, where: Topology, env: dict[str, str], resume: bool) 
     except Interrupted as stopped:
         typer.echo(f"{stopped}; continue with: qpipe launch --out {config.out} --resume", err=True)
         raise typer.Exit(128 + stopped.number) from None
+    if where.node_rank == 0 and (Path(config.out) / "results.json").is_file():
+        _print_result(Path(config.out), "exported and verified")

@@ -21,5 +21,13 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def split_names(text: str) -> list[str]:
-    """`"a, b"` as `["a", "b"]`."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+    """`"a, b"` as `["a", "b"]`.
+
+    Raises:
+        BadParameter: a name is given twice.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise typer.BadParameter(f"--plugins names {twice!r} twice")
+    return names

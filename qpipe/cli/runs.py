@@ -8,11 +8,14 @@ from typing import Annotated
 import typer
 
 from qpipe.cli.options import JsonOption, RunArgument
-from qpipe.cli.output import print_json, print_table
+from qpipe.cli.output import console, print_json, print_table
 
 
 def evaluate(run: RunArgument, as_json: JsonOption = False) -> None:
     """Evaluate the trained model of a run."""
+    from qpipe.launching.worker import quiet_libraries
+
+    quiet_libraries()
     from qpipe.stages import evaluate_run
 
     metrics = evaluate_run(run)
@@ -28,6 +31,9 @@ def export(
     out: Annotated[Path | None, typer.Option(help="Folder to write. Default: RUN/export.")] = None,
 ) -> None:
     """Write the packed checkpoint of a run."""
+    from qpipe.launching.worker import quiet_libraries
+
+    quiet_libraries()
     from qpipe.stages import export_run
 
     typer.echo(str(export_run(run, format, out)))
@@ -54,11 +60,9 @@ def report(
     out: Annotated[Path | None, typer.Option(help="File to write. Default: RUN/report.html.")] = None,
 ) -> None:
     """Print the result of a run, and write a self-contained HTML report of it."""
-    from rich.console import Console
-
     from qpipe.report import results_table, write_report
 
     path = write_report(run, out)
     if (run / "results.json").is_file():
-        Console().print(results_table(run))
+        console().print(results_table(run))
     typer.echo(f"report: {path}")

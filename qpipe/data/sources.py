@@ -133,6 +133,7 @@ def _read(name: str) -> dict[str, Split]:
     if path.is_dir():
         loaded = _load(name, str(path))
     else:
+        refuse_missing_file(name)
         repository, _, configuration = name.partition(":")
         loaded = _load(name, repository, configuration or None)
     return {key: _split(data, f"{name!r}, split {key!r}") for key, data in loaded.items()}
@@ -184,6 +185,17 @@ def _read_file(path: Path) -> datasets.Dataset:
         raise DataError(f"{str(path)!r} cannot be read as {builder}: {type(reason).__name__}: {reason}") from error
     assert isinstance(loaded, datasets.Dataset)
     return loaded
+
+
+def refuse_missing_file(name: str) -> None:
+    """Refuse a name that can only be a file that is not there; the hub would be asked for it, slowly and in vain.
+
+    Raises:
+        DataError: it ends like a data file, or is an absolute path.
+    """
+    path = Path(name)
+    if path.is_absolute() or any(suffix.lower() in FORMATS for suffix in path.suffixes):
+        raise DataError(f"{name!r} does not exist; local paths are relative to {str(Path.cwd())!r}")
 
 
 def _load(name: str, repository: str, configuration: str | None = None) -> datasets.DatasetDict:

@@ -14,7 +14,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from qpipe.config import EngineConfig, TrainConfig
 from qpipe.engine.base import Processes, choose_device, resolve_precision
-from qpipe.engine.deepspeed import micro_batch_size
 from qpipe.engine.sharding import Shards, whole_tensor
 from qpipe.errors import ConfigError
 
@@ -56,7 +55,7 @@ class AccelerateEngine(Processes):
         blocks: Sequence[nn.Module] = (),
     ) -> None:
         """Shard the model, or hand it to Accelerate; the schedule is stepped here, once per optimizer step."""
-        micro_batch_size(train, self.world_size)
+        train.micro_batch_size(self.world_size)
         self._module = self._model = model
         if self._fsdp and self.world_size > 1:
             self._shards = Shards(model, blocks, optimizer, self.device)

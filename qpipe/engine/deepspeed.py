@@ -35,21 +35,6 @@ MANAGED = (
 """DeepSpeed keys that qpipe's own configuration decides."""
 
 
-def micro_batch_size(train: TrainConfig, world_size: int) -> int:
-    """Examples per process and micro-batch.
-
-    Raises:
-        ConfigError: processes times accumulation does not divide the batch size.
-    """
-    parts = world_size * train.accumulation
-    if train.batch_size % parts:
-        raise ConfigError(
-            f"train.batch_size {train.batch_size} is not divisible by {world_size} processes x "
-            f"{train.accumulation} micro-batches; choose a multiple of {parts}"
-        )
-    return train.batch_size // parts
-
-
 class DeepSpeedEngine(Processes):
     """See `Engine`."""
 
@@ -90,7 +75,7 @@ class DeepSpeedEngine(Processes):
         if self.config.offload == "all":
             zero["offload_param"] = {"device": "cpu"}
         settings: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": micro_batch_size(train, self.world_size),
+            "train_micro_batch_size_per_gpu": train.micro_batch_size(self.world_size),
             "gradient_accumulation_steps": train.accumulation,
             "gradient_clipping": train.clip,
             "bf16": {"enabled": self.dtype == torch.bfloat16},

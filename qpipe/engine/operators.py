@@ -74,5 +74,8 @@ def build_cpu_operators() -> None:
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
         return
-    with build_lock(Path(_get_build_directory(builder.name, verbose=False))), redirect_stdout(io.StringIO()):
+    folder = Path(_get_build_directory(builder.name, verbose=False))
+    if not list(folder.glob("*.so")):
+        logger.info("building a DeepSpeed operator: once on this machine, a minute or two")
+    with build_lock(folder), redirect_stdout(io.StringIO()):
         builder.load(verbose=False)

@@ -62,28 +62,37 @@ def predict(model: Any, batches: dict[str, torch.Tensor], kind: str) -> dict[str
     return {"predictions": torch.cat(predictions), "references": torch.cat(references)}
 
 
-def stock(job: dict[str, Any]) -> dict[str, Any]:
-    """Load with stock transformers, run the reference, hash every tensor, predict the prepared batches."""
+def auto_class(job: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """The class to load with, the model's configuration, and keywords for both ways of loading."""
     import transformers
 
-    directory = job["directory"]
     auto = getattr(transformers, job["auto_class"])
-    made = auto._model_mapping[type(transformers.AutoConfig.from_pretrained(directory))]
+    config = transformers.AutoConfig.from_pretrained(job["directory"])
     wanted = job["attention"]
     # Convolution nets have no attention to choose.
-    extra = {"attn_implementation": wanted} if wanted and getattr(made, f"_supports_{wanted}", True) else {}
-    model, info = auto.from_pretrained(directory, output_loading_info=True, **extra)
-    model.eval()
-    problems = [f"{key}: {sorted(map(str, info[key]))}" for key in ("missing_keys", "unexpected_keys") if info[key]]
-    reference = load_file(f"{directory}/{job['reference']}")
+    supported = wanted and getattr(auto._model_mapping[type(config)], f"_supports_{wanted}", True)
+    return auto, config, {"attn_implementation": wanted} if supported else {}
+
+
+def run(model: Any, job: dict[str, Any]) -> None:
+    """Write the logits of the reference, and predictions of the prepared batches."""
+    reference = load_file(f"{job['directory']}/{job['reference']}")
     inputs = {k.removeprefix("inputs."): v for k, v in reference.items() if k.startswith("inputs.")}
     with torch.inference_mode():
         logits = model(**inputs).logits  # compressed-tensors unpacks the weights before the first forward pass
         outputs = {"logits": logits.contiguous()}
         if job["batches"]:
             outputs |= predict(model, load_file(job["batches"]), job["kind"])
-    state = model.state_dict()
     save_file(outputs, job["outputs"])
+
+
+def stock(job: dict[str, Any]) -> dict[str, Any]:
+    """Load with stock transformers, run the reference, hash every tensor, predict the prepared batches."""
+    auto, _, extra = auto_class(job)
+    model, info = auto.from_pretrained(job["directory"], output_loading_info=True, **extra)
+    problems = [f"{key}: {sorted(map(str, info[key]))}" for key in ("missing_keys", "unexpected_keys") if info[key]]
+    run(model.eval(), job)
+    state = model.state_dict()
     return {"hashes": {n: digest(state[n]) for n in job["names"] if n in state}, "problems": problems}
 
 
@@ -108,20 +117,32 @@ def read_weight(directory: Path, name: str, layout: dict[str, Any], files: dict[
 
 
 def native(job: dict[str, Any]) -> dict[str, Any]:
-    """Decode a native checkpoint with numpy and hash every tensor."""
+    """Decode a native checkpoint with numpy and hash every tensor; run it if no activation is quantized."""
     directory = Path(job["directory"])
     layout = json.loads((directory / "quantization.json").read_text())
     index = directory / "model.safetensors.index.json"
     files: dict[str, str] = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
     dtype = getattr(torch, layout["dtype"])
-    hashes = {}
+    state = {}
     for name in job["names"]:
         if name in layout["weights"]:
-            hashes[name] = digest(torch.from_numpy(read_weight(directory, name, layout, files)).to(dtype))
+            state[name] = torch.from_numpy(read_weight(directory, name, layout, files)).to(dtype)
         else:
             with safe_open(directory / files.get(name, "model.safetensors"), "pt") as f:
-                hashes[name] = digest(f.get_tensor(name))
-    return {"hashes": hashes, "problems": []}
+                state[name] = f.get_tensor(name)
+    problems = run_decoded(state, dtype, job) if job["plain"] else []
+    return {"hashes": {name: digest(value) for name, value in state.items()}, "problems": problems}
+
+
+def run_decoded(state: dict[str, torch.Tensor], dtype: torch.dtype, job: dict[str, Any]) -> list[str]:
+    """Run the plain model with decoded weights; what the weights lack, or have too much."""
+    auto, config, extra = auto_class(job)
+    model = auto.from_config(config, dtype=dtype, **extra)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    absent = sorted(set(missing) - set(getattr(model, "_tied_weights_keys", None) or {}))
+    run(model.eval(), job)
+    return [f"{key}: {names}" for key, names in (("missing", absent), ("unexpected", unexpected)) if names]
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:

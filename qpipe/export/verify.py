@@ -132,11 +132,16 @@ def _files(result: VerifyResult) -> dict[str, Any] | None:
     return about
 
 
+def _runs_without_qpipe(about: Mapping[str, Any]) -> bool:
+    """False for native checkpoints with quantized activations, whose arithmetic no other program has."""
+    return about["format"] != "native" or not about["activations"]
+
+
 def _metric_source(about: Mapping[str, Any], folder: Path, wanted: bool) -> Prepared:
     if not wanted:
         return Prepared(reason="not asked for")
-    if about["format"] == "native":
-        return Prepared(reason="native checkpoints are compared by weights and logits")
+    if not _runs_without_qpipe(about):
+        return Prepared(reason="activations of native checkpoints are quantized within qpipe only")
     return prepare(about, folder / "batches.safetensors")
 
 
@@ -147,6 +152,7 @@ def _job(case: _Case) -> dict[str, Any]:
         "format": about["format"],
         "auto_class": about["auto_class"],
         "attention": about.get("attention"),
+        "plain": _runs_without_qpipe(about),
         "num_threads": about["environment"].get("num_threads"),
         "reference": REFERENCE,
         "names": [*about["weights"], *about["tensors"]],
@@ -209,7 +215,7 @@ def _judge(case: _Case, found: Mapping[str, Any]) -> None:
 
 def _judge_logits(case: _Case) -> None:
     reference = load_file(case.directory / REFERENCE)
-    if case.about["format"] == "native":
+    if not _runs_without_qpipe(case.about):
         inside = [a for a in case.about["activations"] if a["slot"] not in ("input", "output")]
         if inside:
             reason = f"activations inside attention ({inside[0]['module']}:{inside[0]['slot']}) run only within qpipe"

@@ -11,6 +11,7 @@ from qpipe import rundir
 from qpipe.config import RunConfig, default_recipe, dump, resolve
 from qpipe.errors import ConfigError
 from qpipe.launching.topology import Topology
+from qpipe.quant.presets import preset_rules
 
 
 def configuration(
@@ -20,14 +21,13 @@ def configuration(
     out: Path | None,
     resume: bool,
     node_rank: int,
-) -> tuple[RunConfig, list[str]]:
+) -> tuple[RunConfig, RunConfig | None]:
     """Resolve what to run.
 
     With `resume` and no `source` the run directory's own configuration is the source.
 
     Returns:
-        The configuration, and the keys that differ from the configuration saved in the run directory (empty for a new
-        run).
+        The configuration, and the one saved in the run directory (None for a new run).
 
     Raises:
         ConfigError: a key or value is not allowed, or there is nothing to resume.
@@ -35,7 +35,7 @@ def configuration(
     overrides = list(overrides)
     if not resume:
         config = resolve(source, overrides, plugins)
-        return (_with_out(config, out) if out is not None else config), []
+        return (_with_out(config, out) if out is not None else config), None
     directory = out or Path(resolve(source, overrides, plugins).out if source else str(default_recipe().get("out", "")))
     saved = _saved_path(directory, node_rank)
     if source is None and saved is None:
@@ -43,8 +43,7 @@ def configuration(
             f"--resume: {directory} holds no {rundir.CONFIG_NAME}; give its CONFIG, or --out with the run"
         )
     config = _with_out(resolve(source or saved, overrides, plugins), directory)
-    changes = differences(resolve(saved), config) if saved else []
-    return config, changes
+    return config, resolve(saved) if saved else None
 
 
 def _with_out(config: RunConfig, out: Path) -> RunConfig:
@@ -89,15 +88,82 @@ def with_device(config: RunConfig, cpu: bool) -> RunConfig:
     return config.model_copy(update={"engine": config.engine.model_copy(update={"cpu": cpu})})
 
 
-def check(config: RunConfig) -> None:
-    """Find what would fail in every worker, before there are any.
+FREE_ON_RESUME = (
+    "out",
+    "engine.config_file",
+    "export.",
+    "train.eval_batch_size",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.save_every",
+)
+"""Keys that may change when a run goes on: they decide neither the weights nor which of them are the best."""
+
+
+def refuse_changes(out: Path, changes: Iterable[str]) -> None:
+    """Refuse to go on with a run under another configuration, once it has a checkpoint.
+
+    Args:
+        out: the run directory.
+        changes: what `configuration` returned.
 
     Raises:
-        ConfigError: the extra DeepSpeed configuration is missing or not JSON.
+        ConfigError: a key that decides the result was changed.
+    """
+    decisive = [change for change in changes if not change.startswith(FREE_ON_RESUME)]
+    if decisive and newest_progress(out) is not None:
+        raise ConfigError(
+            f"--resume cannot change what was started: {'; '.join(decisive)}. Leave that out to go on with {out}, or "
+            f"start another run with another --out (model.name={out / 'model'} starts from a finished run's weights)"
+        )
+
+
+def newest_progress(out: Path) -> dict[str, Any] | None:
+    """Where the newest checkpoint of a run stands (`step`, `world_size`, ...), None if there is no readable one."""
+    for path in sorted((out / rundir.CHECKPOINTS_NAME).glob("step-*/progress.json"), reverse=True):
+        try:
+            found: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+        return found
+    return None
+
+
+def saved_processes(out: Path, nodes: int) -> int | None:
+    """Processes per machine that a run has to go on with; None if it may have any number.
+
+    Raises:
+        ConfigError: its processes cannot be spread over this number of machines.
+    """
+    progress = newest_progress(out)
+    if progress is None:
+        return None
+    count = int(progress["world_size"])
+    if count % nodes:
+        raise ConfigError(
+            f"{out} was trained by {count} processes, which {nodes} machines cannot share equally; "
+            "resume on as many machines as before"
+        )
+    return count // nodes
+
+
+def check(config: RunConfig, processes: int = 0) -> None:
+    """Find what would fail in every worker, before there are any.
+
+    Args:
+        config: resolved configuration.
+        processes: how many there will be in all; 0 if only the hostfile says.
+
+    Raises:
+        ConfigError: the extra DeepSpeed configuration is missing or not JSON, a preset is unknown, or the batch cannot
+            be shared out.
         PluginError: a plugin is missing, does not load, or its options are wrong.
     """
     if config.engine.config_file is not None:
         _check_json(Path(config.engine.config_file))
+    preset_rules(config.quantization.preset)
+    if processes:
+        config.train.micro_batch_size(processes)
     from qpipe.host import load_plugins
 
     load_plugins(config.plugins, builtins=False)

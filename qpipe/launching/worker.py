@@ -32,6 +32,7 @@ def run_worker(config_path: Path, resume: bool) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher reports the interruption
     out = config_path.parent if launched else None
     quiet_libraries()
+    show_log()
     try:
         from qpipe.config import resolve
 
@@ -56,8 +57,12 @@ def quiet_libraries() -> None:
     for name, value in {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "DS_BUILD_VERBOSE": "0"}.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+def show_log() -> None:
+    """Print what qpipe logs, from process 0, on the stream of the run's other lines."""
     if os.environ.get("RANK", "0") == "0":
-        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
         logging.getLogger("qpipe").setLevel(logging.INFO)
     else:
         logging.basicConfig(level=logging.ERROR, format="rank %(name)s: %(message)s")

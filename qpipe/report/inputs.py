@@ -50,6 +50,7 @@ class SizeResult(BaseModel):
 
     file_bytes: float | None = None
     full_precision_bytes: float | None = None
+    full_precision_dtype: str | None = None
     bits_per_weight: float | None = None
 
 

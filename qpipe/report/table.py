@@ -32,7 +32,8 @@ def result_rows(results: Results) -> list[dict[str, Any]]:
     if results.size is not None:
         size = results.size
         rows.append(_row("bits per weight", "bits", packed=size.bits_per_weight))
-        rows.append(_row("file size", "bytes", full_precision=size.full_precision_bytes, packed=size.file_bytes))
+        kind = f" (full precision: {size.full_precision_dtype})" if size.full_precision_dtype else ""
+        rows.append(_row(f"file size{kind}", "bytes", full_precision=size.full_precision_bytes, packed=size.file_bytes))
     if results.seconds:
         rows.append(_row("time, all stages", "s", quantized=total_seconds(results.seconds)))
     return [row for row in rows if any(row[column] is not None for column in COLUMNS)]

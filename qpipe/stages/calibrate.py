@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from qpipe.data.loader import train_loader
-from qpipe.engine.deepspeed import micro_batch_size
 from qpipe.run import Run
 
 
@@ -53,20 +52,25 @@ def calibrate(run: Run) -> None:
         wanted.finish()
 
 
-def calibration_batches(run: Run, count: int) -> Iterator[dict[str, Tensor]]:
-    """The first `count` batches of a fixed shuffle of the training data."""
-    size = micro_batch_size(run.config.train, run.engine.world_size)
-    loader = train_loader(
+def micro_batches(run: Run, epoch: int = 0, skip: int = 0) -> Iterable[dict[str, Tensor]]:
+    """This process's micro-batches of an epoch, without the first `skip`."""
+    train = run.config.train
+    return train_loader(
         run.data,
         run.task,
-        batch_size=size,
+        batch_size=train.micro_batch_size(run.engine.world_size),
         rank=run.engine.rank,
         world_size=run.engine.world_size,
         seed=run.config.seed,
-        epoch=0,
-        accumulation=run.config.train.accumulation,
+        epoch=epoch,
+        skip=skip,
+        accumulation=train.accumulation,
     )
-    for index, batch in enumerate(loader):
+
+
+def calibration_batches(run: Run, count: int) -> Iterator[dict[str, Tensor]]:
+    """The first `count` batches of a fixed shuffle of the training data."""
+    for index, batch in enumerate(micro_batches(run)):
         if index >= count:
             return
         yield to_device(batch, run)

@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpipe.data.loader import train_loader
-from qpipe.engine.deepspeed import micro_batch_size
 from qpipe.errors import ConfigError, TrainingError, suggest
 from qpipe.run import Run, Step
 from qpipe.stages import checkpoint
 from qpipe.stages.build import seed_everything
-from qpipe.stages.calibrate import inputs_of, to_device
+from qpipe.stages.calibrate import inputs_of, micro_batches, to_device
 from qpipe.stages.diagnose import first_non_finite
 from qpipe.stages.evaluate import evaluate, is_better
 from qpipe.stages.self_check import self_check
@@ -94,23 +92,10 @@ def steps_from(run: Run, start: int) -> Iterator[tuple[int, list[dict[str, Tenso
     """`(optimizer step, its micro-batches)` from step `start` on. The position follows from the step alone."""
     train = run.config.train
     per_epoch = steps_per_epoch(run)
-    size = micro_batch_size(train, run.engine.world_size)
     step = start
     while step < run.total_steps:
         epoch, within = divmod(step, per_epoch)
-        loader = iter(
-            train_loader(
-                run.data,
-                run.task,
-                batch_size=size,
-                rank=run.engine.rank,
-                world_size=run.engine.world_size,
-                seed=run.config.seed,
-                epoch=epoch,
-                skip=within * train.accumulation,
-                accumulation=train.accumulation,
-            )
-        )
+        loader = iter(micro_batches(run, epoch, skip=within * train.accumulation))
         for _ in range(within, per_epoch):
             if step >= run.total_steps:
                 return
@@ -225,15 +210,15 @@ def train(run: Run, resume: bool = False) -> Progress:
         checkpoint.restore_random_state(state)
     run.host.hook.qpipe_run_start(run=run)
     run.student.train()
-    for index, micro_batches in steps_from(run, progress.step):
+    for index, batches in steps_from(run, progress.step):
         started = time.perf_counter()
         logged = (index + 1) % run.config.train.log_every == 0 or index + 1 == run.total_steps
         meter = Meter()
-        for number, batch in enumerate(micro_batches):
-            step = Step(index, number == len(micro_batches) - 1, to_device(batch, run))
+        for number, batch in enumerate(batches):
+            step = Step(index, number == len(batches) - 1, to_device(batch, run))
             parts = micro_step(run, step, losses)
             if logged:
-                meter.add(parts, 1 / len(micro_batches))
+                meter.add(parts, 1 / len(batches))
             run.engine.step()
         run.instruments.context.weights_changed()
         metrics = step_metrics(run, meter, started) if logged else {}

@@ -12,6 +12,7 @@ import pytest
 from qpipe import rundir
 from qpipe.config import resolve
 from qpipe.errors import ConfigError
+from qpipe.files import write_json
 from qpipe.launching import command, prepare, topology
 from qpipe.launching.topology import Topology
 
@@ -192,6 +193,66 @@ def test_resume_takes_the_saved_configuration_and_says_what_changed(cli, config_
     assert result.err == "changed since the run was started: train.log_every: 10 -> 3\n"
     assert result.out.strip().endswith(f"train {out}/config.yaml --resume")
     assert cli("launch", "--resume", "--out", out, "--dry-run").err == ""
+
+
+@pytest.fixture
+def started(config_file, tmp_path):
+    """A run directory with a checkpoint of step 5, made by 3 CPU processes."""
+    out = tmp_path / "run"
+    (out / "checkpoints" / "step-00000005").mkdir(parents=True)
+    write_json(out / "checkpoints" / "step-00000005" / "progress.json", {"step": 5, "best_step": 5, "world_size": 3})
+    config, _ = prepare.configuration(config_file, ["train.batch_size=6"], [], out, False, 0)
+    (out / "config.yaml").write_text(prepare.dump(prepare.with_device(config, True)))
+    return out
+
+
+def test_resume_uses_as_many_processes_as_before(cli, started):
+    result = cli("launch", "--resume", "--out", started, "--dry-run")
+    assert result.code == 0 and result.err == ""
+    assert "--nproc-per-node=3" in result.out
+    result = cli("launch", "--resume", "--out", started, "--cpus", 2)
+    assert result.code == 1
+    assert "was trained by 3 processes per machine" in result.err and "leave out --gpus and --cpus" in result.err
+
+
+@pytest.mark.parametrize("change", ["seed=3", "train.max_steps=6", "quantization.preset=w2", "engine.zero=2"])
+def test_resume_refuses_what_decides_the_result(cli, started, change):
+    result = cli("launch", "--resume", "--out", started, "--set", change)
+    assert result.code == 1
+    assert f"--resume cannot change what was started: {change.split('=')[0]}: " in result.err
+    assert "another --out" in result.err
+
+
+def test_resume_of_a_finished_run_changes_nothing(cli, started):
+    results = {"evaluation": {"accuracy": 0.75}, "reloaded": {"accuracy": 0.75}, "seconds": {"train": 61.0}}
+    write_json(started / "results.json", results)
+    (started / "export").mkdir()
+    before = {p: p.stat().st_mtime_ns for p in started.rglob("*")}
+    result = cli("launch", "--resume", "--out", started)
+    assert result.code == 0
+    assert f"already complete: {started}/export" in result.out and "0.7500" in result.out
+    assert {p: p.stat().st_mtime_ns for p in started.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "quantization.preset=w4a9"], "quantization.preset 'w4a9' is unknown; did you mean 'w4a8'?"),
+        (["--cpus", "3"], "train.batch_size 32 is not divisible by 3 processes x 1 micro-batches"),
+        (["--plugins", "a,b,a"], "--plugins names 'a' twice"),
+    ],
+)
+def test_what_needs_no_worker_is_refused_without_one(cli, config_file, tmp_path, arguments, message):
+    result = cli("launch", config_file, "--out", tmp_path / "run", *arguments)
+    assert result.code != 0 and message in " ".join(result.err.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_of_a_plugin_that_is_not_named(cli, config_file, installed_plugin):
+    installed_plugin("squeeze", "squeeze_mod:Squeeze", "")
+    result = cli("launch", config_file, "--set", "squeeze.weight=1")
+    assert result.code == 1
+    assert "squeeze is not an option, but a plugin that is installed: add --plugins squeeze" in result.err
 
 
 def test_nothing_to_resume(cli, config_file, tmp_path):

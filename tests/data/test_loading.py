@@ -273,7 +273,7 @@ def test_unsupported_extension(load: Load, csv: Csv) -> None:
 
 
 def test_file_that_does_not_exist(load: Load) -> None:
-    with pytest.raises(DataError, match=r"'missing/train.csv' is neither an existing file or folder nor"):
+    with pytest.raises(DataError, match=r"'missing/train.csv' does not exist; local paths are relative to"):
         load("classification", train="missing/train.csv")
 
 

@@ -39,15 +39,24 @@ def kill_at(process, out, step, timeout=240):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("engine", "zero", "precision"), [("deepspeed", 2, "bfloat16")])
-def test_resumed_equals_uninterrupted(tmp_path, engine, zero, precision):
+@pytest.mark.parametrize(
+    ("engine", "zero", "precision", "teacher"),
+    [
+        ("deepspeed", 2, "bfloat16", "named"),
+        pytest.param("deepspeed", 3, "float32", "fine-tuned", marks=pytest.mark.slow),
+        pytest.param("accelerate", 1, "float32", "fine-tuned", marks=pytest.mark.slow),
+    ],
+)
+def test_resumed_equals_uninterrupted(tmp_path, engine, zero, precision, teacher):
     seed = random.SystemRandom().randrange(1000)
     kill_step = random.SystemRandom().randrange(6, STEPS - 3)
     config = tiny_config(
         tmp_path,
         {"kure": {"skip_above": None}, "ti-g": {}},
-        teacher__name=str(tmp_path / "teacher"),
+        teacher__name=str(tmp_path / "teacher") if teacher == "named" else None,
         train__max_steps=STEPS,
+        train__keep_best=True,
+        train__eval_every=5,
         train__save_every=5,
         train__keep_checkpoints=2,
         train__dropout=0.1,

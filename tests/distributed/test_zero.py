@@ -9,6 +9,7 @@ from qpipe.testing import run_distributed, tiny_config
 from qpipe.testing.gradients import compare, write_traces
 
 STEPS = 3
+TRAINED = ("zero0", "zero1", "zero2", "zero3", "ddp", "fsdp")
 CASES = ("zero0", "zero1", "zero2", "zero3", "zero3-recomputing", "ddp", "fsdp", "fsdp-recomputing")
 PLUGINS = {"kure": {"skip_above": None}, "ternary-twn": {}, "ti-g": {"fraction": 0.7}}
 
@@ -40,7 +41,7 @@ def traces(tmp_path_factory):
     cases |= {f"{name}-recomputing": {**cases[name], "train": recomputing} for name in ("zero3", "fsdp")}
     trained = {**config, "train": {**config["train"], "learning_rate": 1e-3}}
     write_traces({"one-trained": trained}, STEPS, str(folder))
-    cases["zero3-trained"] = {**cases["zero3"], "train": trained["train"]}
+    cases |= {f"{name}-trained": {**cases[name], "train": trained["train"]} for name in TRAINED}
     run_distributed("qpipe.testing.gradients:write_traces", cases=cases, steps=STEPS, folder=str(folder))
     return folder
 
@@ -62,9 +63,12 @@ def test_gradients_and_codes_equal_one_process(traces, case):
 
 
 @pytest.mark.distributed
-def test_zero3_follows_one_process_through_updates(traces):
+@pytest.mark.parametrize("case", TRAINED)
+def test_two_processes_follow_one_through_updates(traces, case):
     # Adam moves an element whose gradient is nothing but rounding by a whole learning rate, which later gradients feel.
-    one, two = load_file(traces / "one-trained.safetensors"), load_file(traces / "zero3-trained.safetensors")
+    one, two = load_file(traces / "one-trained.safetensors"), load_file(traces / f"{case}-trained.safetensors")
+    start = load_file(traces / "one.safetensors")
+    assert any(bool((one[k] != start[k]).any()) for k in one if k.startswith("codes/")), "training changes codes"
     compare(one, two, after_update=2e-2)
 
 

@@ -7,15 +7,17 @@ from qpipe.errors import CheckpointError, ConfigError
 from qpipe.report import format as fmt
 from qpipe.report.table import results_rows, results_table
 
+SIZE = "file size (full precision: float32)"
+
 
 def test_rows_hold_metrics_size_and_time(run_dir):
     rows = {row["quantity"]: row for row in results_rows(run_dir)}
-    assert list(rows) == ["accuracy", "f1", "bits per weight", "file size", "time, all stages"]
+    assert list(rows) == ["accuracy", "f1", "bits per weight", SIZE, "time, all stages"]
     assert rows["accuracy"] == {
         "quantity": "accuracy", "unit": "", "full_precision": 0.8713, "quantized": 0.8531, "packed": 0.8531
     }  # fmt: skip
     assert rows["bits per weight"]["packed"] == 4.28
-    assert (rows["file size"]["full_precision"], rows["file size"]["packed"]) == (90_900_000, 12_345_678)
+    assert (rows[SIZE]["full_precision"], rows[SIZE]["packed"]) == (90_900_000, 12_345_678)
     assert rows["time, all stages"]["quantized"] == pytest.approx(247.5)
 
 

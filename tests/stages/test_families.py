@@ -124,7 +124,7 @@ def test_the_export_verifies_without_qpipe(family, verified):
     assert result.passed, "\n".join(result.lines())
 
 
-@pytest.mark.parametrize("family", [m for m in MODELS if m != "resnet"])
+@pytest.mark.parametrize("family", MODELS)
 def test_the_reloaded_model_has_the_metrics_of_training(family, verified, runs):
     metrics, expected = verified[family].metrics, runs[family].results["evaluation"]
     assert metrics.keys() == expected.keys() and metrics == pytest.approx(expected, rel=1e-4)

@@ -85,7 +85,7 @@ def make_schedule(parts: Sequence[Part], steps: int) -> Schedule:
     if steps < len(parts):
         raise ConfigError(
             f"teacher intervention of {steps} optimizer steps cannot hold {len(parts)} phases "
-            f"({', '.join(p.kind for p in parts)}); train longer, raise `fraction`, or set `steps`"
+            f"({', '.join(p.kind for p in parts)}); the training needs at least that many steps"
         )
     total = sum(part.fraction for part in parts)
     phases: list[Phase] = []
