@@ -37,6 +37,7 @@ def weights(**options: Any) -> tuple[dict[str, Any], ...]:
 
 W4 = Spec(rules=weights())
 A8 = ({"site": BLOCK_INPUTS, "quantizer": "uniform-activation", "options": {"bits": 8}},)
+EMBEDDING = ({"site": "{embedding}:weight", "quantizer": "uniform", "options": {"bits": 8}},)
 WITH_TEACHER = replace(FULL, kind="train+teacher")
 
 
@@ -57,6 +58,7 @@ CASES = (
     Case("group", "4-bit weights in groups of 64", replace(W4, rules=weights(granularity="group", group_size=64))),
     Case("tensor", "4-bit weights per tensor", replace(W4, rules=weights(granularity="tensor"))),
     Case("w4a8", "4-bit weights, 8-bit inputs per token", replace(W4, rules=weights() + A8)),
+    Case("embedding", "4-bit weights, 8-bit embedding per row", replace(W4, rules=weights() + EMBEDDING)),
     Case("ternary", "ternary weights (`ternary-twn`)", Spec(plugins={"ternary-twn": {}})),
     Case("accumulation", "4-bit weights per channel, 4 micro-batches of 2", replace(W4, micro_batches=4),
          replace(FULL, micro_batches=4), "full precision, 4 micro-batches of 2"),

@@ -134,7 +134,10 @@ class Specs:
 
     @hookspec
     def qpipe_restore(self, run: Run, state: Mapping[str, Any]) -> None:
-        """Take back what `qpipe_state` of the same plugin returned (event). Called on resume, before training."""
+        """Take back what `qpipe_state` of the same plugin returned (event).
+
+        Called when a checkpoint is read: on resume, and at the end of a training that returns to its best step.
+        """
 
     @hookspec
     def qpipe_run_end(self, run: Run) -> None:

@@ -47,6 +47,7 @@ class UniformWeight(Quantizer):
     def __init__(self, options: UniformOptions) -> None:
         super().__init__()
         self.options = options
+        self.row_wise = options.granularity != "tensor"
         self._proved: set[tuple[torch.Size, torch.dtype]] = set()
 
     def grid(self, rows: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor | float]:

@@ -153,4 +153,20 @@ class QuantEmbedding(QuantModule, nn.Embedding):
                 ids, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
             )
 
-        return self.after(self.apply_weight(look_up))
+        if not self._few(ids):
+            return self.after(self.apply_weight(look_up))
+        rows = look_up(self.weight)
+        quantizer: Any = self.hosted("weight")
+        return self.after(quantizer.forward_rows(rows.reshape(-1, rows.shape[-1])).view_as(rows))
+
+    def _few(self, ids: Tensor) -> bool:
+        """True if quantizing the rows that are looked up saves quantizing the table: in training steps, mostly."""
+        quantizer = self.hosted("weight")
+        return (
+            quantizer is not None
+            and quantizer.row_wise
+            and torch.is_grad_enabled()
+            and not quantizer.is_current()
+            and self.max_norm is None
+            and ids.numel() < self.num_embeddings
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ class QuantContext:
         taps_active: True within a training step; observing and replacing taps do nothing otherwise.
         weight_losses: values of weight penalties met in this forward pass, by `(penalty, module path)`.
         collect_weight_losses: True on the micro-batch that ends an optimizer step.
-        visited: names of the sites whose quantizer has run, None while nobody asks.
+        visited: by name of the sites whose quantizer has run, whether it changed its value; None while nobody asks.
     """
 
     enabled: bool = True
@@ -36,7 +37,7 @@ class QuantContext:
     taps_active: bool = False
     weight_losses: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     collect_weight_losses: bool = False
-    visited: set[str] | None = None
+    visited: dict[str, bool] | None = None
 
     def weights_changed(self) -> None:
         """Forget the quantized weights: call after every change of a parameter."""
@@ -73,6 +74,9 @@ class Quantizer(nn.Module):
     Subclasses implement `encode`, and override `surrogate` where the gradient is not simply passed on. Call the
     instance, never its methods, in forward passes: ZeRO-3 gathers a quantizer's own parameters around the call.
     """
+
+    row_wise = False
+    """True if each row (axis 0) of a weight is quantized from that row alone, so that a part of the rows can be."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,12 +131,28 @@ class Quantizer(nn.Module):
         Args:
             value: the weight or activation at the site. Returns a tensor of the same shape and dtype.
         """
+        return self._applied(value, self._current)
+
+    def forward_rows(self, rows: Tensor) -> Tensor:
+        """`forward` for some rows of the weight; only where `row_wise`, and the quantizer has no parameters.
+
+        Args:
+            rows: `[n, ...]`, any rows in any order. Returns a tensor of the same shape and dtype.
+        """
+        return self._applied(rows, self.quantize)
+
+    def is_current(self) -> bool:
+        """True if the whole quantized weight is at hand."""
+        return self._cached is not None and self._cached_version == self.context.version
+
+    def _applied(self, value: Tensor, quantize: Callable[[Tensor], Tensor]) -> Tensor:
         if not self.context.enabled:
             return value
-        if self.context.visited is not None:
-            self.context.visited.add(self.site)
         with torch.no_grad():
-            quantized = self._current(value.detach())
+            quantized = quantize(value.detach())
+        if self.context.visited is not None:
+            before = self.context.visited.get(self.site, False)
+            self.context.visited[self.site] = before or not torch.equal(quantized, value)
         return straight_through(self.surrogate(value), quantized) if torch.is_grad_enabled() else quantized
 
     def _current(self, value: Tensor) -> Tensor:

@@ -15,13 +15,12 @@ from qpipe.errors import FormatError
 from qpipe.export.record import ActivationSite, ExportRecord, PackedWeight, tensor_sha256
 from qpipe.files import write_json
 from qpipe.quant.activation import UniformActivation
-from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.tensor import QTensor
 from qpipe.report.statistics import weight_statistics
 from qpipe.run import Run
 from qpipe.stages.calibrate import inference, inputs_of, to_device
 from qpipe.stages.gather import model_tensors, ties
-from qpipe.stages.prepare import find_exporter
+from qpipe.stages.prepare import checked_lattice, find_exporter
 from qpipe.types import Json
 
 
@@ -87,7 +86,7 @@ def packed_weights(run: Run) -> tuple[dict[str, PackedWeight], list[dict[str, Js
         with run.engine.gathered([parameter, *quantizer.parameters()]) as (whole, *_), torch.no_grad():
             if run.engine.rank != 0:
                 continue
-            tensor = checked_lattice(site, quantizer, whole.detach())
+            tensor = on_cpu(checked_lattice(site, quantizer, whole.detach()))
             weight = whole.detach().to("cpu", torch.float32, copy=True)  # the gathered memory is freed
         decoded = tensor.decode(run.engine.dtype)
         module_type = run.plan.sites[site].site.module_type
@@ -96,18 +95,8 @@ def packed_weights(run: Run) -> tuple[dict[str, PackedWeight], list[dict[str, Js
     return packed, statistics
 
 
-def checked_lattice(site: str, quantizer: Quantizer, weight: Tensor) -> QTensor:
-    """The codes of a weight on the CPU, after comparing them with the forward pass.
-
-    Raises:
-        FormatError: they decode to something else.
-    """
-    lattice = quantizer.encode(weight)
-    if not torch.equal(lattice.decode(weight.dtype), quantizer.quantize(weight)):
-        raise FormatError(
-            f"{site}: encode().decode() differs from the forward pass; {type(quantizer).__name__}.quantize must be "
-            "bitwise equal to it (qpipe.testing.check_quantizer tests this)"
-        )
+def on_cpu(lattice: QTensor) -> QTensor:
+    """Integer codes, scale and zero point as they are written."""
     return QTensor(
         lattice.integers().cpu(),
         lattice.scale.float().cpu(),

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qpipe.errors import ConfigError, FormatError, PluginError, SiteError, suggest
 from qpipe.export import record as export_record
@@ -19,6 +19,7 @@ from qpipe.quant.modules import QuantModule
 from qpipe.quant.plan import Plan, make_plan
 from qpipe.quant.presets import preset_rules
 from qpipe.quant.quantizer import Quantizer
+from qpipe.quant.tensor import QTensor
 from qpipe.run import Run
 from qpipe.stages.build import instrument
 from qpipe.types import Exporter, ParamGroup, Rule, Site
@@ -78,8 +79,23 @@ def insert_quantizers(run: Run, initialize: bool) -> None:
                 replacement = quantizer.initialize(weight.detach()) if initialize else None
                 if replacement is not None:
                     weight.copy_(replacement)
-                lattice = quantizer.encode(weight.detach())
+                lattice = checked_lattice(entry.site.name, quantizer, weight.detach())
             run.plan = run.plan.measured(entry.site.name, lattice, zero_point_kind(lattice.zero_point))
+
+
+def checked_lattice(site: str, quantizer: Quantizer, weight: Tensor) -> QTensor:
+    """The codes of a weight, after comparing them with what the forward pass uses.
+
+    Raises:
+        FormatError: they decode to something else.
+    """
+    lattice = quantizer.encode(weight)
+    if not torch.equal(lattice.decode(weight.dtype), quantizer.quantize(weight)):
+        raise FormatError(
+            f"{site}: encode().decode() differs from the forward pass; {type(quantizer).__name__}.quantize must be "
+            "bitwise equal to it (qpipe.testing.check_quantizer tests this)"
+        )
+    return lattice
 
 
 def tied_sites(run: Run, site: Site) -> list[Site]:

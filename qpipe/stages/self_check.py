@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
 from qpipe.errors import TrainingError
 from qpipe.run import Run
 from qpipe.stages.calibrate import calibration_batches, inference, inputs_of
+
+logger = logging.getLogger("qpipe.stages")
 
 
 def self_check(run: Run) -> None:
@@ -21,7 +25,7 @@ def self_check(run: Run) -> None:
     context = run.instruments.context
     batch = next(calibration_batches(run, 1))
     with inference(run):
-        context.visited = set()
+        context.visited = {}
         quantized = _logits(run, batch)
         visited, context.visited = context.visited, None
         context.enabled = False
@@ -29,7 +33,7 @@ def self_check(run: Run) -> None:
             plain = _logits(run, batch)
         finally:
             context.enabled = True
-    idle = sorted(set(run.plan.sites) - visited)
+    idle = sorted(set(run.plan.sites) - visited.keys())
     changed = float((quantized.float() - plain.float()).abs().max())
     found = run.engine.gather_objects((changed, idle))
     for rank, (difference, unused) in enumerate(found):
@@ -43,6 +47,15 @@ def self_check(run: Run) -> None:
                 f"rank {rank}: quantization does not change the model's output, so training would quantize nothing; "
                 "check that rules reach weights that matter (`qpipe inspect plan`)"
             )
+    unchanged = sorted(site for site, changes in visited.items() if not changes)
+    if unchanged:
+        logger.warning(
+            "%d of %d quantizers leave their values as they are, such as %s: values on the lattice already, or a "
+            "quantizer that does nothing",
+            len(unchanged),
+            len(visited),
+            unchanged[0],
+        )
     run.results["self_check"] = {"max_logit_change": [difference for difference, _ in found]}
 
 

@@ -68,6 +68,11 @@ def _check(quantizer: Quantizer, weight: Tensor, where: str) -> None:
     out.float().square().sum().backward()
     assert value.grad is not None and bool(torch.isfinite(value.grad).all()), f"{where}: gradient is not finite"
     _check_cache(quantizer, value, decoded, where)
+    if quantizer.row_wise:
+        with torch.no_grad():
+            picked = torch.tensor([len(value) - 1, 0, 0])
+            whole, rows = quantizer.encode(value).decode(value.dtype), quantizer.forward_rows(value[picked])
+        assert torch.equal(rows, whole[picked]), f"{where}: rows are not quantized by themselves, as row_wise says"
     context.enabled = False
     assert quantizer(value) is value, f"{where}: a disabled quantizer must return its input"
 

@@ -188,6 +188,46 @@ def test_embedding_has_no_input_site():
     assert HOSTS[nn.Embedding].slots == ("weight", "output")
 
 
+class Seeing(UniformWeight):
+    """Remembers how many rows it was given."""
+
+    def __init__(self, options):
+        super().__init__(options)
+        self.seen = []
+
+    def quantize(self, value, out=None):
+        self.seen.append(len(value))
+        return super().quantize(value, out)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bits": 4}, {"bits": 8, "symmetric": False}, {"bits": 3, "granularity": "group", "group_size": 4}],
+    ids=str,
+)
+def test_an_embedding_quantizes_the_rows_of_the_batch_in_training(options):
+    rows, ids = hosted("embedding", quantizer=Seeing(UniformOptions(**options)))
+    table, _ = hosted("embedding", quantizer=Seeing(UniformOptions(**options)))
+    table.weight_quantizer.row_wise = False
+    (found, grads), (expected, expected_grads) = gradients(rows, ids), gradients(table, ids)
+    assert torch.equal(found, expected) and torch.equal(grads["weight"], expected_grads["weight"])
+    assert (rows.weight_quantizer.seen, table.weight_quantizer.seen) == ([10], [20])
+    assert bool((grads["weight"][1] == 0).all()), "padding gets no gradient"
+    with torch.no_grad():
+        assert torch.equal(rows(ids), expected), "evaluation keeps the table"
+    assert torch.equal(rows(ids), expected)
+    assert rows.weight_quantizer.seen == [10, 20], "a table at hand is used"
+
+
+def test_an_embedding_quantizes_the_table_where_rows_share_a_scale_or_the_batch_is_larger():
+    per_tensor, ids = hosted("embedding", quantizer=Seeing(UniformOptions(bits=8, granularity="tensor")))
+    per_tensor(ids)
+    assert per_tensor.weight_quantizer.seen == [20]
+    per_row, _ = hosted("embedding", quantizer=Seeing(UniformOptions(bits=8)))
+    per_row(ids.repeat(2, 1))
+    assert per_row.weight_quantizer.seen == [20]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_weight_loss_has_the_gradient_of_the_penalty_on_the_raw_weight(kind):
     module, x = hosted(kind)

@@ -98,9 +98,9 @@ def test_disabled_is_the_identity():
 def test_visited_sites_are_noted_when_asked_for():
     quantizer = attached(site="m:input")
     quantizer(torch.tensor([0.3]))
-    quantizer.context.visited = set()
+    quantizer.context.visited = {}
     quantizer(torch.tensor([0.3]))
-    assert quantizer.context.visited == {"m:input"}
+    assert quantizer.context.visited == {"m:input": True}
 
 
 def test_snap_rounds_and_replaces_zero():

@@ -36,6 +36,17 @@ class Spare(Plugin):
         return model
 
 
+class Coarse(Plugin):
+    """A model whose head lies on the lattice of any quantizer."""
+
+    @hookimpl
+    def qpipe_load_model(self, spec, task, num_labels, strict):
+        model = Models().qpipe_load_model(spec, task, num_labels, strict)
+        with torch.no_grad():
+            model.classifier.weight.fill_(0.5)
+        return model
+
+
 class Broken(Plugin):
     @hookimpl
     def qpipe_load_model(self, spec, task, num_labels, strict):
@@ -48,22 +59,33 @@ def rules(*given):
     return {"quantization__preset": None, "quantization__rules": list(given)}
 
 
-def test_a_quantizer_that_changes_nothing_is_refused(tmp_path, use, fast):
-    use(Idle())
-    config = tiny_config(tmp_path, **rules({"site": "{block}.*:weight", "quantizer": "nothing"}))
+def test_quantization_that_changes_nothing_is_refused(tmp_path, use, fast):
+    use(Coarse())
+    config = tiny_config(tmp_path, **rules({"site": "classifier:weight", "options": {"bits": 2}}))
     with pytest.raises(TrainingError, match="rank 0: quantization does not change the model's output"):
         qpipe.execute(config)
     assert checkpoint.steps(tmp_path / "run") == []
 
 
-def test_one_effective_site_is_enough(tmp_path, use, fast):
+def test_a_forward_pass_that_is_not_the_lattice_is_refused_before_training(tmp_path, use, fast):
+    """One that does nothing, among others that work."""
     use(Idle())
     nothing = {"site": "{block}.*:weight", "quantizer": "nothing"}
     config = tiny_config(tmp_path, **rules(nothing, {"site": "classifier:weight", "options": {"bits": 2}}))
     with pytest.raises(
         qpipe.FormatError, match=r"encode\(\).decode\(\) differs from the forward pass; Nothing.quantize"
     ):
-        qpipe.execute(config)  # training runs; the export finds the lattice that was not trained
+        qpipe.execute(config)
+    assert checkpoint.steps(tmp_path / "run") == []
+
+
+def test_a_quantizer_that_changes_nothing_is_named(tmp_path, use, fast, caplog):
+    """The weights lie on its lattice already, which is no error."""
+    use(Coarse())
+    both = [{"site": "classifier:weight", "options": {"bits": 2}}, {"site": "{block}.*:weight", "options": {"bits": 4}}]
+    with caplog.at_level("WARNING", "qpipe.stages"):
+        qpipe.execute(tiny_config(tmp_path, **rules(*both), train__max_steps=1))
+    assert "1 of 13 quantizers leave their values as they are, such as classifier:weight" in caplog.text
 
 
 def test_a_site_that_never_runs_is_named(tmp_path, use, fast):

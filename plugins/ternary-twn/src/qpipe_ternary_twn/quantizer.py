@@ -57,6 +57,7 @@ class TernaryWeight(Quantizer):
     def __init__(self, options: TernaryOptions) -> None:
         super().__init__()
         self.options = options
+        self.row_wise = options.granularity == "channel"
 
     def _magnitude(self, block: Tensor, out: Tensor) -> Tensor:
         magnitude = out[: block.shape[0]].copy_(block).abs_()
