@@ -60,8 +60,10 @@ def disk_errors(folder: Path) -> Iterator[None]:
         if not _is_disk_problem(error):
             raise
         free = shutil.disk_usage(_existing(folder)).free / 2**20
+        # What torch's zip writer says of a full disk is about its own insides.
+        reason = str(error) if isinstance(error, OSError) else "a file could not be written to its end"
         raise CheckpointError(
-            f"cannot write to {folder}: {error}. {free:.0f} MiB are free there; make room, or choose another folder "
+            f"cannot write to {folder}: {reason}. {free:.0f} MiB are free there; make room, or choose another folder "
             "with --out. What was saved before is untouched"
         ) from error
 

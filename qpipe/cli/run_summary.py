@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,19 @@ def _read_json(path: Path) -> Any:
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
-        return {prefix: value}
+        return {prefix: _readable(prefix, value)}
     return {
         k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()
     }
+
+
+def _readable(key: str, value: Any) -> Any:
+    """A date for a time, and lists of numbers without their last digits."""
+    if key == "time" and isinstance(value, float | int):
+        return datetime.fromtimestamp(value).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
+    if isinstance(value, list):
+        return ", ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in value)
+    return value
 
 
 def _failure(out: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -74,7 +75,7 @@ def expand(pattern: str, model_map: ModelMap) -> list[str]:
     """Replace `{block}`, `{embedding}` and `{head}` by the paths they stand for.
 
     Raises:
-        SiteError: the model has no such part.
+        SiteError: the model has no such part, or another word is in braces.
     """
     parts = {"{block}": model_map.blocks, "{head}": model_map.head}
     parts["{embedding}"] = (model_map.embedding,) if model_map.embedding else ()
@@ -86,6 +87,12 @@ def expand(pattern: str, model_map: ModelMap) -> list[str]:
                     "write module paths instead, as `qpipe inspect plan --sites` lists them"
                 )
             return [p for path in paths for p in expand(pattern.replace(placeholder, path), model_map)]
+    unknown = re.search(r"\{\w*\}", pattern)
+    if unknown:
+        raise SiteError(
+            f"rule {pattern!r}: {unknown[0]} stands for nothing{suggest(unknown[0], parts)}; "
+            f"there are {', '.join(parts)}"
+        )
     return [pattern]
 
 

@@ -145,3 +145,9 @@ def test_unknown_preset_suggests_the_nearest():
     with pytest.raises(ConfigError, match="'w4a4' is unknown; did you mean 'w4a?8?'.*available: a8, w2"):
         preset_rules("w4a4")
     assert preset_rules(None) == ()
+
+
+def test_an_unknown_word_in_braces_is_not_a_pattern():
+    message = r"\{blok\} stands for nothing; did you mean '\{block\}'\?; there are \{block\}, "
+    with pytest.raises(SiteError, match=message):
+        expand("{blok}.*:weight", ModelMap(blocks=("a",)))
