@@ -37,6 +37,7 @@ def launch(
     """
     _check_usage(gpus, cpus, nodes, node_rank, rendezvous, hostfile, zero, engine)
     from qpipe.launching import prepare, topology
+    from qpipe.launching import resume as resume_rules
 
     rank = node_rank or 0
     overrides = [*(set_ or []), *_engine_overrides(zero, engine)]
@@ -48,8 +49,8 @@ def launch(
     where = topology.choose(gpus, cpus, nodes, rank, rendezvous, hostfile, prefer_cpu, dry_run)
     final = prepare.with_device(resolved, where.cpu)
     prepare.check(final, where.processes * where.nodes)
-    changes = prepare.differences(saved, final) if saved else []
-    prepare.refuse_changes(directory, changes)
+    changes = resume_rules.differences(saved, final) if saved else []
+    resume_rules.refuse_changes(directory, changes)
     if resume and not changes and (directory / "results.json").is_file():
         _print_result(directory, "already complete")
         return
@@ -93,9 +94,9 @@ def _as_before(
         ConfigError: another number was asked for.
     """
     from qpipe.errors import ConfigError
-    from qpipe.launching import prepare
+    from qpipe.launching import resume as resume_rules
 
-    count = prepare.saved_processes(out, nodes)
+    count = resume_rules.saved_processes(out, nodes)
     if count is None:
         return gpus, cpus
     asked = gpus if gpus is not None else cpus

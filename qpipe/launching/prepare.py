@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from qpipe import rundir
 from qpipe.config import RunConfig, default_recipe, dump, resolve
@@ -58,93 +57,11 @@ def _saved_path(out: Path, node_rank: int) -> Path | None:
     return None
 
 
-def differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """`key: old -> new` for each value that differs, in the order of the configuration."""
-    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
-    missing = object()
-
-    def show(value: Any) -> str:
-        return "not set" if value is missing else json.dumps(value)
-
-    keys = dict.fromkeys([*before, *after])
-    pairs = ((key, before.get(key, missing), after.get(key, missing)) for key in keys)
-    return [f"{key}: {show(a)} -> {show(b)}" for key, a, b in pairs if a != b]
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    if not value and prefix:
-        return {prefix: {}}
-    return {
-        k: v for key, item in value.items() for k, v in _flatten(item, f"{prefix}.{key}" if prefix else key).items()
-    }
-
-
 def with_device(config: RunConfig, cpu: bool) -> RunConfig:
     """The configuration with `engine.cpu` as the processes will run."""
     if config.engine.cpu == cpu:
         return config
     return config.model_copy(update={"engine": config.engine.model_copy(update={"cpu": cpu})})
-
-
-FREE_ON_RESUME = (
-    "out",
-    "engine.config_file",
-    "export.",
-    "train.eval_batch_size",
-    "train.keep_checkpoints",
-    "train.log_every",
-    "train.save_every",
-)
-"""Keys that may change when a run goes on: they decide neither the weights nor which of them are the best."""
-
-
-def refuse_changes(out: Path, changes: Iterable[str]) -> None:
-    """Refuse to go on with a run under another configuration, once it has a checkpoint.
-
-    Args:
-        out: the run directory.
-        changes: what `configuration` returned.
-
-    Raises:
-        ConfigError: a key that decides the result was changed.
-    """
-    decisive = [change for change in changes if not change.startswith(FREE_ON_RESUME)]
-    if decisive and newest_progress(out) is not None:
-        raise ConfigError(
-            f"--resume cannot change what was started: {'; '.join(decisive)}. Leave that out to go on with {out}, or "
-            f"start another run with another --out (model.name={out / 'model'} starts from a finished run's weights)"
-        )
-
-
-def newest_progress(out: Path) -> dict[str, Any] | None:
-    """Where the newest checkpoint of a run stands (`step`, `world_size`, ...), None if there is no readable one."""
-    for path in sorted((out / rundir.CHECKPOINTS_NAME).glob("step-*/progress.json"), reverse=True):
-        try:
-            found: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, ValueError):
-            continue
-        return found
-    return None
-
-
-def saved_processes(out: Path, nodes: int) -> int | None:
-    """Processes per machine that a run has to go on with; None if it may have any number.
-
-    Raises:
-        ConfigError: its processes cannot be spread over this number of machines.
-    """
-    progress = newest_progress(out)
-    if progress is None:
-        return None
-    count = int(progress["world_size"])
-    if count % nodes:
-        raise ConfigError(
-            f"{out} was trained by {count} processes, which {nodes} machines cannot share equally; "
-            "resume on as many machines as before"
-        )
-    return count // nodes
 
 
 def check(config: RunConfig, processes: int = 0) -> None:

@@ -14,6 +14,7 @@ from qpipe.config import resolve
 from qpipe.errors import ConfigError
 from qpipe.files import write_json
 from qpipe.launching import command, prepare, topology
+from qpipe.launching.resume import differences
 from qpipe.launching.topology import Topology
 
 
@@ -265,7 +266,7 @@ def test_nothing_to_resume(cli, config_file, tmp_path):
 def test_differences_name_added_and_removed_keys():
     old = resolve({"model": {"name": "m"}, "plugins": {"a": {"x": 1}}})
     new = resolve({"model": {"name": "n"}, "plugins": {"b": {}}})
-    assert prepare.differences(old, new) == [
+    assert differences(old, new) == [
         'model.name: "m" -> "n"',
         "plugins.a.x: 1 -> not set",
         "plugins.b: not set -> {}",
