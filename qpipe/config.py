@@ -170,6 +170,16 @@ class RunConfig(Section):
     out: str = Field("runs/default", description="the run directory")
 
 
+INDIFFERENT = (
+    "export.",
+    "train.eval_batch_size",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.save_every",
+)
+"""Keys that decide neither the weights of a run nor which of them are the best: they may change when it goes on."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML that reads `1e-4` as a number, as YAML 1.2 does; the library follows YAML 1.1, where it is text."""
 

@@ -49,7 +49,9 @@ def launch(
     where = topology.choose(gpus, cpus, nodes, rank, rendezvous, hostfile, prefer_cpu, dry_run)
     final = prepare.with_device(resolved, where.cpu)
     prepare.check(final, where.processes * where.nodes)
-    changes = resume_rules.differences(saved, final) if saved else []
+    # The directory may have been moved, or named in another way.
+    before = saved.model_copy(update={"out": final.out}) if saved else final
+    changes = resume_rules.differences(before, final)
     resume_rules.refuse_changes(directory, changes)
     if resume and not changes and (directory / "results.json").is_file():
         _print_result(directory, "already complete")
@@ -150,4 +152,5 @@ def _run(config: RunConfig, where: Topology, env: dict[str, str], resume: bool) 
         typer.echo(f"{stopped}; continue with: qpipe launch --out {config.out} --resume", err=True)
         raise typer.Exit(128 + stopped.number) from None
     if where.node_rank == 0 and (Path(config.out) / "results.json").is_file():
-        _print_result(Path(config.out), "exported and verified")
+        export = Path(config.out) / "export"
+        _print_result(Path(config.out), "exported and verified" if export.is_dir() else "trained")

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -82,17 +84,37 @@ class Shards:
     def save(self, folder: Path) -> None:
         """Write the shards of model and optimizer with torch's distributed checkpoint. Collective."""
         weights, moments = get_state_dict(self._model, self._optimizer)
-        save({"model": weights, "optimizer": moments}, checkpoint_id=str(folder))
+        with _plain_errors():
+            save({"model": weights, "optimizer": moments}, checkpoint_id=str(folder))
 
     def load(self, folder: Path) -> None:
         """Read back what `save` wrote. Collective."""
         weights, moments = get_state_dict(self._model, self._optimizer)
-        # In place for tensors; whatever else there is comes back in the dictionary.
         state: dict[str, Any] = {"model": weights, "optimizer": moments}
-        load(state, checkpoint_id=str(folder))
+        # The file lacks the moments of parameters that never had a gradient: they begin at zero.
+        for value in _tensors(state["optimizer"]["state"]):
+            value.zero_()
+        # In place for tensors; whatever else there is comes back in the dictionary.
+        with _plain_errors():
+            load(state, checkpoint_id=str(folder), planner=DefaultLoadPlanner(allow_partial_load=True))
         set_state_dict(
             self._model, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
+
+
+def _tensors(state: dict[str, Any]) -> Iterator[Tensor]:
+    for moments in state.values():
+        yield from (value for value in moments.values() if isinstance(value, Tensor))
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Raise what went wrong on the first process that failed; torch's wrapper of it is no `Exception`."""
+    try:
+        yield
+    except CheckpointException as error:
+        first, _ = next(iter(error.failures.values()))
+        raise (first if isinstance(first, Exception) else RuntimeError(str(error))) from error
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

@@ -8,19 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qpipe import rundir
-from qpipe.config import RunConfig
+from qpipe.config import INDIFFERENT, RunConfig
 from qpipe.errors import ConfigError
-
-FREE_ON_RESUME = (
-    "out",
-    "engine.config_file",
-    "export.",
-    "train.eval_batch_size",
-    "train.keep_checkpoints",
-    "train.log_every",
-    "train.save_every",
-)
-"""Keys that may change when a run goes on: they decide neither the weights nor which of them are the best."""
 
 
 def refuse_changes(out: Path, changes: Iterable[str]) -> None:
@@ -33,7 +22,7 @@ def refuse_changes(out: Path, changes: Iterable[str]) -> None:
     Raises:
         ConfigError: a key that decides the result was changed.
     """
-    decisive = [change for change in changes if not change.startswith(FREE_ON_RESUME)]
+    decisive = [change for change in changes if not change.startswith(INDIFFERENT)]
     if decisive and newest_progress(out) is not None:
         raise ConfigError(
             f"--resume cannot change what was started: {'; '.join(decisive)}. Leave that out to go on with {out}, or "
@@ -58,7 +47,7 @@ def saved_processes(out: Path, nodes: int) -> int | None:
     Raises:
         ConfigError: its processes cannot be spread over this number of machines.
     """
-    progress = newest_progress(out)
+    progress = newest_progress(out) or newest_progress(out / "teacher")
     if progress is None:
         return None
     count = int(progress["world_size"])

@@ -97,7 +97,7 @@ def _deepspeed(topology: Topology, env: Mapping[str, str], config: Path, resume:
             "`qpipe launch --nodes M --node-rank R --rendezvous HOST:PORT` on each machine"
         )
     received: list[int] = []
-    process = subprocess.Popen(command.command(topology, config, resume), env={**os.environ, **env})
+    process = subprocess.Popen([*command.command(topology, config, resume), "--held"], env={**os.environ, **env})
 
     def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)

@@ -20,8 +20,13 @@ from qpipe.rundir import Lock
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def run_worker(config_path: Path, resume: bool) -> None:
+def run_worker(config_path: Path, resume: bool, held: bool = False) -> None:
     """Train as one rank. Failures are written to `errors/rank-N.json` in the run directory.
+
+    Args:
+        config_path: the configuration.
+        resume: continue from the last checkpoint.
+        held: a launcher that leaves no mark in the environment holds the run directory.
 
     Raises:
         QpipeError: the run failed in a foreseen way and this process is the only one.
@@ -37,10 +42,10 @@ def run_worker(config_path: Path, resume: bool) -> None:
         from qpipe.config import resolve
 
         config = resolve(config_path)
-        out = out or Path(config.out)
-        # The launcher holds the directory for its workers; other launchers know nothing of it.
-        first = not launched and os.environ.get("RANK", "0") == "0"
+        # qpipe's launcher holds the directory for its workers; other launchers know nothing of it.
+        first = not launched and not held and os.environ.get("RANK", "0") == "0"
         with Lock(Path(config.out)) if first else nullcontext():
+            out = out or Path(config.out)
             from qpipe.stages import execute
 
             execute(config, resume=resume)

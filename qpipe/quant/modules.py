@@ -165,6 +165,7 @@ class QuantEmbedding(QuantModule, nn.Embedding):
         return (
             quantizer is not None
             and quantizer.row_wise
+            and next(quantizer.parameters(), None) is None
             and torch.is_grad_enabled()
             and not quantizer.is_current()
             and self.max_norm is None

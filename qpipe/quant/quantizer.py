@@ -20,7 +20,8 @@ class QuantContext:
     Attributes:
         enabled: False makes every quantizer the identity.
         version: counts changes of the weights; quantized weights are reused while it stands still.
-        partitioned: True where weights exist only while their module runs (ZeRO-3); nothing full-size is kept then.
+        partitioned: True where weights exist only while their module runs (ZeRO-3, FSDP2); then nothing full-size is
+            kept.
         scale_dtype: scales are rounded to this type, so that the exported file holds them exactly.
         compiled: True where quantizers may use compiled code; the result is the same bit for bit.
         taps_active: True within a training step; observing and replacing taps do nothing otherwise.

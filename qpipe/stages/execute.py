@@ -120,9 +120,15 @@ def rehearse(config: RunConfig, engine: Engine, data: TaskData) -> None:
     Raises:
         QpipeError: rules, options, plugins or export format do not fit the model.
     """
-    run = build(config, load_plugins(config.plugins), engine, config.model, data)
-    run.total_steps = total_steps(run)
-    prepare(run)
+    log = logging.getLogger("qpipe")
+    level = log.level
+    log.setLevel(logging.WARNING)  # plugins tell what they do when it is done
+    try:
+        run = build(config, load_plugins(config.plugins), engine, config.model, data)
+        run.total_steps = total_steps(run)
+        prepare(run)
+    finally:
+        log.setLevel(level)
 
 
 def record_start(run: Run) -> None:

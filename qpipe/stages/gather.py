@@ -35,7 +35,7 @@ def model_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
 
 
 def share_buffers(run: Run) -> None:
-    """Give every process the persistent float buffers of process 0, as DDP does. Collective.
+    """Give every process the persistent buffers of process 0, as DDP does. Collective.
 
     Batch normalization counts on each process what that process saw; only one set of statistics is saved and exported,
     so the same one must be evaluated.

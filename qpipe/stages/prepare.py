@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qpipe.errors import ConfigError, FormatError, PluginError, SiteError, suggest
+from qpipe.errors import ConfigError, FormatError, ModelError, PluginError, SiteError, suggest
 from qpipe.export import record as export_record
 from qpipe.export.record import zero_point_kind
 from qpipe.host import BUILTIN_PREFIX
@@ -87,8 +87,11 @@ def checked_lattice(site: str, quantizer: Quantizer, weight: Tensor) -> QTensor:
     """The codes of a weight, after comparing them with what the forward pass uses.
 
     Raises:
+        ModelError: the weight is not finite.
         FormatError: they decode to something else.
     """
+    if not bool(torch.isfinite(weight).all()):
+        raise ModelError(f"{site} holds NaN or infinity; load another checkpoint")
     lattice = quantizer.encode(weight)
     if not torch.equal(lattice.decode(weight.dtype), quantizer.quantize(weight)):
         raise FormatError(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qpipe.config import QuantizationConfig, RunConfig
+from qpipe.config import INDIFFERENT, QuantizationConfig, RunConfig
 from qpipe.data.loading import TaskData
 from qpipe.data.locate import locate
 from qpipe.engine import connect
@@ -50,6 +50,9 @@ def teacher_config(config: RunConfig) -> RunConfig:
 def fingerprint(config: RunConfig) -> str:
     """Hash of everything that decides the teacher's weights: the configuration, and the files that it names."""
     decisive = config.model_dump(mode="json", exclude={"out", "plugins", "quantization", "export"})
+    for key in INDIFFERENT:
+        section, _, name = key.partition(".")
+        decisive.get(section, {}).pop(name, None)
     named = (config.model.name, config.model.tokenizer, config.data.train, config.data.validation)
     contents = {name: content_hash(Path(locate(name))) for name in named if name is not None}
     return hashlib.sha256(json.dumps([decisive, contents], sort_keys=True).encode()).hexdigest()

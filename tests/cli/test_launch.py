@@ -233,6 +233,8 @@ def test_resume_of_a_finished_run_changes_nothing(cli, started):
     assert result.code == 0
     assert f"already complete: {started}/export" in result.out and "0.7500" in result.out
     assert {p: p.stat().st_mtime_ns for p in started.rglob("*")} == before
+    moved = started.rename(started.with_name("moved"))
+    assert f"already complete: {moved}/export" in cli("launch", "--resume", "--out", moved).out
 
 
 @pytest.mark.parametrize(

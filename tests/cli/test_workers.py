@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from qpipe import rundir
 from qpipe.config import resolve
+from qpipe.launching import prepare
 
 pytestmark = pytest.mark.distributed
 
@@ -52,6 +54,21 @@ def test_workers_get_the_configuration_and_their_ranks(process, config_file, tmp
     assert [(out / f"rank-{rank}").read_text() for rank in (0, 1)] == ["2 False True 7"] * 2
     assert resolve(out / "config.yaml").seed == 7
     assert not (out / "errors").exists()
+
+
+def test_a_directory_that_the_launcher_holds_is_not_locked_again(process, config_file, tmp_path, fake_stages):
+    """DeepSpeed's launcher, which a hostfile needs, gives its workers no mark in the environment."""
+    out = tmp_path / "run"
+    config, _ = prepare.configuration(config_file, [], [], out, False, 0)
+    path = tmp_path / "resolved.yaml"
+    path.write_text(prepare.dump(config))
+    env = {**fake_stages("(out / 'trained').touch()"), "RANK": "0"}
+    with rundir.Lock(out):
+        refused = process("train", path, env=env)
+        assert refused.returncode == 1 and "is in use by process" in refused.stderr
+        assert not (out / "trained").exists() and not (out / "errors").exists()
+        held = process("train", path, "--held", env=env)
+    assert held.returncode == 0 and (out / "trained").exists(), held.stderr
 
 
 def test_first_failing_rank_is_one_message(process, config_file, tmp_path, fake_stages):

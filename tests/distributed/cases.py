@@ -14,6 +14,8 @@ import torch
 import qpipe
 from qpipe import CheckpointError, Loss, Plugin, TrainingError, hookimpl
 from qpipe.config import resolve
+from qpipe.engine import connect
+from qpipe.engine.sharding import Shards
 from qpipe.files import write_json
 from qpipe.host import load_plugins
 
@@ -57,6 +59,44 @@ def full_disk_on_one_rank(config: dict[str, Any]) -> None:
     except CheckpointError as error:
         print(error, file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def shards_round_trip(folder: str) -> list[float]:
+    """Train a sharded model of which a part is unused, save, train on; load, and train on again: both results."""
+    config = resolve(None, ["engine.name=accelerate", "engine.fsdp=true", "engine.cpu=true"])
+    engine = connect(config.engine)
+
+    class Part(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = torch.nn.Linear(6, 3), torch.nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    def fresh() -> tuple[Part, torch.optim.Optimizer, Shards]:
+        torch.manual_seed(0)
+        model = Part()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        return model, optimizer, Shards(model, [], optimizer, engine.device)
+
+    def step(model: Part, optimizer: torch.optim.Optimizer) -> None:
+        model(torch.ones(2, 6)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    results = []
+    model, optimizer, shards = fresh()
+    step(model, optimizer)
+    shards.save(Path(folder))
+    for again in (False, True):
+        if again:
+            model, optimizer, shards = fresh()
+            shards.load(Path(folder))
+        step(model, optimizer)
+        with shards.gathered(list(model.parameters())) as whole:
+            results.append(float(torch.cat([w.flatten() for w in whole]).double().square().sum()))
+    return results
 
 
 def running_statistics(config: dict[str, Any], folder: str) -> None:

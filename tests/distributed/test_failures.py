@@ -40,6 +40,11 @@ def test_a_full_disk_on_one_rank_ends_the_run(tmp_path):
     checkpoint.verify_files(tmp_path / "run" / "checkpoints" / "step-00000003")
 
 
+def test_shards_of_a_model_with_unused_parameters_are_saved_and_loaded(tmp_path):
+    whole, loaded = run_distributed("cases:shards_round_trip", timeout=LIMIT, folder=str(tmp_path / "shards"))
+    assert whole == loaded
+
+
 def test_batch_normalization_is_evaluated_with_one_set_of_statistics(tmp_path):
     rng = np.random.default_rng(0)
     labels = [int(i % 2) for i in range(48)]

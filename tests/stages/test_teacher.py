@@ -79,7 +79,13 @@ def test_it_is_trained_once_and_again_when_what_decides_it_changes(tmp_path, tra
     assert not torch.equal(first["classifier.weight"], start["classifier.weight"])
     assert not (tmp_path / "run" / "teacher" / "checkpoints").exists(), "finished checkpoints only take up room"
 
-    for same in (config, changed(config, quantization={"preset": "w2"}), changed(config, export={"format": "native"})):
+    saving = {"train": {**config.train.model_dump(), "save_every": 2, "keep_checkpoints": 1}}
+    for same in (
+        config,
+        changed(config, quantization={"preset": "w2"}),
+        changed(config, export={"format": "native"}),
+        changed(config, **saving),
+    ):
         assert ensure_teacher(same, host()) == (path, metrics)
     assert trainings == [False], "nothing that decides the teacher has changed"
 
