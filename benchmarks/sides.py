@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from qpipe.config import RunConfig, resolve
 from qpipe.data.loading import find_task
+from qpipe.engine.base import Processes
 from qpipe.host import load_plugins
 from qpipe.run import Run, Step
 from qpipe.stages.build import instrument
@@ -73,7 +74,7 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
 
 
-class OneProcess:
+class OneProcess(Processes):
     """The engine of the quantized side: exactly what the plain loop does, behind qpipe's protocol."""
 
     name = "benchmark"
