@@ -66,7 +66,7 @@ def origin(run_dir: Path) -> str:
     return (
         f"Command: `{command}`, seed {config.seed}; metrics are of {config.data.max_eval_examples or 'all'} held-out "
         "sentences, time is without installation, on the machine of [docs/benchmarks.md](docs/benchmarks.md). "
-        "`make demo` runs the same on as many sentences as fit into 12 minutes there (`DEMO` in the Makefile)."
+        "`make demo` runs the same (`DEMO` in the Makefile sets the number of sentences)."
     )
 
 
