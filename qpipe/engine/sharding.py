@@ -59,13 +59,12 @@ class Shards:
 
     def _owner(self, name: str) -> FSDPModule:
         """The innermost sharded module around a parameter."""
-        path = name
-        while path:
+        path = name.rpartition(".")[0]
+        module = self._model.get_submodule(path)
+        while not isinstance(module, FSDPModule):  # the whole model is one
             path = path.rpartition(".")[0]
             module = self._model.get_submodule(path)
-            if isinstance(module, FSDPModule):
-                return module
-        return self._root()
+        return module
 
     @contextmanager
     def gathered(self, parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:

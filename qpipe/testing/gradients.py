@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,6 +17,7 @@ from qpipe.run import Run, Step
 from qpipe.stages.calibrate import calibrate, to_device
 from qpipe.stages.execute import assemble
 from qpipe.stages.export import packed_weights
+from qpipe.stages.gather import quantizer_state
 from qpipe.stages.self_check import self_check
 from qpipe.stages.train import collect_losses, micro_step, steps_from
 
@@ -33,7 +35,10 @@ def full_gradients(run: Run) -> dict[str, Tensor]:
 
 
 def trace(config: RunConfig, steps: int) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-    """Train `steps` optimizer steps; gradients of each, and the codes at the end (on rank 0). Collective."""
+    """Train `steps` optimizer steps; gradients of each, and codes and calibrated ranges at the end (on rank 0).
+
+    Collective.
+    """
     host = load_plugins(config.plugins)
     run = assemble(config, host, {})
     calibrate(run)
@@ -54,7 +59,8 @@ def trace(config: RunConfig, steps: int) -> tuple[list[dict[str, Tensor]], dict[
             run.engine.step()
         run.instruments.context.weights_changed()
     packed, _ = packed_weights(run)
-    codes = {name: weight.tensor.integers() for name, weight in packed.items()}
+    codes = {f"codes/{name}": weight.tensor.integers() for name, weight in packed.items()}
+    codes |= {f"ranges/{name}": value for name, value in quantizer_state(run).items() if ":weight/" not in name}
     run.engine.close()
     return gradients, codes
 
@@ -65,7 +71,7 @@ def write_traces(cases: dict[str, dict[str, Any]], steps: int, folder: str) -> l
         gradients, codes = trace(resolve(source), steps)
         if not dist.is_initialized() or dist.get_rank() == 0:
             tensors = {f"gradient/{i}/{key}": g for i, step in enumerate(gradients) for key, g in step.items()}
-            tensors |= {f"codes/{key}": value for key, value in codes.items()}
+            tensors |= codes
             save_file({k: v.contiguous() for k, v in tensors.items()}, Path(folder) / f"{name}.safetensors")
     return list(cases)
 
@@ -74,6 +80,8 @@ def compare(
     expected: dict[str, Tensor], found: dict[str, Tensor], tolerance: float = 1e-4, after_update: float | None = None
 ) -> None:
     """Compare two traces: gradients within a part of their largest element, codes within one in a thousand.
+
+    Calibrated ranges have to be equal.
 
     Gradients of equal weights differ by float rounding only, so let both sides train with a learning rate next to
     nothing. A weight on the border between two codes may fall on either side.
@@ -96,6 +104,9 @@ def compare(
             difference = (expected[key].int() - found[key].int()).abs()
             share = float((difference > 0).float().mean())
             assert int(difference.max()) <= 1 and share <= 1e-3, f"{key}: {share:.2%} of the codes differ"
+            continue
+        if key.startswith("ranges/"):
+            assert torch.equal(expected[key], found[key]), f"{key}: {found[key]} was calibrated, not {expected[key]}"
             continue
         allowed = tolerance if key.startswith("gradient/0/") else after_update
         largest = max(float(expected[key].abs().max()), 1e-6)

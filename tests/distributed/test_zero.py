@@ -9,6 +9,12 @@ from qpipe.testing import run_distributed, tiny_config
 from qpipe.testing.gradients import compare, write_traces
 
 STEPS = 3
+STATIC = {
+    "site": "{block}.*output.dense:input",
+    "quantizer": "uniform-activation",
+    "options": {"granularity": "tensor", "dynamic": False},
+}
+"""Ranges that are calibrated, so that calibration on several processes is compared too."""
 TRAINED = ("zero0", "zero1", "zero2", "zero3", "ddp", "fsdp")
 CASES = ("zero0", "zero1", "zero2", "zero3", "zero3-recomputing", "ddp", "fsdp", "fsdp-recomputing")
 PLUGINS = {"kure": {"skip_above": None}, "ternary-twn": {}, "ti-g": {"fraction": 0.7}}
@@ -24,6 +30,7 @@ def traces(tmp_path_factory):
         PLUGINS,
         teacher__name=str(folder / "teacher"),
         quantization__preset="a8",
+        quantization__rules=[STATIC],
         train__accumulation=2,
         train__max_steps=4,
         train__learning_rate=1e-12,  # so that every phase is compared on equal weights
@@ -58,6 +65,7 @@ def test_gradients_and_codes_equal_one_process(traces, case):
     assert sum(key.startswith("gradient/0/") for key in one) > 30
     assert any(key.startswith("codes/") for key in one)
     compare(one, two)
+    assert sum(key.startswith("ranges/") for key in one) == 4 * 4, "low, high, scale and zero point of four inputs"
     for key in one:
         assert not key.startswith("codes/") or bool((one[key] == two[key]).all()), key
 
