@@ -2,8 +2,6 @@
 
 import json
 import subprocess
-import sys
-import sysconfig
 import venv
 from pathlib import Path
 
@@ -12,23 +10,19 @@ import pytest
 import qpipe
 from qpipe.cli import scaffold
 
+ROOT = Path(qpipe.__file__).parents[1]
+
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """A new environment that borrows the packages of this one, and a plugin rendered and installed into it."""
+    """A new environment with qpipe installed as a user would, and a plugin rendered and installed into it."""
     folder = tmp_path_factory.mktemp("fresh")
     plugin = scaffold.render("my-penalty", folder)
-    venv.create(folder / "venv", with_pip=False)
+    venv.create(folder / "venv", with_pip=True)
     python = folder / "venv/bin/python"
-    site = Path(
-        subprocess.check_output(
-            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
-        ).strip()
-    )
-    borrowed = [sysconfig.get_path("purelib"), str(Path(qpipe.__file__).parents[1])]
-    (site / "borrowed.pth").write_text("".join(f"{path}\n" for path in borrowed))
-    install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-build-isolation", "-q"]
-    subprocess.run([*install, plugin], check=True)
+    install = [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt"]
+    for packages in (["torch"], [ROOT], ["pytest", plugin]):
+        subprocess.run([*install, *packages], check=True)
     return python, plugin
 
 
