@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -15,16 +15,24 @@ from qpipe.types import ParamGroup
 
 
 class Optim(Plugin):
-    """AdamW; linear, cosine or constant schedule with warm-up; no decay of biases and normalisation weights."""
+    """AdamW; linear, cosine or constant schedule with warm-up; no decay of biases, normalisations and quantizers."""
 
     @hookimpl
     def qpipe_param_groups(self, run: Run) -> Iterable[ParamGroup]:
-        """`no_decay`: every parameter with one dimension."""
+        """`no_decay`: every parameter with one dimension; `quantizers`: those of quantizers, by learning rate."""
+        scales = {
+            id(parameter): quantizer.lr_scale
+            for quantizer in run.instruments.quantizers().values()
+            for parameter in quantizer.parameters()
+        }
 
         def is_vector(name: str, parameter: nn.Parameter) -> bool:
-            return parameter.ndim <= 1
+            return parameter.ndim <= 1 and id(parameter) not in scales
 
         yield ParamGroup("no_decay", is_vector, weight_decay=0.0)
+        for scale in sorted(set(scales.values())):
+            members = {key for key, value in scales.items() if value == scale}
+            yield ParamGroup(f"quantizers-{scale:g}", _among(members), lr_scale=scale, weight_decay=0.0)
 
     @hookimpl(trylast=True)
     def qpipe_optimizer(self, run: Run, groups: list[dict[str, Any]]) -> Optimizer | None:
@@ -43,3 +51,8 @@ class Optim(Plugin):
             num_warmup_steps=round(run.config.train.warmup * run.total_steps),
             num_training_steps=run.total_steps,
         )
+
+
+def _among(members: set[int]) -> Callable[[str, nn.Parameter], bool]:
+    """Whether a parameter is one of those with these ids."""
+    return lambda name, parameter: id(parameter) in members

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from qpipe.errors import ConfigError
 from qpipe.quant.quantizer import QuantContext
+from qpipe.quant.rounding import block_rows
 
 logger = logging.getLogger("qpipe.compile")
 
@@ -64,9 +67,12 @@ def use_compiled(setting: Setting, elements: int, steps: int, device: torch.devi
 @cache
 def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compile` of a function of tensors and constants, one kernel for all shapes."""
+    # The compiler keeps a few variants per code object; closures of one function would share them.
+    assert isinstance(fn, FunctionType)
+    own = FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
     # One thread: the pool of compiler processes costs more than the few small kernels here.
     return torch.compile(
-        fn, dynamic=True, fullgraph=True, options={"compile_threads": 1, "emulate_precision_casts": True}
+        own, dynamic=True, fullgraph=True, options={"compile_threads": 1, "emulate_precision_casts": True}
     )
 
 
@@ -74,3 +80,35 @@ def turn_off(context: QuantContext, reason: str) -> None:
     """Go on in eager mode, and say so."""
     context.compiled = False
     logger.warning("quantization.compile: %s; weights are quantized in eager mode from here on", reason)
+
+
+def over_rows(
+    context: QuantContext,
+    fn: Callable[..., Tensor],
+    out: Tensor,
+    tensors: Sequence[Tensor],
+    constants: Sequence[Any] = (),
+) -> Tensor:
+    """Call `fn(out, *tensors, *constants)`, which treats every row by itself: compiled, or eager in blocks of rows.
+
+    Args:
+        context: says whether compiled code may be used.
+        fn: fills `out` and returns one number per row, `[rows, 1]`; a module-level function.
+        out: `[rows, width]`.
+        tensors: `[rows, ...]`, or `[1, ...]` for what all rows share.
+        constants: numbers and the like.
+
+    Returns what `fn` returns for all rows.
+    """
+    if context.compiled and out.device.type == "cpu":
+        try:
+            return compiled(fn)(out, *tensors, *constants)
+        except Exception as error:  # The compiler's errors have no common base; the eager path does the same work.
+            turn_off(context, f"compiling {fn.__name__} failed ({type(error).__name__}: {str(error)[:200]})")
+    count, size = out.shape[0], block_rows(out)
+    parts = []
+    for start in range(0, count, size):
+        stop = start + size
+        part = [t[start:stop] if t.shape[0] == count else t for t in tensors]
+        parts.append(fn(out[start:stop], *part, *constants))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -23,6 +23,7 @@ class QuantContext:
         partitioned: True where weights exist only while their module runs (ZeRO-3, FSDP2); then nothing full-size is
             kept.
         scale_dtype: scales are rounded to this type, so that the exported file holds them exactly.
+        rescale: a change of every weight scale before it is rounded, for experiments with wrong step sizes; or None.
         compiled: True where quantizers may use compiled code; the result is the same bit for bit.
         taps_active: True within a training step; observing and replacing taps do nothing otherwise.
         weight_losses: values of weight penalties met in this forward pass, by `(penalty, module path)`.
@@ -34,6 +35,7 @@ class QuantContext:
     version: int = 0
     partitioned: bool = False
     scale_dtype: torch.dtype = torch.float32
+    rescale: Callable[[Tensor], Tensor] | None = None
     compiled: bool = False
     taps_active: bool = False
     weight_losses: dict[tuple[str, str], Tensor] = field(default_factory=dict)
@@ -79,6 +81,9 @@ class Quantizer(nn.Module):
     row_wise = False
     """True if each row (axis 0) of a weight is quantized from that row alone, so that a part of the rows can be."""
 
+    lr_scale = 1.0
+    """Factor on the learning rate of the quantizer's own parameters, which have no weight decay."""
+
     def __init__(self) -> None:
         super().__init__()
         self.context = QuantContext()
@@ -94,7 +99,9 @@ class Quantizer(nn.Module):
         self.caches = site.endswith(":weight")
 
     def initialize(self, value: Tensor) -> Tensor | None:
-        """Set the quantizer's state from a full-precision value before training.
+        """Set the quantizer's state from a full-precision value before training; make parameters and buffers.
+
+        Also called for a finished run, before its state is loaded; what is returned is not used then.
 
         Returns:
             A value to store in place of the weight (for reparameterisations), or None to keep it.
@@ -119,7 +126,8 @@ class Quantizer(nn.Module):
         Args:
             scale: float tensor, non-negative. Returns float32 of the same shape.
         """
-        return snap_scale(scale, self.context.scale_dtype)
+        rescale = self.context.rescale
+        return snap_scale(scale if rescale is None else rescale(scale), self.context.scale_dtype)
 
     def quantize(self, value: Tensor, out: Tensor | None = None) -> Tensor:
         """`encode(value).decode()` in the value's dtype. Override only with something bitwise equal and faster."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,21 @@ def snap_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(snapped > 0, snapped, torch.ones_like(snapped))
 
 
+def visible_nan(statistic: Tensor, scale: Tensor) -> Tensor:
+    """The scale; NaN where the statistic is NaN, for grids whose codes come from comparisons, which hide it.
+
+    A NaN among the weights must reach the loss, which stops the run.
+    """
+    return torch.where(statistic.isnan(), statistic, scale)
+
+
 def min_max_grid(
-    rows: Tensor, axes: tuple[int, ...], low: int, high: int, symmetric: bool, scale_dtype: torch.dtype
+    rows: Tensor,
+    axes: tuple[int, ...],
+    low: int,
+    high: int,
+    symmetric: bool,
+    snap: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor | float]:
     """Scale and zero point of the smallest grid over the values (asymmetric: over the values and 0).
 
@@ -33,13 +48,13 @@ def min_max_grid(
         low: smallest code.
         high: largest code.
         symmetric: zero point 0, and `scale = max|w| / high`; else `scale = (max - min) / (high - low)`.
-        scale_dtype: type that the scale is rounded to.
+        snap: rounds scales to the type that they are exported in.
     """
     top, bottom = rows.amax(axes, keepdim=True).float(), rows.amin(axes, keepdim=True).float()
     if symmetric:
-        return snap_scale(torch.maximum(top, -bottom) / high, scale_dtype), 0.0
+        return snap(torch.maximum(top, -bottom) / high), 0.0
     top, bottom = top.clamp_min(0), bottom.clamp_max(0)
-    scale = snap_scale((top - bottom) / (high - low), scale_dtype)
+    scale = snap((top - bottom) / (high - low))
     return scale, (low - bottom / scale).round().clamp(low, high)
 
 

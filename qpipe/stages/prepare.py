@@ -76,8 +76,8 @@ def insert_quantizers(run: Run, initialize: bool) -> None:
                 run.instruments.module(site).host("weight", quantizer)
             weight = run.student.get_parameter(f"{entry.site.path}.weight")
             with torch.no_grad():
-                replacement = quantizer.initialize(weight.detach()) if initialize else None
-                if replacement is not None:
+                replacement = quantizer.initialize(weight.detach())
+                if initialize and replacement is not None:
                     weight.copy_(replacement)
                 lattice = checked_lattice(entry.site.name, quantizer, weight.detach())
             run.plan = run.plan.measured(entry.site.name, lattice, zero_point_kind(lattice.zero_point))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 _PUBLIC = {
     "check_plugin": "qpipe.testing.contract",
     "check_quantizer": "qpipe.testing.quantizers",
+    "check_rules": "qpipe.testing.contract",
     "tiny_model": "qpipe.testing.tiny",
     "tiny_text_data": "qpipe.testing.tiny",
     "tiny_config": "qpipe.testing.tiny",
@@ -16,6 +17,7 @@ _PUBLIC = {
 __all__ = [
     "check_plugin",
     "check_quantizer",
+    "check_rules",
     "run_distributed",
     "tiny_config",
     "tiny_model",
@@ -23,7 +25,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from qpipe.testing.contract import check_plugin
+    from qpipe.testing.contract import check_plugin, check_rules
     from qpipe.testing.distributed import run_distributed
     from qpipe.testing.quantizers import check_quantizer
     from qpipe.testing.tiny import tiny_config, tiny_model, tiny_text_data

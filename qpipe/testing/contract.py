@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from typing import Any
 from safetensors.torch import load_file
 
 import qpipe
+from qpipe.config import RunConfig
 from qpipe.errors import PluginError
 from qpipe.files import sha256
 from qpipe.host import PluginInfo, build_plugin, installed, load_plugins
 from qpipe.quant.quantizer import Quantizer
+from qpipe.stages.execute import evaluate_run
 from qpipe.testing.distributed import run_distributed
 from qpipe.testing.gradients import compare, write_traces
 from qpipe.testing.quantizers import check_quantizer
@@ -72,10 +74,32 @@ def check_plugin(
     check_quantizers(info, given)
     with tempfile.TemporaryDirectory(prefix="qpipe-contract-") as scratch:
         folder = Path(scratch)
-        check_run(folder, info, given, changes)
+        config = config_for(folder, info, given, changes)
+        check_run(folder, config)
         check_absent(folder, plugin, changes)
         if zero3:
-            check_zero3(folder, info, given, changes)
+            check_zero3(folder, config)
+
+
+def check_rules(rules: Sequence[Mapping[str, Any]], zero3: bool = True, **changes: Any) -> None:
+    """Check a run with these quantization rules on a tiny BERT: what `check_plugin` checks of a run with a plugin.
+
+    Args:
+        rules: as in `quantization.rules`.
+        zero3: False leaves out the distributed part.
+        changes: `section__key=value` overrides of the tiny run.
+
+    Raises:
+        AssertionError: a part of the contract is broken.
+    """
+    with tempfile.TemporaryDirectory(prefix="qpipe-contract-") as scratch:
+        folder = Path(scratch)
+        config = tiny_config(
+            folder, quantization__preset=None, quantization__rules=[dict(rule) for rule in rules], **changes
+        )
+        check_run(folder, config)
+        if zero3:
+            check_zero3(folder, config)
 
 
 def check_loads(plugin: Any, info: PluginInfo, options: Mapping[str, Any]) -> None:
@@ -113,18 +137,18 @@ def config_for(folder: Path, info: PluginInfo, options: Mapping[str, Any], chang
     return tiny_config(folder, {info.name: dict(options)}, **{**base, **changes})
 
 
-def check_run(folder: Path, info: PluginInfo, options: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
-    """It trains and exports; the export verifies; resuming from the middle ends in the same weights."""
-    config = config_for(folder, info, options, changes)
+def check_run(folder: Path, config: RunConfig) -> None:
+    """It trains and exports; the export verifies; it loads again; resuming from the middle ends in the same weights."""
     run = qpipe.execute(config)
     assert run.results["verified"], "the export does not verify"
+    again = evaluate_run(folder / "run")
+    assert again == run.results["evaluation"], f"loaded again, the trained run evaluates to {again}, not as it ended"
     whole = weights_hash(folder / "run")
     checkpoints = sorted((folder / "run" / "checkpoints").glob("step-*"))
     resumed = folder / "resumed"
     (resumed / "checkpoints").mkdir(parents=True)
     shutil.copytree(checkpoints[0], resumed / "checkpoints" / checkpoints[0].name)
-    again = config.model_copy(update={"out": str(resumed)})
-    qpipe.execute(again, resume=True)
+    qpipe.execute(config.model_copy(update={"out": str(resumed)}), resume=True)
     assert weights_hash(resumed) == whole, "a resumed run ends in other weights than an uninterrupted one"
 
 
@@ -160,10 +184,10 @@ def check_absent(folder: Path, plugin: Any, changes: Mapping[str, Any]) -> None:
     assert done.stdout.split()[-1] == weights_hash(folder / "imported"), "importing the plugin changes other runs"
 
 
-def check_zero3(folder: Path, info: PluginInfo, options: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+def check_zero3(folder: Path, config: RunConfig) -> None:
     """Two processes under ZeRO-3 have the gradients of one process, on equal weights."""
-    single = config_for(folder, info, options, {**changes, "train__learning_rate": 1e-12})
-    single = single.model_copy(update={"out": str(folder / "compared")})
+    train = config.train.model_copy(update={"learning_rate": 1e-12})
+    single = config.model_copy(update={"train": train, "out": str(folder / "compared")})
     sharded = single.model_dump(mode="json")
     sharded["engine"] |= {"name": "deepspeed", "zero": 3, "config_file": str(zero3_settings(folder))}
     write_traces({"one": single.model_dump(mode="json")}, 2, str(folder))

@@ -5,10 +5,9 @@ import logging
 import pytest
 import torch
 
-from qpipe.builtin import uniform
 from qpipe.builtin.uniform import UniformOptions, UniformWeight
 from qpipe.errors import ConfigError
-from qpipe.quant import compiled
+from qpipe.quant import compiled, grid
 from qpipe.quant.quantizer import QuantContext
 
 CPU = torch.device("cpu")
@@ -38,10 +37,10 @@ def test_compiled_codes_are_the_eager_codes(dtype):
 
 
 def test_a_failing_compiler_is_reported_and_eager_mode_takes_over(monkeypatch, caplog):
-    def broken(fn):
+    def broken(kernel):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(uniform, "compiled", broken)
+    monkeypatch.setattr(grid, "_writer", broken)
     made, value = quantizer(bits=4), weight((8, 16))
     with caplog.at_level(logging.WARNING, "qpipe.compile"):
         assert torch.equal(made.quantize(value), made.encode(value).decode())
@@ -49,7 +48,10 @@ def test_a_failing_compiler_is_reported_and_eager_mode_takes_over(monkeypatch, c
 
 
 def test_compiled_code_that_differs_is_not_used(monkeypatch, caplog):
-    monkeypatch.setattr(uniform, "compiled", lambda fn: lambda rows, out, *rest: out.zero_())
+    def wrong(kernel):
+        return lambda rows, out, axes: (out.zero_(), kernel.grid(rows, axes))[1]
+
+    monkeypatch.setattr(grid, "_writer", wrong)
     made, value = quantizer(bits=4), weight((8, 16))
     with caplog.at_level(logging.WARNING, "qpipe.compile"):
         assert torch.equal(made.quantize(value), made.encode(value).decode())

@@ -1,0 +1,151 @@
+"""DoReFa weights: a uniform grid over `tanh(w)`.
+
+Zhou et al., "DoReFa-Net: Training Low Bitwidth Convolutional Neural Networks with Low Bitwidth Gradients" (2016),
+section 2.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qpipe.builtin.binary import Sign
+from qpipe.plugin import Plugin, hookimpl
+from qpipe.quant.compiled import over_rows
+from qpipe.quant.grid import Grid, GridKernel, GridOptions, GridQuantizer
+from qpipe.quant.tensor import code_range
+from qpipe.types import QuantizerKind
+
+Output = Literal["max-abs", "unit"]
+TINY = 1e-30
+
+
+class DorefaOptions(GridOptions):
+    """Options of `dorefa`."""
+
+    bits: int = Field(4, ge=1, le=8)
+    granularity: Literal["tensor", "channel", "group"] = Field("tensor", description="what shares a scale")
+    output: Output = Field(
+        "max-abs",
+        description="largest level: max-abs: the largest |w|, for models without normalisation after every layer; "
+        "unit: 1, as published, for convolutions followed by batch normalisation",
+    )
+
+
+@dataclass(frozen=True)
+class Squashed(GridKernel):
+    """`2 q - 1` times the largest level, with `q = round(u n) / n`, `u = tanh(w) / (2 max|tanh(w)|) + 1/2`."""
+
+    unit: bool = False
+
+    def grid(self, rows: Tensor, axes: tuple[int, ...], *state: Tensor) -> Grid:
+        """Mid-rise levels up to 1 or to the largest magnitude; the limit is `max|tanh(w)|`."""
+        largest = rows.abs().amax(axes, keepdim=True).float()
+        top = torch.ones_like(largest) if self.unit else largest
+        return Grid(self.snap_above_zero(2 * top / (self.high - self.low)), -0.5, (largest.tanh(),))
+
+    def codes(self, rows: Tensor, grid: Grid, out: Tensor | None = None) -> Tensor:
+        """The nearest level to `tanh(w) / max|tanh(w)|`."""
+        steps = self.high - self.low
+        share = torch.tanh(rows.float()) / (2 * grid.limits[0].clamp_min(TINY)) + 0.5
+        codes = (share * steps).round_().add_(self.low)
+        return codes if out is None else out.copy_(codes)
+
+
+class DorefaWeight(GridQuantizer):
+    """`(2 round(u n) / n - 1) * top` with `u = tanh(w) / (2 max|tanh(w)|) + 1/2` and `n = 2**bits - 1`.
+
+    The gradient passes rounding unchanged and goes through `tanh`, through the maximum, and through `top` where that is
+    `max|w|`. One bit: `sign(w) * mean|w|`, with the gradient passed unchanged (equations 7 to 9).
+    """
+
+    def __init__(self, options: DorefaOptions) -> None:
+        super().__init__(options, options.bits)
+
+    def kernel(self) -> GridKernel:
+        """`Squashed`; `Sign` for one bit."""
+        low, high = code_range(self.bits)
+        if self.bits == 1:
+            return Sign(low, high, self.context.scale_dtype, self.context.rescale)
+        return Squashed(low, high, self.context.scale_dtype, self.context.rescale, self.options.output == "unit")
+
+    def surrogate(self, value: Tensor) -> Tensor:
+        """The value, with the gradient of `tanh(w) / max|tanh(w)| * top`."""
+        return value if self.bits == 1 else _Squash.apply(value, self)
+
+
+class _Squash(torch.autograd.Function):
+    """The value itself; in the backward pass the gradient of `DorefaWeight`."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, quantizer: DorefaWeight) -> Tensor:
+        ctx.save_for_backward(value)
+        ctx.quantizer = quantizer
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (value,) = ctx.saved_tensors
+        quantizer: DorefaWeight = ctx.quantizer
+        rows, grad = quantizer.rows_of(value), quantizer.rows_of(grads[0].contiguous())
+        result = torch.empty_like(grad)
+        largest = rows.abs().amax(quantizer.axes, keepdim=True).float()
+        dots = over_rows(quantizer.context, squashed_dot, result, (rows, grad))
+        if quantizer.per_tensor:
+            dots = dots.sum(0, keepdim=True)
+        unit = quantizer.options.output == "unit"
+        ties = (rows.abs() == largest).sum(quantizer.axes, keepdim=True)
+        at_largest = _slope_at_largest(largest, unit) * dots / ties
+        over_rows(quantizer.context, squash_gradient, result, (rows, grad, largest, at_largest), (unit,))
+        return result.view(value.shape), None
+
+
+def _slope_at_largest(largest: Tensor, unit: bool) -> Tensor:
+    """Derivative of `top / max|tanh(w)|` by the largest `|w|`."""
+    m = largest.tanh()
+    inner = -(1 - m.square()) / m.square()
+    slope = inner if unit else 1 / m + largest * inner
+    return torch.where(largest > 0, slope, 0.0)
+
+
+def squashed_dot(out: Tensor, rows: Tensor, grad: Tensor) -> Tensor:
+    """`sum(grad * tanh(w))` of each row, `[rows, 1]`, float32; `out` is left alone."""
+    return (grad.float() * torch.tanh(rows.float())).sum(1, keepdim=True)
+
+
+def squash_gradient(out: Tensor, rows: Tensor, grad: Tensor, largest: Tensor, at_largest: Tensor, unit: bool) -> Tensor:
+    """Gradient of rows into `out`; returns `largest`.
+
+    Args:
+        out: `[rows, width]`, overwritten.
+        rows: the weight, `[rows, width]`.
+        grad: gradient of the quantized weight.
+        largest: largest magnitude, `[rows, 1]` or `[1, 1]`.
+        at_largest: what the largest elements get on top, of the same shape.
+        unit: True if the largest level is 1.
+    """
+    value = rows.float()
+    squashed = torch.tanh(value)
+    top = torch.ones_like(largest) if unit else largest
+    steepness = torch.where(largest > 0, top / largest.tanh(), 0.0)  # nothing is learned where all weights are 0
+    extra = torch.where(value.abs() == largest, value.sign() * at_largest, 0.0)
+    out.copy_(grad.float() * (steepness * (1 - squashed * squashed)) + extra)
+    return largest
+
+
+class Dorefa(Plugin):
+    """Offers `dorefa`."""
+
+    @hookimpl
+    def qpipe_quantizers(self) -> Iterable[QuantizerKind]:
+        """`dorefa`."""
+        yield QuantizerKind(
+            "dorefa", DorefaWeight, DorefaOptions, frozenset({"weight"}), "uniform levels over tanh(w), 1 to 8 bits"
+        )

@@ -1,0 +1,42 @@
+"""Runs with every built-in weight quantizer keep the contract of plugins: export, resume, and ZeRO-3 on two processes."""
+
+import pytest
+
+from qpipe.host import load_plugins
+from qpipe.testing import check_rules
+
+
+def rule(site, quantizer, **options):
+    return {"site": site, "quantizer": quantizer, "options": options}
+
+
+# Each at a site of its own, in one run: most of the time goes into starting processes.
+FIRST = [
+    rule("{block}.*query:weight", "lsq", bits=4),
+    rule("{block}.*key:weight", "lsq", bits=2, granularity="tensor"),
+    rule("{block}.*value:weight", "lsq+", bits=3, granularity="group", group_size=8),
+    rule("{block}.attention.output.dense:weight", "lsq", bits=1, levels="mid-rise"),
+    rule("{block}.intermediate.dense:weight", "laq", bits=3),
+    rule("{block}.output.dense:weight", "uniform", bits=4, symmetric=False),
+    rule("{embedding}:weight", "lsq", bits=8),
+]
+SECOND = [
+    rule("{block}.*query:weight", "dorefa", bits=4),
+    rule("{block}.*key:weight", "dorefa", bits=2, granularity="channel"),
+    rule("{block}.*value:weight", "dorefa", bits=1),
+    rule("{block}.attention.output.dense:weight", "binary"),
+    rule("{block}.intermediate.dense:weight", "binary", granularity="group", group_size=16, keep_zeros=True),
+    rule("{block}.output.dense:weight", "laq", bits=2, granularity="tensor"),
+    rule("{embedding}:weight", "binary"),
+]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("rules", [FIRST, SECOND], ids=["learned", "fixed"])
+def test_contract(rules):
+    check_rules(rules)
+
+
+def test_every_builtin_weight_quantizer_is_checked():
+    kinds = load_plugins({}).collect("qpipe_quantizers").values()
+    assert {kind.name for kind in kinds if "weight" in kind.slots} == {r["quantizer"] for r in FIRST + SECOND}
