@@ -30,12 +30,17 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 FULL = Spec()
 
 
-def weights(**options: Any) -> tuple[dict[str, Any], ...]:
+def weights(quantizer: str = "uniform", **options: Any) -> tuple[dict[str, Any], ...]:
     """A rule for the weight of every linear map in the blocks."""
-    return ({"site": BLOCK_WEIGHTS, "quantizer": "uniform", "options": {"bits": 4, **options}},)
+    return ({"site": BLOCK_WEIGHTS, "quantizer": quantizer, "options": options},)
 
 
-W4 = Spec(rules=weights())
+def four_bits(**options: Any) -> tuple[dict[str, Any], ...]:
+    """`uniform` at 4 bits."""
+    return weights(bits=4, **options)
+
+
+W4 = Spec(rules=four_bits())
 A8 = ({"site": BLOCK_INPUTS, "quantizer": "uniform-activation", "options": {"bits": 8}},)
 EMBEDDING = ({"site": "{embedding}:weight", "quantizer": "uniform", "options": {"bits": 8}},)
 WITH_TEACHER = replace(FULL, kind="train+teacher")
@@ -55,10 +60,15 @@ class Case:
 CASES = (
     Case("channel", "4-bit weights per channel, compiled", W4),
     Case("channel-eager", "4-bit weights per channel, eager", replace(W4, compile="off")),
-    Case("group", "4-bit weights in groups of 64", replace(W4, rules=weights(granularity="group", group_size=64))),
-    Case("tensor", "4-bit weights per tensor", replace(W4, rules=weights(granularity="tensor"))),
-    Case("w4a8", "4-bit weights, 8-bit inputs per token", replace(W4, rules=weights() + A8)),
-    Case("embedding", "4-bit weights, 8-bit embedding per row", replace(W4, rules=weights() + EMBEDDING)),
+    Case("group", "4-bit weights in groups of 64", replace(W4, rules=four_bits(granularity="group", group_size=64))),
+    Case("tensor", "4-bit weights per tensor", replace(W4, rules=four_bits(granularity="tensor"))),
+    Case("w4a8", "4-bit weights, 8-bit inputs per token", replace(W4, rules=four_bits() + A8)),
+    Case("embedding", "4-bit weights, 8-bit embedding per row", replace(W4, rules=four_bits() + EMBEDDING)),
+    Case("lsq", "4-bit weights per channel with learned steps (`lsq`)", Spec(rules=weights("lsq", bits=4))),
+    Case("lsq-eager", "the same, eager", Spec(rules=weights("lsq", bits=4), compile="off")),
+    Case("dorefa", "4-bit weights per tensor (`dorefa`)", Spec(rules=weights("dorefa", bits=4))),
+    Case("binary", "1-bit weights per channel (`binary`)", Spec(rules=weights("binary"))),
+    Case("laq", "2-bit weights per channel (`laq`)", Spec(rules=weights("laq", bits=2))),
     Case("ternary", "ternary weights (`ternary-twn`)", Spec(plugins={"ternary-twn": {}})),
     Case("accumulation", "4-bit weights per channel, 4 micro-batches of 2", replace(W4, micro_batches=4),
          replace(FULL, micro_batches=4), "full precision, 4 micro-batches of 2"),

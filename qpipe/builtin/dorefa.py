@@ -96,12 +96,12 @@ class _Squash(torch.autograd.Function):
         quantizer: DorefaWeight = ctx.quantizer
         rows, grad = quantizer.rows_of(value), quantizer.rows_of(grads[0].contiguous())
         result = torch.empty_like(grad)
-        largest = rows.abs().amax(quantizer.axes, keepdim=True).float()
-        dots = over_rows(quantizer.context, squashed_dot, result, (rows, grad))
+        statistics = over_rows(quantizer.context, squash_statistics, result, (rows, grad))
+        largest, dots, ties = statistics.split(1, dim=1)
         if quantizer.per_tensor:
-            dots = dots.sum(0, keepdim=True)
+            ties = torch.where(largest == largest.max(), ties, 0.0)
+            largest, dots, ties = largest.max().view(1, 1), dots.sum(0, keepdim=True), ties.sum(0, keepdim=True)
         unit = quantizer.options.output == "unit"
-        ties = (rows.abs() == largest).sum(quantizer.axes, keepdim=True)
         at_largest = _slope_at_largest(largest, unit) * dots / ties
         over_rows(quantizer.context, squash_gradient, result, (rows, grad, largest, at_largest), (unit,))
         return result.view(value.shape), None
@@ -115,9 +115,16 @@ def _slope_at_largest(largest: Tensor, unit: bool) -> Tensor:
     return torch.where(largest > 0, slope, 0.0)
 
 
-def squashed_dot(out: Tensor, rows: Tensor, grad: Tensor) -> Tensor:
-    """`sum(grad * tanh(w))` of each row, `[rows, 1]`, float32; `out` is left alone."""
-    return (grad.float() * torch.tanh(rows.float())).sum(1, keepdim=True)
+def squash_statistics(out: Tensor, rows: Tensor, grad: Tensor) -> Tensor:
+    """Of each row: largest magnitude, `sum(grad * tanh(w))`, and how many elements have that magnitude.
+
+    `[rows, 3]`, float32; `out` is left alone.
+    """
+    value = rows.float()
+    largest = value.abs().amax(1, keepdim=True)
+    dots = (grad.float() * torch.tanh(value)).sum(1, keepdim=True)
+    ties = (value.abs() == largest).float().sum(1, keepdim=True)
+    return torch.cat([largest, dots, ties], dim=1)
 
 
 def squash_gradient(out: Tensor, rows: Tensor, grad: Tensor, largest: Tensor, at_largest: Tensor, unit: bool) -> Tensor:

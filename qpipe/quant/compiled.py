@@ -93,7 +93,7 @@ def over_rows(
 
     Args:
         context: says whether compiled code may be used.
-        fn: fills `out` and returns one number per row, `[rows, 1]`; a module-level function.
+        fn: fills `out` and returns some numbers per row, `[rows, k]`; a module-level function.
         out: `[rows, width]`.
         tensors: `[rows, ...]`, or `[1, ...]` for what all rows share.
         constants: numbers and the like.
