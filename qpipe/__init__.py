@@ -42,6 +42,15 @@ _PUBLIC = {
     "QTensor": "qpipe.quant.tensor",
     "Quantizer": "qpipe.quant.quantizer",
     "straight_through": "qpipe.quant.quantizer",
+    "Grid": "qpipe.quant.grid",
+    "GridKernel": "qpipe.quant.grid",
+    "GridOptions": "qpipe.quant.grid",
+    "GridQuantizer": "qpipe.quant.grid",
+    "float64_mean": "qpipe.quant.grid",
+    "float64_sum": "qpipe.quant.grid",
+    "mean_magnitude": "qpipe.quant.grid",
+    "over_rows": "qpipe.quant.compiled",
+    "visible_nan": "qpipe.quant.rounding",
     "QuantModule": "qpipe.quant.modules",
     "Inject": "qpipe.model.gradients",
     "StopGradient": "qpipe.model.gradients",
@@ -59,6 +68,10 @@ __all__ = [
     "DataError",
     "Exporter",
     "FormatError",
+    "Grid",
+    "GridKernel",
+    "GridOptions",
+    "GridQuantizer",
     "Inject",
     "Loss",
     "Metric",
@@ -89,9 +102,14 @@ __all__ = [
     "WeightLoss",
     "__version__",
     "execute",
+    "float64_mean",
+    "float64_sum",
     "hookimpl",
+    "mean_magnitude",
+    "over_rows",
     "resolve",
     "straight_through",
+    "visible_nan",
 ]
 
 if TYPE_CHECKING:
@@ -109,8 +127,11 @@ if TYPE_CHECKING:
     )
     from qpipe.model.gradients import Inject, StopGradient
     from qpipe.plugin import Options, Plugin, hookimpl
+    from qpipe.quant.compiled import over_rows
+    from qpipe.quant.grid import Grid, GridKernel, GridOptions, GridQuantizer, float64_mean, float64_sum, mean_magnitude
     from qpipe.quant.modules import QuantModule
     from qpipe.quant.quantizer import Quantizer, straight_through
+    from qpipe.quant.rounding import visible_nan
     from qpipe.quant.tensor import QTensor
     from qpipe.run import Run, Step
     from qpipe.stages.execute import execute

@@ -243,13 +243,35 @@ def _writer(kernel: GridKernel) -> Callable[..., Grid]:
     return compiled(write)
 
 
-def mean_magnitude(rows: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """`mean |w|` over `axes`, kept with size 1, as float32.
+def float64_sum(fn: Callable[[Tensor], Tensor], rows: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Sum of `fn(rows)` over `axes`, kept with size 1, in float64.
 
-    The sum is formed in float64, so that the order of summation (threads, blocks, compiled code) does not show.
+    So exact a sum, rounded to float32, does not show in which order it was formed: by how many threads, in blocks or
+    not, in eager or in compiled code.
 
     Args:
-        rows: float tensor.
+        fn: elementwise; on a CPU it is called on blocks of rows, so that nothing of the weight's size is made.
+        rows: float tensor `[rows, width]`.
         axes: reduced axes.
     """
-    return rows.abs().mean(axes, keepdim=True, dtype=torch.float64).float()
+    if torch.compiler.is_compiling() or 0 not in axes or block_rows(rows) >= rows.shape[0]:
+        return fn(rows).sum(axes, keepdim=True, dtype=torch.float64)
+    parts = [fn(block).sum(dtype=torch.float64) for block in rows.split(block_rows(rows))]
+    return torch.stack(parts).sum().view(1, 1)
+
+
+def float64_mean(fn: Callable[[Tensor], Tensor], rows: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Mean of `fn(rows)` over `axes`; otherwise like `float64_sum`."""
+    if torch.compiler.is_compiling() or 0 not in axes:
+        return fn(rows).mean(axes, keepdim=True, dtype=torch.float64)
+    return float64_sum(fn, rows, axes) / rows.numel()
+
+
+def mean_magnitude(rows: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """`mean |w|` over `axes`, kept with size 1, as float32; from a sum in float64.
+
+    Args:
+        rows: float tensor `[rows, width]`.
+        axes: reduced axes.
+    """
+    return float64_mean(torch.abs, rows, axes).float()

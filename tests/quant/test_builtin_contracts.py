@@ -1,4 +1,4 @@
-"""Runs with every built-in weight quantizer keep the contract of plugins: export, resume, and ZeRO-3 on two processes."""
+"""Runs with every built-in weight quantizer keep the contract of plugins: export, resume, ZeRO-3 on two processes."""
 
 import pytest
 
