@@ -40,6 +40,7 @@ _PUBLIC = {
     "Task": "qpipe.types",
     "WeightLoss": "qpipe.types",
     "QTensor": "qpipe.quant.tensor",
+    "QuantContext": "qpipe.quant.quantizer",
     "Quantizer": "qpipe.quant.quantizer",
     "straight_through": "qpipe.quant.quantizer",
     "Grid": "qpipe.quant.grid",
@@ -83,6 +84,7 @@ __all__ = [
     "PluginError",
     "QTensor",
     "QpipeError",
+    "QuantContext",
     "QuantModule",
     "Quantizer",
     "QuantizerKind",
@@ -130,7 +132,7 @@ if TYPE_CHECKING:
     from qpipe.quant.compiled import over_rows
     from qpipe.quant.grid import Grid, GridKernel, GridOptions, GridQuantizer, float64_mean, float64_sum, mean_magnitude
     from qpipe.quant.modules import QuantModule
-    from qpipe.quant.quantizer import Quantizer, straight_through
+    from qpipe.quant.quantizer import QuantContext, Quantizer, straight_through
     from qpipe.quant.rounding import visible_nan
     from qpipe.quant.tensor import QTensor
     from qpipe.run import Run, Step

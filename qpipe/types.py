@@ -119,6 +119,7 @@ class WeightLoss:
         weight: factor in the total loss.
         applies: takes a module path and says whether its weight is penalised.
         reduction: how the values of several weights combine.
+        every: evaluate in every n-th optimizer step only, with n times the weight.
     """
 
     name: str
@@ -126,6 +127,7 @@ class WeightLoss:
     weight: float
     applies: Callable[[str], bool]
     reduction: Literal["mean", "sum"] = "mean"
+    every: int = 1
 
 
 @dataclass(frozen=True)

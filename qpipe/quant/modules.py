@@ -75,8 +75,8 @@ class QuantModule(nn.Module):
     def after(self, y: Tensor) -> Tensor:
         """Weight penalties, then taps and quantizer at the output."""
         context = self.qpipe.context
-        if self.qpipe.weight_losses and context.collect_weight_losses and torch.is_grad_enabled():
-            for term in self.qpipe.weight_losses:
+        if self.qpipe.weight_losses and context.due_weight_losses and torch.is_grad_enabled():
+            for term in (term for term in self.qpipe.weight_losses if term.name in context.due_weight_losses):
                 y, value = WithWeightLoss.apply(y, self.weight, term.fn)
                 context.weight_losses[term.name, self.qpipe.path] = value
         y = run_taps(self.qpipe.taps["output"], y, context)

@@ -27,7 +27,7 @@ class QuantContext:
         compiled: True where quantizers may use compiled code; the result is the same bit for bit.
         taps_active: True within a training step; observing and replacing taps do nothing otherwise.
         weight_losses: values of weight penalties met in this forward pass, by `(penalty, module path)`.
-        collect_weight_losses: True on the micro-batch that ends an optimizer step.
+        due_weight_losses: names of the weight penalties that act in this micro-batch.
         visited: by name of the sites whose quantizer has run, whether it changed its value; None while nobody asks.
     """
 
@@ -39,7 +39,7 @@ class QuantContext:
     compiled: bool = False
     taps_active: bool = False
     weight_losses: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-    collect_weight_losses: bool = False
+    due_weight_losses: frozenset[str] = frozenset()
     visited: dict[str, bool] | None = None
 
     def weights_changed(self) -> None:

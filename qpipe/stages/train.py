@@ -140,7 +140,7 @@ def micro_step(run: Run, step: Step, losses: list[Loss]) -> dict[str, Tensor]:
     teacher_signals(run, step, wanted)
     run.instruments.want(wanted.student, step.student)
     context.weight_losses.clear()
-    context.collect_weight_losses = step.is_last_micro_batch
+    context.due_weight_losses = due_weight_losses(run, step)
     context.taps_active = True
     step.output = run.engine.forward(**inputs_of(step.batch), **_extra(wanted.student))
     run.instruments.take_outputs(step.output, wanted.student, step.student)
@@ -159,19 +159,29 @@ def _weight(loss: Loss, index: int) -> float:
     return loss.weight(index) if callable(loss.weight) else loss.weight
 
 
+def due_weight_losses(run: Run, step: Step) -> frozenset[str]:
+    """Names of the penalties that act in this micro-batch: the last of every `every`-th optimizer step."""
+    if not step.is_last_micro_batch:
+        return frozenset()
+    return frozenset(term.name for term in run.weight_losses if (step.index + 1) % term.every == 0)
+
+
 def weight_loss_parts(run: Run) -> dict[str, Tensor]:
     """Weighted penalties met in this forward pass, by name.
 
-    They act in the last micro-batch only; the factor `accumulation` undoes the engine's division.
+    They act in the last micro-batch only; the factor `accumulation` undoes the engine's division. Those that are not due
+    in every step count for the steps left out.
     """
     found = run.instruments.context.weight_losses
     if not found:
         return {}
     parts = {}
     for term in run.weight_losses:
+        if term.name not in run.instruments.context.due_weight_losses:
+            continue
         values = torch.stack([value for (name, _), value in found.items() if name == term.name])
         combined = values.mean() if term.reduction == "mean" else values.sum()
-        parts[term.name] = term.weight * run.config.train.accumulation * combined
+        parts[term.name] = term.weight * term.every * run.config.train.accumulation * combined
     return parts
 
 

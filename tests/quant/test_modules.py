@@ -235,7 +235,7 @@ def test_weight_loss_has_the_gradient_of_the_penalty_on_the_raw_weight(kind):
     _, without = gradients(module, x)
     module.zero_grad()
     context = module.qpipe.context
-    context.collect_weight_losses = True
+    context.due_weight_losses = frozenset({"w4"})
     y = module(x)
     value = context.weight_losses["w4", "m"]
     weight = module.weight.detach().clone().requires_grad_()
@@ -250,7 +250,7 @@ def test_weight_loss_has_the_gradient_of_the_penalty_on_the_raw_weight(kind):
 def test_weight_loss_is_not_computed_while_not_collected(off):
     module, x = hosted("linear")
     module.qpipe.weight_losses = (WeightLoss("never", lambda w: 1 / 0, 1.0, lambda path: True),)
-    module.qpipe.context.collect_weight_losses = off != "collect"
+    module.qpipe.context.due_weight_losses = frozenset({"another"} if off == "collect" else {"never"})
     with torch.set_grad_enabled(off != "no_grad"):
         module(x)
     assert not module.qpipe.context.weight_losses

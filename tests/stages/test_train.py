@@ -117,8 +117,8 @@ def test_factors_of_terms_and_their_sum(tmp_path, use, fast):
 # --- weight losses and accumulation -----------------------------------------------------------------------------------
 
 
-def penalty(reduction="sum"):
-    return WeightLoss("squares", squares, 7.0, lambda path: path.endswith("intermediate.dense"), reduction)
+def penalty(reduction="sum", weight=7.0, every=1):
+    return WeightLoss("squares", squares, weight, lambda path: path.endswith("intermediate.dense"), reduction, every)
 
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
@@ -153,6 +153,18 @@ def test_weight_loss_adds_its_own_gradient(reduction, accumulation, tmp_path, us
             expected = expected + 7.0 / share * 2 * weight / weight.numel()
             assert not torch.allclose(gradient, without[name], **CLOSE)
         torch.testing.assert_close(gradient, expected, **CLOSE)
+
+
+def test_a_weight_loss_of_every_second_step_counts_twice(tmp_path, use):
+    changes = {"quantization__preset": "w4", "train__learning_rate": 1e-12}  # so that all steps see equal weights
+    gradients = []
+    for offer in (Offer(), Offer(weight_losses=[penalty(weight=14.0)]), Offer(weight_losses=[penalty(every=2)])):
+        use(offer)
+        gradients.append(trace(tiny_config(tmp_path, **changes), 2)[0])
+    without, double, lazy = gradients
+    for name, gradient in lazy[0].items():
+        torch.testing.assert_close(gradient, without[0][name], **CLOSE)
+        torch.testing.assert_close(lazy[1][name], double[1][name], **CLOSE)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from qpipe_kure import Kure, KureOptions, kurtosis
 from torch import nn
 
-from qpipe import CheckpointError, ConfigError, ModelError, Site, SiteError, TrainingError
+from qpipe import CheckpointError, ConfigError, ModelError, QuantContext, Site, SiteError, TrainingError
 
 
 def model():
@@ -33,7 +33,7 @@ def make_run(tmp_path, planned=("embedding", "query", "ffn"), student=None):
     return SimpleNamespace(
         student=student,
         plan=SimpleNamespace(sites=plan),
-        instruments=SimpleNamespace(sites=sites),
+        instruments=SimpleNamespace(sites=sites, context=QuantContext()),
         engine=SimpleNamespace(rank=0),
         out=tmp_path,
         total_steps=10,

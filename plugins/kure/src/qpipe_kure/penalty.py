@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 256 * 1024
-"""Elements per block on a CPU: two float32 buffers of this size stay in cache, and few enough blocks that the cost of
-calling an operator does not show. Longer blocks also lose precision: each block is one float32 sum."""
+from qpipe import QuantContext, over_rows
 
 CONSTANT = 8 * torch.finfo(torch.float32).eps
 """Standard deviations below this part of the mean are rounding errors of a constant tensor."""
@@ -31,36 +29,46 @@ class Moments(NamedTuple):
     fourth: Tensor
 
 
-def _working(weight: Tensor) -> tuple[Tensor, int]:
-    """The weight flattened in the dtype of the computation, and the block length."""
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    flat = weight.detach().reshape(-1).to(dtype)
-    return flat, min(BLOCK, flat.numel()) if flat.device.type == "cpu" else flat.numel()
+def _rows(weight: Tensor) -> Tensor:
+    return weight.reshape(weight.shape[0], -1) if weight.ndim > 1 else weight.reshape(1, -1)
 
 
-def moments(weight: Tensor) -> Moments:
-    """Mean and second to fourth central moments in two reads of the tensor, without temporaries of its size on a CPU.
+def power_sums(out: Tensor, rows: Tensor, pilot: Tensor) -> Tensor:
+    """Sums of the first four powers of `rows - pilot`, for each row: `[rows, 4]`, float64; `out` is left alone.
 
     Args:
-        weight: float tensor of any shape with at least one element; computed in float32 (float64 if it is float64).
+        out: not used.
+        rows: float tensor `[rows, width]`.
+        pilot: a value near the mean, `[1, 1]`; powers about it lose no precision to a large mean.
+    """
+    z = rows.double() - pilot.double()
+    square = z * z
+    return torch.cat([part.sum(1, keepdim=True) for part in (z, square, z * square, square * square)], dim=1)
+
+
+def moments(weight: Tensor, context: QuantContext | None = None) -> Moments:
+    """Mean and second to fourth central moments in one read of the tensor, with sums in float64.
+
+    Args:
+        weight: float tensor of any shape with at least one element.
+        context: says whether compiled code may be used; None: it may not.
 
     Raises:
         ValueError: the tensor is empty.
     """
     if weight.numel() == 0:
         raise ValueError("moments of an empty tensor are not defined; leave the tensor out")
-    flat, size = _working(weight)
-    mean = flat.mean()
-    deviation, square = flat.new_empty(size), flat.new_empty(size)
-    sums: list[Tensor] = []
-    for start in range(0, flat.numel(), size):
-        block = flat[start : start + size]
-        z, zz = deviation[: block.numel()], square[: block.numel()]
-        torch.sub(block, mean, out=z)
-        torch.mul(z, z, out=zz)
-        sums += [torch.dot(z, z), torch.dot(z, zz), torch.dot(zz, zz)]
-    second, third, fourth = torch.stack(sums).double().view(-1, 3).sum(0) / flat.numel()
-    return Moments(mean.double(), second, third, fourth)
+    rows = _rows(weight.detach())
+    pilot = rows[:1, :1].clone()
+    sums = over_rows(context or QuantContext(), power_sums, rows, (rows, pilot)).sum(0) / weight.numel()
+    first, second, third, fourth = sums.unbind()
+    square = first.square()
+    return Moments(
+        pilot.view(()).double() + first,
+        second - square,
+        third - 3 * first * second + 2 * first * square,
+        fourth - 4 * first * third + 6 * square * second - 3 * square.square(),
+    )
 
 
 def _is_constant(m: Moments) -> Tensor:
@@ -92,52 +100,61 @@ def kurtosis(weight: Tensor) -> float:
 
 
 class KurtosisPenalty(torch.autograd.Function):
-    """`KurtosisPenalty.apply(weight, target, squared)`: a scalar penalty on the kurtosis K of a weight.
+    """`KurtosisPenalty.apply(weight, target, squared, context)`: a scalar penalty on the kurtosis K of a weight.
 
     The value is `(K - target)**2`, or K itself where `squared` is False; 0 with gradient 0 for a constant tensor. With
     `z = w - mean` and population moments `m2, m3, m4` about the mean,
 
         dK/dw = 4 / (N * m2**2) * (z**3 - (m4 / m2) * z - m3) * ((N - 1) / N)**2,
 
-    so that the backward pass is one read and one write of the tensor. It cannot be differentiated twice.
+    so that the forward pass is one read of the tensor, and the backward pass one read and one write. It cannot be
+    differentiated twice.
 
     Args of `apply`:
         weight: float tensor of any shape.
         target: the kurtosis aimed at.
         squared: which of the two penalties.
+        context: says whether compiled code may be used; None: it may not.
 
     Returns a float32 scalar (float64 for a float64 weight).
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, target: float, squared: bool) -> Tensor:
-        """The penalty; keeps the weight itself and five scalars."""
-        m = moments(weight)
+    def forward(ctx: Any, weight: Tensor, target: float, squared: bool, context: QuantContext | None = None) -> Tensor:
+        """The penalty; keeps the weight itself and four scalars."""
+        m = moments(weight, context)
         constant = _is_constant(m)
         value = _kurtosis(m, weight.numel())
         slope = 2 * (value - target) if squared else torch.ones_like(value)
         slope = slope * 4 * _bessel(weight.numel()) / (weight.numel() * m.second.square())
-        ctx.save_for_backward(weight, torch.where(constant, 0.0, slope), *m)
+        # A constant tensor has slope 0; its ratio would be 0/0, and 0 * NaN is NaN.
+        slope, ratio = torch.where(constant, 0.0, slope), torch.where(constant, 0.0, m.fourth / m.second)
+        ctx.save_for_backward(weight, slope, m.mean, ratio, m.third)
+        ctx.context = context or QuantContext()
         penalty = (value - target).square() if squared else value
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         return torch.where(constant, 0.0, penalty).to(dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         """Gradient of the weight's shape and dtype."""
-        weight, slope, mean, second, third, fourth = ctx.saved_tensors
-        flat, size = _working(weight)
-        # A constant tensor has slope 0; its ratio would be 0/0, and 0 * NaN is NaN.
-        ratio = torch.where(slope == 0, 0.0, fourth / second).to(flat.dtype)
-        factor = (slope * grad).to(flat.dtype)
-        mean, third = mean.to(flat.dtype), third.to(flat.dtype)
-        result = torch.empty_like(flat)
-        deviation = flat.new_empty(size)
-        for start in range(0, flat.numel(), size):
-            block, out = flat[start : start + size], result[start : start + size]
-            z = deviation[: block.numel()]
-            torch.sub(block, mean, out=z)
-            torch.addcmul(-ratio, z, z, out=out)
-            torch.addcmul(-third, z, out, out=out).mul_(factor)
-        return result.to(weight.dtype).view(weight.shape), None, None
+        weight, slope, *rest = ctx.saved_tensors
+        rows = _rows(weight)
+        result = torch.empty_like(rows)
+        scalars = [scalar.to(grad.dtype).view(1, 1) for scalar in (slope * grad, *rest)]
+        over_rows(ctx.context, kurtosis_gradient, result, (rows, *scalars))
+        return result.view(weight.shape), None, None, None
+
+
+def kurtosis_gradient(out: Tensor, rows: Tensor, slope: Tensor, mean: Tensor, ratio: Tensor, third: Tensor) -> Tensor:
+    """`slope * (z**3 - ratio * z - third)` with `z = rows - mean`, into `out`; returns one number per row, of no use.
+
+    Args:
+        out: `[rows, width]`, overwritten.
+        rows: float tensor `[rows, width]`.
+        slope, mean, ratio, third: `[1, 1]`, in the type of the computation.
+    """
+    z = rows.to(mean.dtype) - mean
+    out.copy_(slope * (z * (z * z - ratio) - third))
+    return out[:, :1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from qpipe import ModelError, Options, Plugin, ReportSection, Run, TrainingError, WeightLoss, hookimpl
+from qpipe import ModelError, Options, Plugin, QuantContext, ReportSection, Run, TrainingError, WeightLoss, hookimpl
 from qpipe_kure.penalty import KurtosisPenalty, kurtosis
 from qpipe_kure.report import FILE, read, section
 from qpipe_kure.selection import Candidate, matching, select, table
@@ -29,6 +30,9 @@ class KureOptions(Options):
         "squared", description="`squared`: (K - target)^2; `linear`: K itself"
     )
     reduction: Literal["mean", "sum"] = Field("mean", description="how the penalties of several weights combine")
+    every: int = Field(
+        1, ge=1, description="evaluate in every n-th optimizer step only, with n times the weight; saves its cost"
+    )
     include: tuple[str, ...] = Field(
         (), description="patterns over module paths; default: every quantized weight except embeddings"
     )
@@ -47,10 +51,10 @@ class Kure(Plugin):
         super().__init__(options)
         self.candidates: tuple[Candidate, ...] = ()
 
-    def penalty(self, weight: Tensor) -> Tensor:
+    def penalty(self, weight: Tensor, context: QuantContext | None = None) -> Tensor:
         """The penalty on one weight of any shape, a float scalar."""
         options = self.options
-        value: Tensor = KurtosisPenalty.apply(weight, options.target, options.penalty == "squared")
+        value: Tensor = KurtosisPenalty.apply(weight, options.target, options.penalty == "squared", context)
         return value
 
     def candidate_names(self, run: Run) -> list[str]:
@@ -84,7 +88,10 @@ class Kure(Plugin):
             if run.engine.rank == 0:
                 logger.info("%s", table(self.candidates))
         chosen = frozenset(c.name for c in self.candidates if not c.left_out)
-        yield WeightLoss("kure", self.penalty, self.options.weight, chosen.__contains__, self.options.reduction)
+        penalty = partial(self.penalty, context=run.instruments.context)
+        yield WeightLoss(
+            "kure", penalty, self.options.weight, chosen.__contains__, self.options.reduction, self.options.every
+        )
 
     def _record(self) -> dict[str, Any]:
         options = self.options.model_dump(mode="json")
