@@ -73,6 +73,9 @@ class QuantizationConfig(Section):
 
     preset: str | None = Field(None, description="a named list of rules that comes before `rules`: see `qpipe.presets`")
     rules: tuple[RuleConfig, ...] = ()
+    plan: str | None = Field(
+        None, description="file with more `quantization.rules`, which are put after `rules` when the file is read"
+    )
     scale_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="scales are rounded to this type while training; auto: the type the model is exported in"
     )
@@ -294,11 +297,33 @@ def resolve(
     for name in plugins:
         data["plugins"].setdefault(name, {})
     data["plugins"] = {k: v or {} for k, v in data["plugins"].items()}
-    data = apply_overrides(data, overrides)
+    data = with_plan(apply_overrides(data, overrides))
     try:
         return RunConfig(**data)
     except ValidationError as error:
         raise ConfigError(f"configuration: {_describe_nested(error)}") from error
+
+
+def with_plan(data: dict[str, Any]) -> dict[str, Any]:
+    """Put the rules of `quantization.plan` after `quantization.rules`, so that the configuration stands alone.
+
+    Raises:
+        ConfigError: the file is missing, or holds anything but `quantization.rules`.
+    """
+    section = data.get("quantization")
+    if not isinstance(section, dict) or section.get("plan") is None:
+        return data
+    path = Path(str(section["plan"]))
+    if not path.is_file():
+        raise ConfigError(
+            f"quantization.plan {str(path)!r} does not exist; `qpipe inspect sensitivity --out` writes one"
+        )
+    found = read_yaml(path.read_text(), str(path))
+    inner = found.get("quantization")
+    if list(found) != ["quantization"] or not isinstance(inner, dict) or list(inner) != ["rules"]:
+        raise ConfigError(f"{path} must hold `quantization: {{rules: [...]}}` and nothing else")
+    rules = [*(section.get("rules") or ()), *(inner["rules"] or ())]
+    return {**data, "quantization": {**section, "rules": rules, "plan": None}}
 
 
 def _describe_nested(error: ValidationError) -> str:

@@ -251,12 +251,15 @@ class Exporter:
         write: writes the packed model of a run into an empty folder.
         check: returns a reason for each planned site that the format cannot hold; called before training.
         summary: one line for the docs and error messages.
+        stored_bytes: takes a parameter name, a `PackedWeight` and the export's dtype, and returns the bytes that the
+            weight takes in the file with its scales; None where that is what codes and scales need without padding.
     """
 
     name: str
     write: Callable[[Any, Path], None]
     check: Callable[[Any], Iterable[str]]
     summary: str = ""
+    stored_bytes: Callable[[str, Any, torch.dtype], int] | None = None
 
 
 @dataclass(frozen=True)

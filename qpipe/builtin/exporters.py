@@ -22,6 +22,12 @@ def _check_compressed(sites: Any) -> Iterable[str]:
     return compressed.check(sites)
 
 
+def _bytes_compressed(name: str, weight: Any, dtype: Any) -> int:
+    from qpipe.export import schemes
+
+    return sum(tensor.nbytes for tensor in schemes.weight_tensors(name, weight, dtype)[1].values())
+
+
 def _write_native(record: Any, directory: Path) -> None:
     from qpipe.export import native
 
@@ -32,6 +38,12 @@ def _check_native(sites: Any) -> Iterable[str]:
     from qpipe.export import native
 
     return native.check(sites)
+
+
+def _bytes_native(name: str, weight: Any, dtype: Any) -> int:
+    from qpipe.export import native
+
+    return sum(tensor.nbytes for tensor in native.pack(name, weight)[1].values())
 
 
 class Exporters(Plugin):
@@ -45,10 +57,12 @@ class Exporters(Plugin):
             _write_compressed,
             _check_compressed,
             "Linear and Embedding weights of 1 to 8 bits; loads in stock transformers",
+            _bytes_compressed,
         )
         yield Exporter(
             "native",
             _write_native,
             _check_native,
             "any module, packed embeddings, codes -1, 0, 1 at 1.6 bits; read by qpipe, or numpy (docs/format.md)",
+            _bytes_native,
         )

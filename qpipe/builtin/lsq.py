@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from qpipe.plugin import Plugin, hookimpl
 from qpipe.quant.compiled import over_rows
 from qpipe.quant.grid import Grid, GridKernel, GridOptions, GridQuantizer, mean_magnitude
+from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.tensor import code_range
 from qpipe.types import QuantizerKind
 
@@ -112,6 +113,20 @@ class LsqWeight(GridQuantizer):
         """Make the step, `[rows, 1]` or `[1, 1]`, as `init` says."""
         self.step = nn.Parameter(self.first_step(self.rows_of(value.float())).to(value.dtype))
         return None
+
+    def inherit(self, trained: Quantizer, value: Tensor | None) -> None:
+        """Keep the learned range at another width: its outer levels (mid-rise), or their cells' edges (mid-tread).
+
+        At 2 bits the highest mid-tread level is one step: kept where it was, it would leave nearly only zeros.
+        """
+        assert isinstance(trained, LsqWeight)
+        self.step = nn.Parameter(trained.step.detach() * (trained.steps / self.steps))
+
+    @property
+    def steps(self) -> float:
+        """Steps that the range is wide; see `inherit`."""
+        low, high = self.bounds
+        return high - low + (1 if self.zero_point == 0 else 0)
 
     def first_step(self, rows: Tensor) -> Tensor:
         """The first step of rows `[rows, width]`."""

@@ -7,22 +7,24 @@ from pathlib import Path
 
 from qpipe.errors import CheckpointError
 from qpipe.plugin import Plugin, hookimpl
-from qpipe.report import sections
+from qpipe.report import robustness, sections
 from qpipe.types import ReportSection
 
-SECTIONS: tuple[tuple[int, str, Callable[[Path], str]], ...] = (
+SECTIONS: tuple[tuple[int, str, Callable[[Path], str | None]], ...] = (
     (10, "Result", sections.result),
     (20, "Training", sections.training),
     (30, "Quantized layers", sections.layers),
     (40, "Size", sections.sizes),
     (50, "Quantization error", sections.weights),
+    (55, "Robustness", robustness.robustness),
     (900, "Configuration", sections.configuration),
 )
-"""Order, title and body. Sections of plugins come before the configuration unless they ask for another place."""
+"""Order, title and body; a body that is None is no section. Sections of plugins come before the configuration unless
+they ask for another place."""
 
 
 class ReportSections(Plugin):
-    """Result, training curves, layers, size, quantization error and configuration."""
+    """Result, training curves, layers, size, quantization error, robustness and configuration."""
 
     @hookimpl
     def qpipe_report_sections(self, run_dir: Path) -> Iterable[ReportSection]:
@@ -32,4 +34,5 @@ class ReportSections(Plugin):
                 html = body(run_dir)
             except CheckpointError as error:
                 html = sections.missing("A file of the run is damaged", f"{error}.")
-            yield ReportSection(title, html, order)
+            if html is not None:
+                yield ReportSection(title, html, order)

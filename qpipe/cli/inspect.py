@@ -94,3 +94,38 @@ def checkpoint(
         return
     columns = list(dict.fromkeys(key for row in rows for key in row))
     print_table(columns, [[row.get(column) for column in columns] for row in rows])
+
+
+@app.command()
+def sensitivity(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_CONFIG", help="Run directory, or YAML configuration.", exists=True)
+    ],
+    bits: Annotated[str, typer.Option(help="Widths to try, with commas.")] = "2,3,4,8",
+    examples: Annotated[int, typer.Option(min=1, help="Training examples to measure the loss on.")] = 512,
+    sites: Annotated[
+        list[str] | None,
+        typer.Option("--sites", metavar="PATTERN", help="Weights to measure. Default: all quantized ones."),
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Choose widths that fit: 3.2bit per weight, or 12MB.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the chosen plan (quantization.plan).")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="Exporter whose file is to fit. Default: the configured export.format.")
+    ] = None,
+    plugins: PluginsOption = "",
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what quantizing each weight alone costs, and choose a width for each.
+
+    The cost is the increase of the loss on training data with everything else in full precision. With --budget, the
+    widths with the smallest sum of increases that fit are chosen, and --out writes them as quantization rules.
+    """
+    from qpipe.cli.sensitivity import Request, inspect_sensitivity
+
+    if out is not None and budget is None:
+        raise typer.BadParameter("--out writes a chosen plan; give a --budget too")
+    if source.is_dir() and (plugins or set_):
+        raise typer.BadParameter("--plugins and --set belong to a configuration; a run keeps its own")
+    request = Request(source, bits, examples, tuple(sites or ()), budget, out, format)
+    inspect_sensitivity(request, split_names(plugins), set_ or [], as_json)

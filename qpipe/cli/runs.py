@@ -1,4 +1,4 @@
-"""Commands that take a finished run: `evaluate`, `export`, `verify`, `report`."""
+"""Commands that take a finished run: `export`, `verify`, `report`."""
 
 from __future__ import annotations
 
@@ -7,22 +7,8 @@ from typing import Annotated
 
 import typer
 
-from qpipe.cli.options import JsonOption, RunArgument
-from qpipe.cli.output import console, print_json, print_table
-
-
-def evaluate(run: RunArgument, as_json: JsonOption = False) -> None:
-    """Evaluate the trained model of a run."""
-    from qpipe.launching.worker import quiet_libraries
-
-    quiet_libraries()
-    from qpipe.stages import evaluate_run
-
-    metrics = evaluate_run(run)
-    if as_json:
-        print_json(metrics)
-    else:
-        print_table(("metric", "value"), metrics.items())
+from qpipe.cli.options import RunArgument
+from qpipe.cli.output import console
 
 
 def export(

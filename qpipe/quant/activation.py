@@ -91,6 +91,14 @@ class UniformActivation(Quantizer):
         self.scale.copy_(self.snap(scale))
         self.zero_point.copy_(zero)
 
+    def inherit(self, trained: Quantizer, value: Tensor | None) -> None:
+        """Keep the calibrated range of a static quantizer, and divide it anew."""
+        if not self.options.dynamic:
+            assert isinstance(trained, UniformActivation)
+            self.low.copy_(trained.low)
+            self.high.copy_(trained.high)
+            self.freeze_range()
+
     def _affine(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         bottom, top = code_range(self.options.bits)
         low, high = torch.minimum(low, torch.zeros_like(low)), torch.maximum(high, torch.zeros_like(high))
@@ -113,17 +121,21 @@ class UniformActivation(Quantizer):
         if not self.options.dynamic:
             if bool(torch.isnan(self.scale).any()):
                 raise TrainingError(f"{self.site} has static ranges that were never calibrated")
-            return self.scale.to(x.dtype), self.zero_point.to(x.dtype)
+            return self.rescaled(self.scale).to(x.dtype), self.zero_point.to(x.dtype)
         if self.options.granularity == "tensor":
             low, high = torch.aminmax(x)
-            return self._affine(low.reshape(1), high.reshape(1))
+            return self._dynamic(low.reshape(1), high.reshape(1))
         if x.ndim < 3:
             raise TrainingError(
                 f"{self.site}: per-token ranges need [batch, tokens, features], got shape {tuple(x.shape)}; "
                 "set granularity: tensor there, or leave the site out with quantizer: none"
             )
         axes = tuple(range(2, x.ndim))
-        return self._affine(x.amin(axes, keepdim=True), x.amax(axes, keepdim=True))
+        return self._dynamic(x.amin(axes, keepdim=True), x.amax(axes, keepdim=True))
+
+    def _dynamic(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        scale, zero = self._affine(low, high)
+        return self.rescaled(scale), zero
 
     def encode(self, value: Tensor) -> QTensor:
         """Codes of an activation with the scale and zero point of `parameters_of`."""

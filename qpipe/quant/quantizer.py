@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qpipe.errors import SiteError
 from qpipe.quant.rounding import snap_scale
 from qpipe.quant.tensor import QTensor
 
@@ -23,7 +24,7 @@ class QuantContext:
         partitioned: True where weights exist only while their module runs (ZeRO-3, FSDP2); then nothing full-size is
             kept.
         scale_dtype: scales are rounded to this type, so that the exported file holds them exactly.
-        rescale: a change of every weight scale before it is rounded, for experiments with wrong step sizes; or None.
+        rescale: a change of every scale before it is rounded, for experiments with wrong step sizes; or None.
         compiled: True where quantizers may use compiled code; the result is the same bit for bit.
         taps_active: True within a training step; observing and replacing taps do nothing otherwise.
         weight_losses: values of weight penalties met in this forward pass, by `(penalty, module path)`.
@@ -108,6 +109,25 @@ class Quantizer(nn.Module):
         """
         return None
 
+    def inherit(self, trained: Quantizer, value: Tensor | None) -> None:
+        """Take over from a trained quantizer of the same kind that has other options, such as another width.
+
+        Called once, after `attach`. By default the state is set afresh, as before training; override it where training
+        has learned something that still holds.
+
+        Args:
+            trained: the quantizer that served this site until now.
+            value: the full-precision weight at the site; None for an activation.
+
+        Raises:
+            SiteError: `initialize` would replace the weight, which is in its trained form already.
+        """
+        if value is not None and self.initialize(value) is not None:
+            raise SiteError(
+                f"{self.site}: {type(self).__name__} keeps its weight in a form of its own, so it cannot be set up "
+                "from a trained weight by default; its author must override Quantizer.inherit"
+            )
+
     def encode(self, value: Tensor) -> QTensor:
         """Put a value on the lattice. Called without gradients.
 
@@ -126,8 +146,18 @@ class Quantizer(nn.Module):
         Args:
             scale: float tensor, non-negative. Returns float32 of the same shape.
         """
+        return snap_scale(self.rescaled(scale), self.context.scale_dtype)
+
+    def rescaled(self, scale: Tensor) -> Tensor:
+        """The scale after the context's `rescale`, which asks what another step size would do; usually as it is.
+
+        Quantizers whose scales do not pass through `snap` call this themselves.
+
+        Args:
+            scale: float tensor. Returns a tensor of the same shape and dtype; `rescale` itself is given float32.
+        """
         rescale = self.context.rescale
-        return snap_scale(scale if rescale is None else rescale(scale), self.context.scale_dtype)
+        return scale if rescale is None else rescale(scale.float()).to(scale.dtype)
 
     def quantize(self, value: Tensor, out: Tensor | None = None) -> Tensor:
         """`encode(value).decode()` in the value's dtype. Override only with something bitwise equal and faster."""

@@ -13,6 +13,7 @@ from qpipe.config import read_yaml
 from qpipe.errors import CheckpointError, ConfigError
 
 METRICS_FILE = "metrics.jsonl"
+VARIANTS_FILE = "variants.json"
 
 
 class PlanEntry(BaseModel):
@@ -62,6 +63,28 @@ class Results(BaseModel):
     reloaded: dict[str, Any] | None = None
     size: SizeResult | None = None
     seconds: dict[str, float] | None = None
+
+
+class VariantPoint(BaseModel):
+    """One evaluation of a sweep; see `qpipe.stages.sweep.Point`."""
+
+    variant: str
+    value: float | None = None
+    activations: bool = False
+    metrics: dict[str, float]
+
+
+class Variants(BaseModel):
+    """`variants.json`, as `qpipe evaluate --variants` writes it."""
+
+    metric: str
+    higher_is_better: bool = True
+    examples: int
+    bits: float | None = None
+    sites: list[str]
+    fixed: list[str] = []
+    points: list[VariantPoint]
+    compared: list[str] = []
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
@@ -126,6 +149,12 @@ def read_results(run_dir: Path) -> Results | None:
     """`results.json`, or None. Raises `CheckpointError` if it is damaged."""
     results: Results | None = _validated(Path(run_dir) / "results.json", Results)
     return results
+
+
+def read_variants(run_dir: Path) -> Variants | None:
+    """`variants.json`, or None. Raises `CheckpointError` if it is damaged."""
+    variants: Variants | None = _validated(Path(run_dir) / VARIANTS_FILE, Variants)
+    return variants
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]] | None:

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Stand-ins that matplotlib accepts as colours and that nothing else produces; `_svg` turns them into variables.
+# Stand-ins that matplotlib accepts as colours and that nothing else produces; `inline_svg` turns them into variables.
 INK, GRID = "#a1b2c1", "#a1b2c2"
 SERIES = [f"#a1b2d{i}" for i in range(1, 7)]
 _VARIABLES = {INK: "--ink", GRID: "--grid", **{c: f"--series-{i}" for i, c in enumerate(SERIES, start=1)}}
-_DASHES = ["-", "--", ":", "-."]
-_STYLE: dict[str, Any] = {
+DASHES = ["-", "--", ":", "-."]
+STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qpipe",
     "text.color": INK,
@@ -44,9 +44,10 @@ _STYLE: dict[str, Any] = {
 }
 
 
-def _figure(
+def new_figure(
     width: float, height: float, rows: int = 1, columns: int = 1, heights: Sequence[float] | None = None
 ) -> tuple[Figure, list[Axes]]:
+    """An empty figure of that size in inches, and its panels row by row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -54,7 +55,7 @@ def _figure(
     return figure, list(axes.flat)
 
 
-def _svg(figure: Figure, name: str, label: str) -> str:
+def inline_svg(figure: Figure, name: str, label: str) -> str:
     """SVG to be put into HTML: no prolog, metadata or namespaces, ids made unique by `name`, colours of the page."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -75,19 +76,19 @@ def _svg(figure: Figure, name: str, label: str) -> str:
     return text.strip()
 
 
-def _literal(name: str, length: int = 52) -> str:
+def literal(name: str, length: int = 52) -> str:
     """A name as matplotlib text: no formulas, and the end of what is too long."""
     return (name if len(name) <= length else "…" + name[1 - length :]).replace("$", r"\$")
 
 
-def _styled(draw: Any) -> Any:
+def styled(draw: Any) -> Any:
     """Draw and write within the style: matplotlib reads part of it only when it writes."""
 
     def wrapper(*args: Any, **kwargs: Any) -> str:
         import matplotlib
 
         defaults: Any = matplotlib.rcParamsDefault
-        style: Any = {**defaults, **_STYLE, "backend": "agg"}
+        style: Any = {**defaults, **STYLE, "backend": "agg"}
         with matplotlib.rc_context(style):
             return str(draw(*args, **kwargs))
 
@@ -104,7 +105,7 @@ def _log_if_wide(axes: Axes, values: Sequence[float], ratio: float) -> None:
         axes.set_yscale("log")
 
 
-@_styled
+@styled
 def loss_curves(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     """Training loss and its parts over optimizer steps, with the learning rate beneath.
 
@@ -112,16 +113,16 @@ def loss_curves(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
         rows: rows of kind `train`.
         names: keys to draw; the first one is drawn strongest.
     """
-    figure, (loss, rate) = _figure(7.2, 3.9, rows=2, heights=(3, 1))
+    figure, (loss, rate) = new_figure(7.2, 3.9, rows=2, heights=(3, 1))
     shown: list[float] = []
     for i, name in enumerate(names):
         steps, values = _series(rows, name)
         shown += values
         style: dict[str, Any] = {
             "color": SERIES[i % len(SERIES)],
-            "linestyle": _DASHES[i // len(SERIES) % len(_DASHES)],
+            "linestyle": DASHES[i // len(SERIES) % len(DASHES)],
         }
-        loss.plot(steps, values, label=_literal(name), linewidth=1.8 if i == 0 else 1.1, **style, **_marker(steps))
+        loss.plot(steps, values, label=literal(name), linewidth=1.8 if i == 0 else 1.1, **style, **_marker(steps))
     _log_if_wide(loss, shown, 100)
     loss.set_ylabel("loss")
     if len(names) > 1:
@@ -131,14 +132,14 @@ def loss_curves(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     rate.set_ylabel("learning rate")
     rate.set_xlabel("optimizer step")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    return _svg(figure, "loss", "Training loss and learning rate over optimizer steps")
+    return inline_svg(figure, "loss", "Training loss and learning rate over optimizer steps")
 
 
 def _marker(steps: Sequence[int]) -> dict[str, Any]:
     return {"marker": "o", "markersize": 3} if len(steps) <= 12 else {}
 
 
-@_styled
+@styled
 def metric_curves(rows: Sequence[Mapping[str, Any]], names: Sequence[str], reference: Mapping[str, float]) -> str:
     """Evaluation metrics over optimizer steps, one panel each.
 
@@ -149,24 +150,24 @@ def metric_curves(rows: Sequence[Mapping[str, Any]], names: Sequence[str], refer
     """
     columns = min(3, len(names))
     height = -(-len(names) // columns)
-    figure, axes = _figure(2.4 * columns if columns > 1 else 4.0, 2.3 * height, height, columns)
+    figure, axes = new_figure(2.4 * columns if columns > 1 else 4.0, 2.3 * height, height, columns)
     for panel, name in zip(axes, names, strict=False):
         steps, values = _series(rows, name)
         panel.plot(steps, values, color=SERIES[0], **_marker(steps))
         if name in reference:
             panel.axhline(reference[name], color=SERIES[1], linestyle="--", linewidth=1)
-        panel.set_title(_literal(name, 30), loc="left")
+        panel.set_title(literal(name, 30), loc="left")
         panel.set_xlabel("optimizer step")
         panel.margins(y=0.15)
     for panel in axes[len(names) :]:
         panel.set_axis_off()
-    return _svg(figure, "metrics", "Evaluation metrics over optimizer steps")
+    return inline_svg(figure, "metrics", "Evaluation metrics over optimizer steps")
 
 
-@_styled
+@styled
 def tensor_errors(tensors: Sequence[TensorStatistics]) -> str:
     """SQNR and kurtosis of every quantized weight, by its number in the table."""
-    figure, (error, tails) = _figure(7.2, 4.4, rows=2)
+    figure, (error, tails) = new_figure(7.2, 4.4, rows=2)
     for i, bits in enumerate(sorted({t.bits for t in tensors})):
         of_bits = [(n, t) for n, t in enumerate(tensors, start=1) if t.bits == bits]
         style: dict[str, Any] = {
@@ -192,14 +193,14 @@ def tensor_errors(tensors: Sequence[TensorStatistics]) -> str:
     for panel in (error, tails):
         panel.set_xlim(0, len(tensors) + 1)
         panel.locator_params(axis="x", integer=True)
-    return _svg(figure, "errors", "SQNR and kurtosis of every quantized weight")
+    return inline_svg(figure, "errors", "SQNR and kurtosis of every quantized weight")
 
 
-@_styled
+@styled
 def histograms(tensors: Sequence[TensorStatistics]) -> str:
     """Weight histograms on a logarithmic scale, two panels a row."""
     height = -(-len(tensors) // 2)
-    figure, axes = _figure(7.2, 1.75 * height, height, 2)
+    figure, axes = new_figure(7.2, 1.75 * height, height, 2)
     for panel, tensor in zip(axes, tensors, strict=False):
         if tensor.histogram is None:
             continue
@@ -209,11 +210,11 @@ def histograms(tensors: Sequence[TensorStatistics]) -> str:
         # Minor ticks of logarithmic axes are most of the time it takes to draw this figure.
         panel.minorticks_off()
         panel.locator_params(axis="x", nbins=5)
-        panel.set_title(_literal(tensor.name), loc="left", fontsize=8)
+        panel.set_title(literal(tensor.name), loc="left", fontsize=8)
     for panel in axes[len(tensors) :]:
         panel.set_axis_off()
     figure.supylabel("weights per bin", fontsize=9)
-    return _svg(figure, "histograms", "Histograms of the weights with the lowest SQNR")
+    return inline_svg(figure, "histograms", "Histograms of the weights with the lowest SQNR")
 
 
 def sparkline(tensor: TensorStatistics, width: int = 112, height: int = 26) -> str:

@@ -14,8 +14,11 @@ from safetensors.torch import load_file
 import qpipe
 from qpipe import FormatError, SiteError
 from qpipe.config import resolve
+from qpipe.export.inspect import sizes, stored_bytes
 from qpipe.export.verify import verify_all
 from qpipe.stages import evaluate_run, plan_run
+from qpipe.stages.sizes import fixed_size
+from qpipe.stages.trained import restore
 from qpipe.testing import tiny_model, tiny_text_data
 from qpipe.testing.tiny import FAMILIES, OTHER
 
@@ -133,6 +136,16 @@ def test_the_reloaded_model_has_the_metrics_of_training(family, verified, runs):
 @pytest.mark.parametrize("family", MODELS)
 def test_the_restored_run_has_the_metrics_of_training(family, runs):
     assert evaluate_run(runs[family].out) == runs[family].results["evaluation"]
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_the_size_of_the_export_is_predicted(family, runs):
+    export = runs[family].out / "export"
+    size, real, data = fixed_size(restore(runs[family].out), []), sizes(export), sum(stored_bytes(export).values())
+    assert size.weights == real["quantized_parameters"]
+    assert 8 * size.quantized / size.weights == pytest.approx(real["quantized_bits_per_weight"], abs=1e-9)
+    assert size.quantized + size.other == data
+    assert real["file_bytes"] - data <= size.header
 
 
 def test_a_format_that_cannot_hold_the_plan_is_refused_before_training(tmp_path):

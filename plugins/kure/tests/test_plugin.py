@@ -159,12 +159,12 @@ def test_report_shows_before_and_after(tmp_path):
     run = make_run(tmp_path)
     plugin, _ = start(run, skip_above=100)
     plugin.qpipe_run_start(run)
-    (before,) = Kure().qpipe_report_sections(tmp_path)
+    before, _ = Kure().qpipe_report_sections(tmp_path)
     assert before.html.count("<rect") == 2
     (tmp_path / "tensors.json").write_text(
         json.dumps([{"name": "query:weight", "kurtosis": 1.8123}, {"name": "ffn", "kurtosis": None}])
     )
-    (section,) = Kure().qpipe_report_sections(tmp_path)
+    section, _ = Kure().qpipe_report_sections(tmp_path)
     assert section.html.count("<rect") == 3 and "1.812" in section.html and "kurtosis above 100" in section.html
     assert "<script" not in section.html and "http" not in section.html.replace("http://www.w3.org/2000/svg", "")
     (tmp_path / "kure.json").write_text("{")

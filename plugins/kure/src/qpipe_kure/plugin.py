@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qpipe import ModelError, Options, Plugin, QuantContext, ReportSection, Run, TrainingError, WeightLoss, hookimpl
 from qpipe_kure.penalty import KurtosisPenalty, kurtosis
-from qpipe_kure.report import FILE, read, section
+from qpipe_kure.report import FILE, read, sections
 from qpipe_kure.selection import Candidate, matching, select, table
 
 logger = logging.getLogger("qpipe.kure")
@@ -132,7 +132,5 @@ class Kure(Plugin):
 
     @hookimpl
     def qpipe_report_sections(self, run_dir: Path) -> Iterable[ReportSection]:
-        """Kurtosis of each weight before and after training."""
-        found = section(Path(run_dir))
-        if found is not None:
-            yield found
+        """Kurtosis of each weight before and after training, and sensitivity to the step size."""
+        yield from sections(Path(run_dir))

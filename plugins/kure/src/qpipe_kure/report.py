@@ -1,4 +1,4 @@
-"""Kurtosis before and after training, as a section of the HTML report."""
+"""Sections of the HTML report: kurtosis before and after training, and what a wrong step size costs."""
 
 from __future__ import annotations
 
@@ -40,6 +40,51 @@ def after_training(run_dir: Path) -> dict[str, float]:
         for entry in entries
         if entry.get("kurtosis") is not None
     }
+
+
+def sections(run_dir: Path) -> list[ReportSection]:
+    """The report sections of a run directory; none if the run has not started."""
+    found = section(run_dir)
+    return [found, sensitivity_section(run_dir)] if found is not None else []
+
+
+def sensitivity_section(run_dir: Path) -> ReportSection:
+    """Figures 1 to 3 of the paper from its formulas, the last one with weights of this run."""
+    from qpipe_kure import figures
+
+    html = (
+        f"<p>Why weights without tails: what the mean squared error of a {figures.BITS}-bit quantizer does when its "
+        "step size is wrong (Shkolnik et al., NeurIPS 2020, figures 1 to 3, from the formulas; the signs of equation "
+        "10 are corrected). Distributions have variance 1.</p>"
+        f"<figure>{figures.error_and_curvature()}<figcaption>Error and its curvature over the step size; dotted: the "
+        "best step. That of the uniform distribution falls to 1/2 where nothing is clipped any more, just beyond the "
+        "best step, and equation 5 does not hold further on.</figcaption></figure>"
+        f"<figure>{figures.least_error()}<figcaption>Error at the best step: smaller for the uniform distribution at "
+        "every width.</figcaption></figure>"
+        f"<figure>{figures.sensitivity_curves(extreme_weights(run_dir))}<figcaption>Error added by a wrong step. A "
+        "uniform distribution pays less than a normal one for steps that are much too large, and more for steps that "
+        "are too small, which clip it; the theorem of the paper compares the curvatures where clipping has just ended. "
+        "Dashed: weights of this run, from their histograms after training.</figcaption></figure>"
+    )
+    return ReportSection("Sensitivity to the step size", html, order=61)
+
+
+def extreme_weights(run_dir: Path) -> dict[str, Any]:
+    """Histograms of the regularized weights with the smallest and the largest kurtosis after training, by label."""
+    record, entries = read(run_dir / FILE), read(run_dir / "tensors.json") or []
+    chosen = {w["name"] for w in record["weights"] if not w["left_out"]}
+    usable = [
+        (entry["kurtosis"], entry["name"], entry["histogram"])
+        for entry in entries
+        if entry["name"].removesuffix(".weight") in chosen and entry.get("kurtosis") and entry.get("histogram")
+    ]
+    ends = sorted(usable, key=lambda entry: entry[0])
+    ends = [ends[0], ends[-1]] if len(ends) > 1 else ends
+    return {f"{_short(name)} (kurtosis {value:.2f})": histogram for value, name, histogram in ends}
+
+
+def _short(name: str, length: int = 36) -> str:
+    return name if len(name) <= length else "…" + name[1 - length :]
 
 
 def section(run_dir: Path) -> ReportSection | None:

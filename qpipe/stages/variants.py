@@ -1,0 +1,185 @@
+"""Variants: a trained model with other bits or step sizes than it was trained for, for as long as a context lasts.
+
+Nothing here knows a method: every quantizer rounds its scales through `Quantizer.snap`, and is built again from its
+kind and options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import torch
+from pydantic import BaseModel, ValidationError
+from torch import Tensor, nn
+
+from qpipe.errors import ConfigError, SiteError, suggest
+from qpipe.host import describe
+from qpipe.quant.plan import PlannedSite, expand
+from qpipe.quant.quantizer import Quantizer
+from qpipe.run import Run
+from qpipe.stages.prepare import tied_sites
+
+
+def weight_sites(run: Run, patterns: Sequence[str] = ()) -> list[str]:
+    """Names of the quantized weights that patterns select.
+
+    Args:
+        run: a run with its quantizers in place.
+        patterns: as in rules, with or without the slot. None: every quantized weight except those of embeddings, unless
+            only embeddings are quantized.
+
+    Raises:
+        ConfigError: the run quantizes no weight.
+        SiteError: a pattern matches no quantized weight.
+    """
+    names = [name for name, entry in run.plan.sites.items() if entry.site.slot == "weight"]
+    if not names:
+        raise ConfigError(f"the plan of {run.out} quantizes no weight; give it rules or a quantization.preset")
+    if not patterns:
+        maps = [n for n in names if not isinstance(run.student.get_submodule(n.rpartition(":")[0]), nn.Embedding)]
+        return maps or names
+    found: list[str] = []
+    for pattern in patterns:
+        full = pattern if ":" in pattern else f"{pattern}:weight"
+        matching = [n for n in names if any(fnmatchcase(n, p) for p in expand(full, run.instruments.map))]
+        if not matching:
+            raise SiteError(
+                f"{pattern!r} matches no quantized weight{suggest(full, names)}; `qpipe inspect plan` lists them"
+            )
+        found += [name for name in matching if name not in found]
+    return found
+
+
+def activation_sites(run: Run) -> list[str]:
+    """Names of the quantized activations.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    names = [name for name, entry in run.plan.sites.items() if entry.site.slot != "weight"]
+    if not names:
+        raise ConfigError(f"{run.out} quantizes no activation, so only its weights can be varied")
+    return names
+
+
+def options_with_bits(entry: PlannedSite, bits: int) -> BaseModel | None:
+    """The options of a planned site with another width; None if its quantizer has no option `bits`.
+
+    Raises:
+        SiteError: the quantizer does not allow that width.
+    """
+    model = type(entry.options)
+    if "bits" not in model.model_fields:
+        return None
+    try:
+        return model(**{**entry.options.model_dump(), "bits": bits})
+    except ValidationError as error:
+        raise SiteError(f"{entry.site.name}, quantizer {entry.quantizer!r}: {describe(error, model)}") from error
+
+
+def with_bits(run: Run, names: Iterable[str], bits: int) -> list[str]:
+    """Those of the sites that can be quantized to `bits`: the others' quantizers have no option for it.
+
+    Raises:
+        SiteError: a quantizer does not allow that width.
+    """
+    return [name for name in names if options_with_bits(run.plan.sites[name], bits) is not None]
+
+
+def place(run: Run, name: str, quantizer: Quantizer) -> None:
+    """Put a quantizer, attached already, at a planned site and at those that share its Parameter."""
+    site = run.plan.sites[name].site
+    for place in (site, *(tied_sites(run, site) if site.slot == "weight" else ())):
+        run.instruments.module(place).host(site.slot, quantizer)
+
+
+@contextmanager
+def rebuilt(run: Run, names: Iterable[str], bits: int) -> Iterator[None]:
+    """Within, sites are quantized to `bits`, weights from their full-precision master copy.
+
+    Args:
+        run: a run on one process, not partitioned.
+        names: sites whose quantizers have an option `bits`; see `with_bits`.
+        bits: width of a code.
+
+    Raises:
+        SiteError: a quantizer has no such option, or does not allow that width.
+    """
+    kinds = run.host.collect("qpipe_quantizers")
+    trained = {name: run.instruments.quantizers()[name] for name in names}
+    try:
+        for name, before in trained.items():
+            entry = run.plan.sites[name]
+            options = options_with_bits(entry, bits)
+            if options is None:
+                raise SiteError(f"{name}: quantizer {entry.quantizer!r} has no option `bits`; leave it out")
+            quantizer = kinds[entry.quantizer].build(options).to(run.engine.device)
+            quantizer.attach(run.instruments.context, name)
+            place(run, name, quantizer)
+            is_weight = entry.site.slot == "weight"
+            weight = run.student.get_parameter(f"{entry.site.path}.weight").detach() if is_weight else None
+            with torch.no_grad():
+                quantizer.inherit(before, weight)
+        run.instruments.context.weights_changed()
+        yield
+    finally:
+        for name, before in trained.items():
+            place(run, name, before)
+        run.instruments.context.weights_changed()
+
+
+@contextmanager
+def rescaled(run: Run, names: Iterable[str], change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within, sites quantize with changed scales; a forward pass has to run there. Compiled code is not used.
+
+    Args:
+        run: a run on one process.
+        names: sites.
+        change: takes scales in float32 and returns others; see `qpipe.quant.step_error`.
+
+    Raises:
+        SiteError: a quantizer did not pass its scales through `Quantizer.snap`, so that nothing was varied.
+    """
+    shared = run.instruments.context
+    quantizers = {name: run.instruments.quantizers()[name] for name in names}
+    reached: set[str] = set()
+    shared.weights_changed()
+    for name, quantizer in quantizers.items():
+        quantizer.context = replace(shared, rescale=_noted(change, name, reached), compiled=False)
+    try:
+        yield
+    finally:
+        for quantizer in quantizers.values():
+            quantizer.context = shared
+        shared.weights_changed()
+    missed = sorted(quantizers.keys() - reached)
+    if missed:
+        raise SiteError(
+            f"{missed[0]} and {len(missed) - 1} more kept their scales: {type(quantizers[missed[0]]).__name__} does "
+            "not pass them through Quantizer.snap, so its step size cannot be varied; choose other sites"
+        )
+
+
+def _noted(change: Callable[[Tensor], Tensor], name: str, reached: set[str]) -> Callable[[Tensor], Tensor]:
+    def changed(scale: Tensor) -> Tensor:
+        reached.add(name)
+        return change(scale)
+
+    return changed
+
+
+@contextmanager
+def switched_off(run: Run, names: Iterable[str]) -> Iterator[None]:
+    """Within, sites are in full precision."""
+    shared = run.instruments.context
+    quantizers = [run.instruments.quantizers()[name] for name in names]
+    for quantizer in quantizers:
+        quantizer.context = replace(shared, enabled=False)
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.context = shared
