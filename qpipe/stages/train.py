@@ -169,8 +169,8 @@ def due_weight_losses(run: Run, step: Step) -> frozenset[str]:
 def weight_loss_parts(run: Run) -> dict[str, Tensor]:
     """Weighted penalties met in this forward pass, by name.
 
-    They act in the last micro-batch only; the factor `accumulation` undoes the engine's division. Those that are not due
-    in every step count for the steps left out.
+    They act in the last micro-batch only; the factor `accumulation` undoes the engine's division. Those that are not
+    due in every step count for the steps left out.
     """
     found = run.instruments.context.weight_losses
     if not found:
