@@ -79,6 +79,13 @@ class QuantizationConfig(Section):
     scale_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="scales are rounded to this type while training; auto: the type the model is exported in"
     )
+    noise: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="part of each weight's elements, drawn anew in every optimizer step, that training steps quantize; "
+        "the others stay in full precision (QuantNoise). Evaluation and export quantize all",
+    )
     calibration_batches: int = Field(8, gt=0, description="batches for static activation ranges")
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="quantize uniform weights in compiled code (CPUs), bit for bit the same; auto: in long runs"

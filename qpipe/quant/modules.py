@@ -92,6 +92,7 @@ class QuantModule(nn.Module):
             and quantizer is not None
             and torch.is_grad_enabled()
             and next(quantizer.parameters(), None) is None
+            and not quantizer.is_noisy()
         )
         if not recompute:
             return fn(weight)
@@ -168,6 +169,7 @@ class QuantEmbedding(QuantModule, nn.Embedding):
             and next(quantizer.parameters(), None) is None
             and torch.is_grad_enabled()
             and not quantizer.is_current()
+            and not quantizer.is_noisy()
             and self.max_norm is None
             and ids.numel() < self.num_embeddings
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,9 @@ class QuantContext:
             kept.
         scale_dtype: scales are rounded to this type, so that the exported file holds them exactly.
         rescale: a change of every scale before it is rounded, for experiments with wrong step sizes; or None.
+        noise: part of a weight's elements, drawn anew in every optimizer step, that training steps quantize.
+        seed: of those draws.
+        step: number of the optimizer step under way.
         compiled: True where quantizers may use compiled code; the result is the same bit for bit.
         taps_active: True within a training step; observing and replacing taps do nothing otherwise.
         weight_losses: values of weight penalties met in this forward pass, by `(penalty, module path)`.
@@ -37,6 +41,9 @@ class QuantContext:
     partitioned: bool = False
     scale_dtype: torch.dtype = torch.float32
     rescale: Callable[[Tensor], Tensor] | None = None
+    noise: float = 1.0
+    seed: int = 0
+    step: int = 0
     compiled: bool = False
     taps_active: bool = False
     weight_losses: dict[tuple[str, str], Tensor] = field(default_factory=dict)
@@ -140,6 +147,13 @@ class Quantizer(nn.Module):
         """The differentiable stand-in whose gradient training uses; by default the value itself."""
         return value
 
+    def master(self, value: Tensor) -> Tensor:
+        """The full-precision tensor that a stored value stands for; differentiable. The value itself by default.
+
+        Override it together with an `initialize` that returns a replacement.
+        """
+        return value
+
     def snap(self, scale: Tensor) -> Tensor:
         """Round scales to the type they are exported in, and replace zeros (of all-zero rows) by 1.
 
@@ -186,13 +200,29 @@ class Quantizer(nn.Module):
 
     def _applied(self, value: Tensor, quantize: Callable[[Tensor], Tensor]) -> Tensor:
         if not self.context.enabled:
-            return value
+            return self.master(value)
         with torch.no_grad():
             quantized = quantize(value.detach())
         if self.context.visited is not None:
             before = self.context.visited.get(self.site, False)
-            self.context.visited[self.site] = before or not torch.equal(quantized, value)
-        return straight_through(self.surrogate(value), quantized) if torch.is_grad_enabled() else quantized
+            self.context.visited[self.site] = before or not torch.equal(quantized, self.master(value))
+        if not torch.is_grad_enabled():
+            return quantized
+        result = straight_through(self.surrogate(value), quantized)
+        return torch.where(self._drawn(value), result, self.master(value)) if self.is_noisy() else result
+
+    def is_noisy(self) -> bool:
+        """True if only a part of the weight's elements is quantized now: in training steps, by `quantization.noise`.
+
+        Stock et al., "Training with Quantization Noise for Extreme Model Compression" (ICLR 2021).
+        """
+        return self.caches and self.training and self.context.noise < 1 and torch.is_grad_enabled()
+
+    def _drawn(self, value: Tensor) -> Tensor:
+        """Which elements are quantized in this step: the same on every process, when recomputed, and when resumed."""
+        text = f"{self.context.seed}/{self.context.step}/{self.site}"
+        generator = torch.Generator(value.device).manual_seed(zlib.crc32(text.encode()))
+        return torch.rand(value.shape, generator=generator, device=value.device) < self.context.noise
 
     def _current(self, value: Tensor) -> Tensor:
         if not self.caches or self.context.partitioned:

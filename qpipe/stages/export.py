@@ -87,7 +87,7 @@ def packed_weights(run: Run) -> tuple[dict[str, PackedWeight], list[dict[str, Js
             if run.engine.rank != 0:
                 continue
             tensor = on_cpu(checked_lattice(site, quantizer, whole.detach()))
-            weight = whole.detach().to("cpu", torch.float32, copy=True)  # the gathered memory is freed
+            weight = quantizer.master(whole.detach()).to("cpu", torch.float32, copy=True)  # gathered memory is freed
         decoded = tensor.decode(run.engine.dtype)
         module_type = run.plan.sites[site].site.module_type
         packed[name] = PackedWeight(path, module_type, tensor, tensor_sha256(decoded))

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from qpipe.quant.quantizer import Quantizer
 from qpipe.run import Run
+
+STORED = "stored_weight"
+"""Key, after the site, of a weight in the form that training stores it in."""
 
 
 def internal_prefixes(model: nn.Module) -> tuple[str, ...]:
@@ -71,11 +75,27 @@ def quantizer_state(run: Run) -> dict[str, Tensor]:
     return state
 
 
-def float_state(run: Run) -> dict[str, Tensor]:
-    """The full-precision student on process 0, as a state dict on the CPU; empty elsewhere. Collective."""
+def float_state(run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The full-precision student on process 0, as a state dict on the CPU; empty elsewhere. Collective.
+
+    Returns:
+        The weights as an ordinary model has them; and by site, as `site/STORED`, those that training stores in another
+        form.
+    """
     tied = ties(run.student)
     state: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
+    hosts = {f"{site.removesuffix(':weight')}.weight": (site, q) for site, q in run.instruments.quantizers().items()}
     for name, tensor in model_tensors(run):
+        if run.engine.rank != 0 and name not in hosts:
+            continue
+        master = tensor
+        if name in hosts:
+            site, quantizer = hosts[name]
+            with run.engine.gathered(list(quantizer.parameters())), torch.no_grad():
+                master = quantizer.master(tensor) if run.engine.rank == 0 else tensor
         if run.engine.rank == 0 and name not in tied:
-            state[name] = tensor.to("cpu", copy=True)
-    return state
+            state[name] = master.to("cpu", copy=True)
+            if master is not tensor:
+                stored[f"{site}/{STORED}"] = tensor.to("cpu", copy=True)
+    return state, stored

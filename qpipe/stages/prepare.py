@@ -64,6 +64,8 @@ def insert_quantizers(run: Run, initialize: bool) -> None:
     """Build every planned quantizer, put it at its site, and initialise it from the weight if asked to."""
     name = run.config.quantization.scale_dtype
     run.instruments.context.scale_dtype = run.engine.dtype if name == "auto" else SCALE_DTYPES[name]
+    run.instruments.context.noise = run.config.quantization.noise
+    run.instruments.context.seed = run.config.seed
     weights = [math.prod(entry.site.shape) for entry in run.plan.sites.values() if entry.site.slot == "weight"]
     setting = run.config.quantization.compile
     run.instruments.context.compiled = use_compiled(setting, sum(weights), run.total_steps, run.engine.device)

@@ -140,6 +140,7 @@ def micro_step(run: Run, step: Step, losses: list[Loss]) -> dict[str, Tensor]:
     teacher_signals(run, step, wanted)
     run.instruments.want(wanted.student, step.student)
     context.weight_losses.clear()
+    context.step = step.index
     context.due_weight_losses = due_weight_losses(run, step)
     context.taps_active = True
     step.output = run.engine.forward(**inputs_of(step.batch), **_extra(wanted.student))

@@ -17,7 +17,7 @@ from qpipe.files import disk_errors, write_json
 from qpipe.host import load_plugins
 from qpipe.run import Run
 from qpipe.stages.build import build
-from qpipe.stages.gather import float_state, quantizer_state
+from qpipe.stages.gather import STORED, float_state, quantizer_state
 from qpipe.stages.prepare import cast, prepare
 
 QUANTIZERS = "quantizers.safetensors"
@@ -30,7 +30,8 @@ def save_float(run: Run, folder: Path) -> None:
     Raises:
         CheckpointError: the disk is full.
     """
-    state, quantizers = float_state(run), quantizer_state(run)
+    state, stored = float_state(run)
+    quantizers = quantizer_state(run) | stored
     if run.engine.rank == 0:
         temporary = folder.with_name(f".{folder.name}.tmp")
         with disk_errors(folder.parent):
@@ -97,5 +98,9 @@ def _load_quantizers(run: Run, path: Path) -> None:
     state = load_file(path)
     for site, quantizer in run.instruments.quantizers().items():
         own = {key.partition("/")[2]: value for key, value in state.items() if key.partition("/")[0] == site}
+        stored = own.pop(STORED, None)
         quantizer.load_state_dict(own)
+        if stored is not None:
+            with torch.no_grad():
+                run.student.get_parameter(f"{site.removesuffix(':weight')}.weight").copy_(stored)
     run.instruments.context.weights_changed()

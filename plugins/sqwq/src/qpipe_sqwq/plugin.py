@@ -1,0 +1,84 @@
+"""The plugin `sqwq`: a quantizer, rules that put it on the transformer blocks, its regulariser and learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from qpipe import ParamGroup, Plugin, QuantizerKind, Rule, Run, WeightLoss, hookimpl
+from qpipe_sqwq.penalty import DistributionPenalty
+from qpipe_sqwq.quantizer import SqwqOptions, SqwqWeight
+
+NAME = "sqwq"
+
+
+class SqwqPluginOptions(SqwqOptions):
+    """Options of the plugin: where the quantizer goes, with which options, and the regulariser."""
+
+    weight: float = Field(1.0, ge=0, description="factor of the regulariser in the loss (lambda_q)")
+    rules: bool = Field(True, description="contribute rules; false only offers the quantizer to rules of your own")
+    sites: tuple[str, ...] = Field(("{block}.*:weight",), description="patterns over sites that are squashed")
+    embedding: bool = Field(False, description="squash the input embedding too, with one gain for the table")
+
+
+class Sqwq(Plugin):
+    """Trains weights as `tanh(P) * e**g`, with P held at a distribution that fills a uniform grid."""
+
+    Options = SqwqPluginOptions
+
+    @hookimpl
+    def qpipe_quantizers(self) -> Iterable[QuantizerKind]:
+        """`sqwq`."""
+        yield QuantizerKind(
+            NAME, SqwqWeight, SqwqOptions, frozenset({"weight"}), "squashed weights on a mid-rise grid, 1 to 8 bits"
+        )
+
+    @hookimpl
+    def qpipe_quant_rules(self) -> Iterable[Rule]:
+        """Squashed weights at `sites`; the user's own rules come later and win."""
+        if not self.options.rules:
+            return
+        options: dict[str, Any] = self.options.model_dump(include=set(SqwqOptions.model_fields))
+        for pattern in self.options.sites:
+            yield Rule(pattern, NAME, options)
+        if self.options.embedding:
+            yield Rule("{embedding}:weight", NAME, {**options, "granularity": "tensor"})
+
+    @hookimpl
+    def qpipe_weight_losses(self, run: Run) -> Iterable[WeightLoss]:
+        """The regulariser, summed over the squashed weights."""
+        paths = {site.rpartition(":")[0]: quantizer for site, quantizer in squashed(run).items()}
+        if not paths or self.options.weight == 0:
+            return
+        sigma, context = self.options.sigma, run.instruments.context
+
+        def penalty(p: Tensor) -> Tensor:
+            value: Tensor = DistributionPenalty.apply(p, sigma, context)
+            return value
+
+        yield WeightLoss(NAME, penalty, self.options.weight, paths.__contains__, "sum")
+
+    @hookimpl
+    def qpipe_param_groups(self, run: Run) -> Iterable[ParamGroup]:
+        """P and gains: their own learning rate, no decay (which would pull P below its deviation)."""
+        members: dict[float, set[int]] = {}
+        for site, quantizer in squashed(run).items():
+            weight = run.student.get_parameter(f"{site.rpartition(':')[0]}.weight")
+            members.setdefault(quantizer.lr_scale, set()).update({id(weight), id(quantizer.gain)})
+        for scale, ids in members.items():
+            yield ParamGroup(f"{NAME}-{scale:g}", _among(ids), lr_scale=scale, weight_decay=0.0)
+
+
+def squashed(run: Run) -> dict[str, SqwqWeight]:
+    """The squashed weights of a run, by site."""
+    return {site: q for site, q in run.instruments.quantizers().items() if isinstance(q, SqwqWeight)}
+
+
+def _among(ids: set[int]) -> Any:
+    def match(name: str, parameter: nn.Parameter) -> bool:
+        return id(parameter) in ids
+
+    return match

@@ -1,0 +1,155 @@
+"""Weights `tanh(P) * e**g` on a mid-rise grid: P is trained, e**g is a gain per row.
+
+Strom, Khan and Hamza, "Squashed Weight Distribution for Low Bit Quantization of Deep Models" (Interspeech 2022).
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from qpipe import Grid, GridKernel, GridQuantizer, Options, Quantizer, over_rows
+from qpipe_sqwq.conversion import fresh, lossless, matched
+
+
+class SqwqOptions(Options):
+    """Options of the quantizer `sqwq`."""
+
+    bits: int = Field(4, ge=1, le=8)
+    granularity: Literal["tensor", "channel"] = Field("channel", description="what shares a gain: all, or a row")
+    init: Literal["matched", "lossless", "scratch"] = Field(
+        "matched",
+        description="matched: the pretrained weight, with gains that give P the deviation sigma and clip the tails; "
+        "lossless: the pretrained weight, with its largest element as gain; scratch: P drawn from N(0, sigma^2)",
+    )
+    sigma: float = Field(0.8, gt=0, lt=3, description="standard deviation of P aimed at")
+    lr_scale: float = Field(10.0, gt=0, description="factor on the learning rate of P and the gains")
+
+
+@dataclass(frozen=True)
+class Squashed(GridKernel):
+    """`Q(tanh(P)) * e**g`, `Q` with the `2**bits` levels `(2k + 1) / 2**bits - 1` (paper, equation 1)."""
+
+    def grid(self, rows: Tensor, axes: tuple[int, ...], *state: Tensor) -> Grid:
+        """Half-integer levels; the scale is the gain over `2**(bits-1)`."""
+        (gain,) = state
+        return Grid(self.snap_above_zero(gain.float().exp() / -self.low), -0.5)
+
+    def codes(self, rows: Tensor, grid: Grid, out: Tensor | None = None) -> Tensor:
+        """The level of `tanh(P)`; the gain plays no part."""
+        codes = squashed_codes(torch.tanh(rows.float()), self.low, self.high)
+        return codes if out is None else out.copy_(codes)
+
+
+def squashed_codes(squashed: Tensor, low: int, high: int) -> Tensor:
+    """Signed codes of values in [-1, 1]: `round((w + 1) * 2**(bits-1) - 1/2)`, at most the last, minus `2**(bits-1)`.
+
+    Args:
+        squashed: float32 tensor.
+        low: smallest code, `-2**(bits-1)`.
+        high: largest code.
+    """
+    return ((squashed + 1) * -low - 0.5).round().clamp(0, high - low) + low
+
+
+class SqwqWeight(GridQuantizer):
+    """The stored weight is P; the model computes with `Q(tanh(P)) * e**g`.
+
+    The gradient passes rounding unchanged and goes through `tanh`: `dL/dP = dL/dW e**g (1 - tanh(P)**2)`; the gain gets
+    `dL/dg = sum over its row of dL/dW W_q`.
+    """
+
+    gain: nn.Parameter
+
+    def __init__(self, options: SqwqOptions) -> None:
+        super().__init__(options, options.bits)
+        self.row_wise = False  # a row needs its own gain
+        self.lr_scale = options.lr_scale
+        self.low, self.high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+
+    def kernel(self) -> Squashed:
+        """`Squashed` at the options' width."""
+        return Squashed(self.low, self.high, self.context.scale_dtype, self.context.rescale)
+
+    def state(self) -> tuple[Tensor, ...]:
+        """Logarithm of the gain."""
+        return (self.gain.detach(),)
+
+    def initialize(self, value: Tensor) -> Tensor:
+        """Make the gain, `[rows, 1]` or `[1, 1]`, and return P."""
+        rows, options = self.rows_of(value.float()), self.options
+        if options.init == "scratch":
+            p, gain = fresh(rows, self.axes, options.sigma, zlib.crc32(f"{self.context.seed}/{self.site}".encode()))
+        elif options.init == "lossless":
+            p, gain = lossless(rows, self.axes)
+        else:
+            p, gain = matched(rows, self.axes, options.sigma)
+        self.gain = nn.Parameter(gain.to(value.dtype))
+        return p.to(value.dtype).view(value.shape)
+
+    def inherit(self, trained: Quantizer, value: Tensor | None) -> None:
+        """Keep the gain: another width puts other levels on the same `tanh(P)`."""
+        assert isinstance(trained, SqwqWeight)
+        self.gain = nn.Parameter(trained.gain.detach().clone())
+
+    def master(self, value: Tensor) -> Tensor:
+        """`tanh(P) * e**g`."""
+        return (torch.tanh(self.rows_of(value)) * self.gain.exp()).view(value.shape)
+
+    def surrogate(self, value: Tensor) -> Tensor:
+        """P, with the gradients of `Q(tanh(P)) * e**g` to it and to the gain."""
+        result: Tensor = _Squash.apply(value, self.gain, self)
+        return result
+
+
+class _Squash(torch.autograd.Function):
+    """P itself; in the backward pass the gradients of `SqwqWeight`."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gain: Tensor, quantizer: SqwqWeight) -> Tensor:
+        # The gain itself may be partitioned again by the time of the backward pass, so what it says is kept.
+        factor = gain.detach().float().exp()
+        scale = quantizer.kernel().grid(value, (), gain).scale
+        ctx.save_for_backward(value, factor, scale)
+        ctx.quantizer, ctx.gain_dtype = quantizer, gain.dtype
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        value, factor, scale = ctx.saved_tensors
+        quantizer: SqwqWeight = ctx.quantizer
+        rows, grad = quantizer.rows_of(value), quantizer.rows_of(grads[0].contiguous())
+        result = torch.empty_like(grad)
+        inputs, constants = (rows, grad, factor, scale), (quantizer.low, quantizer.high)
+        slopes = over_rows(quantizer.context, squash_gradient, result, inputs, constants)
+        if quantizer.per_tensor:
+            slopes = slopes.sum(0, keepdim=True)
+        return result.view(value.shape), slopes.to(ctx.gain_dtype), None
+
+
+def squash_gradient(
+    out: Tensor, rows: Tensor, grad: Tensor, factor: Tensor, scale: Tensor, low: int, high: int
+) -> Tensor:
+    """Gradient of P into `out`; returns that of the gain for each row, `[rows, 1]`, float32.
+
+    Args:
+        out: `[rows, width]`, overwritten.
+        rows: P, `[rows, width]`.
+        grad: gradient of the quantized weight.
+        factor: `e**g`, float32, `[rows, 1]` or `[1, 1]`.
+        scale: the scale in use, of the same shape.
+        low: smallest code.
+        high: largest code.
+    """
+    squashed = torch.tanh(rows.float())
+    quantized = (squashed_codes(squashed, low, high) + 0.5) * scale
+    slope = grad.float()
+    out.copy_(slope * factor * (1 - squashed * squashed))
+    return (slope * quantized).sum(1, keepdim=True)
