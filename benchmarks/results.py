@@ -36,6 +36,22 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "W4A8 + kure": ("kure", ["quantization.preset=w4a8"]),
 }
 TEACHER = "full precision"
+METHODS = {"min-max": "uniform", "LSQ": "lsq", "LSQ+": "lsq+", "DoReFa": "dorefa", "LAQ": "laq"}
+
+
+def only_weights(quantizer: str, **options: object) -> list[str]:
+    """Overrides that put a quantizer on every weight of the blocks, with an 8-bit embedding and full activations."""
+    rule = {"site": "{block}.*:weight", "quantizer": quantizer, "options": options}
+    return ["quantization.preset=w8", f"quantization.rules={json.dumps([rule])}"]
+
+
+for bits in (4, 3, 2):
+    for label, kind in METHODS.items():
+        VARIANTS[f"W{bits} {label}"] = ("", only_weights(kind, bits=bits))
+    VARIANTS[f"W{bits} SqWQ"] = ("sqwq", ["quantization.preset=w8", f"sqwq.bits={bits}"])
+VARIANTS["ternary TWN, per channel"] = ("ternary-twn", ["quantization.preset=w8", "ternary-twn.granularity=channel"])
+VARIANTS["W1 binary"] = ("", only_weights("binary"))
+VARIANTS["W1 SqWQ"] = ("sqwq", ["quantization.preset=w8", "sqwq.bits=1"])
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,6 @@ CASES = (
     Case("accumulation", "4-bit weights per channel, 4 micro-batches of 2", replace(W4, micro_batches=4),
          replace(FULL, micro_batches=4), "full precision, 4 micro-batches of 2"),
     Case("kure", "the same with `kure`", replace(W4, plugins={"kure": {}}), W4, "4-bit weights per channel"),
-    Case("kure-16", "the same with `kure`, `every: 16`, over 16 steps", replace(W4, plugins={"kure": {"every": 16}}), W4,
-         "4-bit weights per channel"),
     Case("ti-g", "4-bit weights and `ti-g`, first phase", replace(W4, kind="train+teacher", plugins={"ti-g": {}}),
          WITH_TEACHER, "full precision and a teacher's forward pass"),
     Case("evaluate", "evaluation forward, 4-bit weights per channel", replace(W4, kind="evaluate"),

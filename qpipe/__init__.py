@@ -51,6 +51,7 @@ _PUBLIC = {
     "float64_sum": "qpipe.quant.grid",
     "mean_magnitude": "qpipe.quant.grid",
     "over_rows": "qpipe.quant.compiled",
+    "tanh": "qpipe.quant.rounding",
     "visible_nan": "qpipe.quant.rounding",
     "QuantModule": "qpipe.quant.modules",
     "Inject": "qpipe.model.gradients",
@@ -111,6 +112,7 @@ __all__ = [
     "over_rows",
     "resolve",
     "straight_through",
+    "tanh",
     "visible_nan",
 ]
 
@@ -133,7 +135,7 @@ if TYPE_CHECKING:
     from qpipe.quant.grid import Grid, GridKernel, GridOptions, GridQuantizer, float64_mean, float64_sum, mean_magnitude
     from qpipe.quant.modules import QuantModule
     from qpipe.quant.quantizer import QuantContext, Quantizer, straight_through
-    from qpipe.quant.rounding import visible_nan
+    from qpipe.quant.rounding import tanh, visible_nan
     from qpipe.quant.tensor import QTensor
     from qpipe.run import Run, Step
     from qpipe.stages.execute import execute

@@ -19,6 +19,7 @@ from qpipe.builtin.binary import Sign
 from qpipe.plugin import Plugin, hookimpl
 from qpipe.quant.compiled import over_rows
 from qpipe.quant.grid import Grid, GridKernel, GridOptions, GridQuantizer
+from qpipe.quant.rounding import tanh
 from qpipe.quant.tensor import code_range
 from qpipe.types import QuantizerKind
 
@@ -48,12 +49,12 @@ class Squashed(GridKernel):
         """Mid-rise levels up to 1 or to the largest magnitude; the limit is `max|tanh(w)|`."""
         largest = rows.abs().amax(axes, keepdim=True).float()
         top = torch.ones_like(largest) if self.unit else largest
-        return Grid(self.snap_above_zero(2 * top / (self.high - self.low)), -0.5, (largest.tanh(),))
+        return Grid(self.snap_above_zero(2 * top / (self.high - self.low)), -0.5, (tanh(largest),))
 
     def codes(self, rows: Tensor, grid: Grid, out: Tensor | None = None) -> Tensor:
         """The nearest level to `tanh(w) / max|tanh(w)|`."""
         steps = self.high - self.low
-        share = torch.tanh(rows.float()) / (2 * grid.limits[0].clamp_min(TINY)) + 0.5
+        share = tanh(rows.float()) / (2 * grid.limits[0].clamp_min(TINY)) + 0.5
         codes = (share * steps).round_().add_(self.low)
         return codes if out is None else out.copy_(codes)
 
@@ -109,7 +110,7 @@ class _Squash(torch.autograd.Function):
 
 def _slope_at_largest(largest: Tensor, unit: bool) -> Tensor:
     """Derivative of `top / max|tanh(w)|` by the largest `|w|`."""
-    m = largest.tanh()
+    m = tanh(largest)
     inner = -(1 - m.square()) / m.square()
     slope = inner if unit else 1 / m + largest * inner
     return torch.where(largest > 0, slope, 0.0)
@@ -122,7 +123,7 @@ def squash_statistics(out: Tensor, rows: Tensor, grad: Tensor) -> Tensor:
     """
     value = rows.float()
     largest = value.abs().amax(1, keepdim=True)
-    dots = (grad.float() * torch.tanh(value)).sum(1, keepdim=True)
+    dots = (grad.float() * tanh(value)).sum(1, keepdim=True)
     ties = (value.abs() == largest).float().sum(1, keepdim=True)
     return torch.cat([largest, dots, ties], dim=1)
 
@@ -139,9 +140,9 @@ def squash_gradient(out: Tensor, rows: Tensor, grad: Tensor, largest: Tensor, at
         unit: True if the largest level is 1.
     """
     value = rows.float()
-    squashed = torch.tanh(value)
+    squashed = tanh(value)
     top = torch.ones_like(largest) if unit else largest
-    steepness = torch.where(largest > 0, top / largest.tanh(), 0.0)  # nothing is learned where all weights are 0
+    steepness = torch.where(largest > 0, top / tanh(largest), 0.0)  # nothing is learned where all weights are 0
     extra = torch.where(value.abs() == largest, value.sign() * at_largest, 0.0)
     out.copy_(grad.float() * (steepness * (1 - squashed * squashed)) + extra)
     return largest

@@ -32,6 +32,20 @@ def visible_nan(statistic: Tensor, scale: Tensor) -> Tensor:
     return torch.where(statistic.isnan(), statistic, scale)
 
 
+def tanh(value: Tensor) -> Tensor:
+    """`tanh`, to a relative 2e-6, as `2 sigmoid(2 x) - 1`; by its series where that loses digits, below 1/8.
+
+    On a CPU, compiled `torch.tanh` takes six times as long as this, and differs from the eager one in last bits, which
+    moves values across the border of two codes. Compiled and eager `sigmoid` agree in every bit.
+
+    Args:
+        value: float32 or float64 tensor.
+    """
+    square = value * value
+    series = value * (1 - square * (1 / 3 - square * (2 / 15)))
+    return torch.where(value.abs() < 0.125, series, torch.sigmoid(value * 2) * 2 - 1)
+
+
 def min_max_grid(
     rows: Tensor,
     axes: tuple[int, ...],

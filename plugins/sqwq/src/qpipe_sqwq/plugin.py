@@ -19,6 +19,9 @@ class SqwqPluginOptions(SqwqOptions):
     """Options of the plugin: where the quantizer goes, with which options, and the regulariser."""
 
     weight: float = Field(1.0, ge=0, description="factor of the regulariser in the loss (lambda_q)")
+    every: int = Field(
+        1, ge=1, description="evaluate the regulariser in every n-th optimizer step only, with n times the weight"
+    )
     rules: bool = Field(True, description="contribute rules; false only offers the quantizer to rules of your own")
     sites: tuple[str, ...] = Field(("{block}.*:weight",), description="patterns over sites that are squashed")
     embedding: bool = Field(False, description="squash the input embedding too, with one gain for the table")
@@ -59,7 +62,7 @@ class Sqwq(Plugin):
             value: Tensor = DistributionPenalty.apply(p, sigma, context)
             return value
 
-        yield WeightLoss(NAME, penalty, self.options.weight, paths.__contains__, "sum")
+        yield WeightLoss(NAME, penalty, self.options.weight, paths.__contains__, "sum", self.options.every)
 
     @hookimpl
     def qpipe_param_groups(self, run: Run) -> Iterable[ParamGroup]:

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qpipe import Grid, GridKernel, GridQuantizer, Options, Quantizer, over_rows
+from qpipe import Grid, GridKernel, GridQuantizer, Options, Quantizer, over_rows, tanh
 from qpipe_sqwq.conversion import fresh, lossless, matched
 
 
@@ -43,7 +43,7 @@ class Squashed(GridKernel):
 
     def codes(self, rows: Tensor, grid: Grid, out: Tensor | None = None) -> Tensor:
         """The level of `tanh(P)`; the gain plays no part."""
-        codes = squashed_codes(torch.tanh(rows.float()), self.low, self.high)
+        codes = squashed_codes(tanh(rows.float()), self.low, self.high)
         return codes if out is None else out.copy_(codes)
 
 
@@ -100,7 +100,7 @@ class SqwqWeight(GridQuantizer):
 
     def master(self, value: Tensor) -> Tensor:
         """`tanh(P) * e**g`."""
-        return (torch.tanh(self.rows_of(value)) * self.gain.exp()).view(value.shape)
+        return (tanh(self.rows_of(value)) * self.gain.exp()).view(value.shape)
 
     def surrogate(self, value: Tensor) -> Tensor:
         """P, with the gradients of `Q(tanh(P)) * e**g` to it and to the gain."""
@@ -148,7 +148,7 @@ def squash_gradient(
         low: smallest code.
         high: largest code.
     """
-    squashed = torch.tanh(rows.float())
+    squashed = tanh(rows.float())
     quantized = (squashed_codes(squashed, low, high) + 0.5) * scale
     slope = grad.float()
     out.copy_(slope * factor * (1 - squashed * squashed))
