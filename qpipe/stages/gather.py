@@ -52,11 +52,12 @@ def share_buffers(run: Run) -> None:
 
 
 def ties(model: nn.Module) -> dict[str, str]:
-    """Names of tied parameters: every later name of a Parameter -> its first name."""
+    """Names of tied parameters: every later name of a Parameter -> its first name. Without what qpipe added."""
     first: dict[int, str] = {}
     result = {}
+    prefixes = internal_prefixes(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, nn.Parameter):
+        if isinstance(tensor, nn.Parameter) and not name.startswith(prefixes):
             owner = first.setdefault(id(tensor), name)
             if owner != name:
                 result[name] = owner
@@ -85,7 +86,10 @@ def float_state(run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     tied = ties(run.student)
     state: dict[str, Tensor] = {}
     stored: dict[str, Tensor] = {}
-    hosts = {f"{site.removesuffix(':weight')}.weight": (site, q) for site, q in run.instruments.quantizers().items()}
+    hosts = {}
+    for site, quantizer in run.instruments.quantizers().items():
+        name = f"{site.removesuffix(':weight')}.weight"
+        hosts[tied.get(name, name)] = site, quantizer  # a rule may name any of the modules that share a weight
     for name, tensor in model_tensors(run):
         if run.engine.rank != 0 and name not in hosts:
             continue

@@ -163,6 +163,16 @@ def test_two_rules_for_one_tied_parameter(tmp_path):
         plan_run(config)
 
 
+@pytest.mark.parametrize("site", ["{embedding}:weight", "{head}:weight"])
+def test_a_tied_weight_whose_quantizer_has_parameters(site, tmp_path):
+    """One quantizer, hosted by two modules, whichever of them the rule names: it trains, exports and verifies."""
+    config = config_of("llama-tied", tmp_path)
+    rules = [{"site": site, "quantizer": "lsq", "options": {"bits": 8}}]
+    run = qpipe.execute(resolve({**config.model_dump(mode="json"), "quantization": {"rules": rules}}))
+    assert run.results["verified"]
+    assert evaluate_run(run.out) == run.results["evaluation"]
+
+
 def test_a_model_of_an_unknown_family_says_what_to_write(tmp_path):
     """DeBERTa has no attention that qpipe knows, so `{block}` stands for nothing; plain paths work."""
     config = config_of("deberta", tmp_path)
