@@ -34,7 +34,7 @@ def check(sites: Iterable[PlannedSite]) -> list[str]:
     reasons = []
     for site in planned:
         if site.slot == "weight":
-            reason = unsupported_weight(site.module_type, site.bits, site.granularity, site.zero_point)
+            reason = unsupported_weight(site.module_type, site.bits, site.zero_point)
         else:
             reason = unsupported_activation(site.slot, site.bits, site.granularity, site.dynamic, hosts.get(site.path))
         if reason:

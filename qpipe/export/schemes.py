@@ -105,16 +105,14 @@ def _bits_needed(codes: Tensor) -> int:
     return max((-low - 1).bit_length() if low < 0 else 0, high.bit_length() if high > 0 else 0) + 1
 
 
-def unsupported_weight(module_type: str, bits: int, granularity: str, zero_point: str) -> str | None:
+def unsupported_weight(module_type: str, bits: int, zero_point: str) -> str | None:
     """Why compressed-tensors cannot hold such a weight, or None if it can."""
     if module_type not in STORED_AS:
         return f"compressed-tensors quantizes {' and '.join(STORED_AS)} only, not {module_type}; {NATIVE_HINT}"
     if zero_point == "float":
         return f"zero points that are neither integers nor half-integers do not survive the format; {NATIVE_HINT}"
-    largest = 7 if zero_point == "half" and granularity != "tensor" else 8
-    if not 1 <= bits <= largest:
-        kind = "a mid-rise grid (stored with one more bit)" if largest == 7 else "codes"
-        return f"{bits} bits exceed what the format holds for {kind}: at most {largest}; {NATIVE_HINT}"
+    if not 1 <= bits <= 8:
+        return f"{bits} bits exceed what the format holds: at most 8; {NATIVE_HINT}"
     return None
 
 
@@ -126,15 +124,17 @@ def scheme_of(name: str, weight: PackedWeight) -> tuple[Scheme, QTensor]:
     """
     tensor = weight.tensor
     kind = zero_point_kind(tensor.zero_point)
-    reason = unsupported_weight(weight.module_type, tensor.bits, tensor.granularity, kind)
+    reason = unsupported_weight(weight.module_type, tensor.bits, kind)
     if reason:
         raise FormatError(f"{name}: {reason}")
     if tensor.codes.ndim != 2:
         raise FormatError(f"{name} has shape {tuple(tensor.codes.shape)}; compressed-tensors holds matrices only")
     stored = STORED_AS[weight.module_type]
     if tensor.granularity != "tensor":
-        if kind == "half":
+        if kind == "half" and tensor.bits < 8:
             tensor, kind = lift(tensor), "none"
+        elif kind == "half":
+            stored = NAIVE  # no ninth bit to lift into; as large at 8 bits, and its float zero points load
         elif kind == "integer" and stored == PACKED:
             centred = centre(tensor)
             if centred.bits <= 8:

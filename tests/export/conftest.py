@@ -56,8 +56,8 @@ def build_records():
     grids = {}
     for i, name in enumerate(linear["roberta"]):
         weight = weight_of("roberta", name)
-        kinds = [(1, "tensor"), (3, "channel"), (7, "channel"), (8, "tensor"), (1, "channel")]
-        grids[name] = builders.ternary(weight) if i % 6 == 5 else builders.midrise(weight, *kinds[i % 6])
+        kinds = [(1, "tensor"), (3, "channel"), (7, "channel"), (8, "tensor"), (1, "channel"), (8, "channel")]
+        grids[name] = builders.ternary(weight) if i % 7 == 6 else builders.midrise(weight, *kinds[i % 7])
     llama = uniform("llama", [n for n in linear["llama"] if n != "lm_head"], GRIDS)
     static = {"dynamic": False, "granularity": "tensor", "symmetric": False, "scale": 0.03125, "zero_point": -7.0}
     bert_sites = [token(n, granularity="tensor", symmetric=bool(i % 2)) for i, n in enumerate(linear["bert"]) if i < 6]

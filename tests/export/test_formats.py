@@ -15,8 +15,8 @@ from qpipe.errors import FormatError
 from qpipe.export import compressed
 from qpipe.export.compressed import targets
 from qpipe.export.packing import pack_bits, pack_trits, packed_width, unpack_bits, unpack_trits
-from qpipe.export.record import ActivationSite, PlannedSite
-from qpipe.export.schemes import centre, lift
+from qpipe.export.record import ActivationSite, PackedWeight, PlannedSite
+from qpipe.export.schemes import centre, lift, weight_tensors
 from qpipe.export.verify import changed_environment, compare_logits
 from qpipe.quant.tensor import QTensor, code_range
 
@@ -63,6 +63,19 @@ def test_lift_changes_no_value(bits):
     assert lift(tensor).integers().dtype == torch.int8
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_eight_bits_of_a_mid_rise_grid_keep_their_zero_points(dtype):
+    """Every code, in the arithmetic of a loader: 127.5 has as many digits as bfloat16 holds."""
+    codes = torch.arange(-128, 128).repeat(3, 1).float()
+    scale = torch.tensor([[0.01], [0.02], [3.0]]).to(dtype).float()
+    tensor = QTensor(codes, scale, torch.full((1,), -0.5), 8)
+    scheme, stored = weight_tensors("l", PackedWeight("l", "Linear", tensor, ""), dtype)
+    assert (scheme.stored, scheme.bits, scheme.strategy) == ("naive-quantized", 8, "channel")
+    assert stored["weight"].dtype == torch.int8 and stored["weight_zero_point"].shape == (3, 1)
+    loaded = (stored["weight"].to(dtype) - stored["weight_zero_point"].to(dtype)) * stored["weight_scale"]
+    assert torch.equal(loaded, tensor.decode(dtype))
+
+
 @pytest.mark.parametrize("options", [{}, {"granularity": "group", "group_size": 4}])
 def test_centre_changes_no_value_and_needs_at_most_one_bit(options):
     tensor = builders.quantize(torch.rand(6, 16), bits=4, symmetric=False, **options)
@@ -91,7 +104,6 @@ def exporters():
     ("site", "word"),
     [
         (PlannedSite("conv", "weight", "Conv2d", 4), "Conv2d"),
-        (PlannedSite("l", "weight", "Linear", 8, zero_point="half"), "mid-rise"),
         (PlannedSite("l", "weight", "Linear", 4, zero_point="float"), "zero points"),
         (PlannedSite("l", "weight", "Linear", 12), "12 bits"),
         (PlannedSite("attn", "probs", "BertAttention", 8, "token", dynamic=True), "attention"),
@@ -111,6 +123,7 @@ def test_check_accepts_what_can_be_held():
         PlannedSite("l", "input", "Linear", 8, "token", dynamic=True),
         PlannedSite("l", "output", "Linear", 8, "tensor"),
         PlannedSite("m", "weight", "Linear", 8, "tensor", zero_point="half"),
+        PlannedSite("n", "weight", "Linear", 8, zero_point="half"),
         PlannedSite("e", "weight", "Embedding", 2),
     ]
     assert list(exporters()["compressed-tensors"].check(sites)) == []

@@ -29,13 +29,7 @@ def test_other_starts(init):
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_every_width_is_exported_as_trained(bits, tmp_path):
     """`execute` verifies: the packed weights equal the trained ones in every bit, in a process without qpipe."""
-    config = tiny_config(
-        tmp_path,
-        {"sqwq": {"bits": bits}},
-        quantization__preset=None,
-        train__max_steps=2,
-        export__format="native" if bits == 8 else "compressed-tensors",
-    )
+    config = tiny_config(tmp_path, {"sqwq": {"bits": bits}}, quantization__preset=None, train__max_steps=2)
     run = qpipe.execute(config)
     assert run.results["verified"]
     assert {entry.bits for entry in run.plan.sites.values()} == {bits}
