@@ -44,18 +44,20 @@ class DataConfig(Section):
     """Where the data are. Without `train`, the task's own hub data set is used."""
 
     train: str | None = Field(
-        None, description="parquet, CSV, JSON or JSON lines file, `package:NAME/PATH`, or hub data set name"
+        None, description="parquet, CSV, TSV, JSON, JSON lines or text file, `package:NAME/PATH`, or hub data set name"
     )
     validation: str | None = Field(None, description="same forms; default: a seeded part of `train`")
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="part of `train` held out where none is named")
     text_columns: tuple[str, ...] | None = Field(None, description="one or two columns; default: the task's")
     label_column: str | None = None
+    tag_column: str | None = Field(None, description="column with a tag for each word; default: the task's")
     labels: tuple[str | int, ...] | None = Field(
         None, description="label values in the order of their ids; rows with other values are an error"
     )
     keep_labels: tuple[str | int, ...] | None = Field(None, description="drop rows with other label values first")
     max_length: int = Field(128, gt=1, description="tokens per example; longer ones are truncated")
     pad_to_max_length: bool = False
+    mask_probability: float = Field(0.15, gt=0, lt=1, description="part of the tokens that masked-lm predicts")
     max_train_examples: int | None = Field(None, gt=0, description="use a seeded sample of this size")
     max_eval_examples: int | None = Field(None, gt=0)
 

@@ -224,8 +224,9 @@ class Task:
     Attributes:
         name: what the configuration calls it.
         kind: decides the model class and the loss.
-        text_columns: column names that are tokenized, one or two; empty for images and language models.
+        text_columns: column names that are tokenized, one or two; empty for images.
         label_column: name of the label column; empty for language models.
+        tag_column: name of the column with one tag for each word; empty unless words are labelled.
         num_labels: size of the head; 1 for regression; 0 if it has to be read from the data.
         metrics: computed at evaluation; the first one selects the best checkpoint.
         hub: `(repository, configuration)` on the hub, used when no data are named.
@@ -233,10 +234,11 @@ class Task:
     """
 
     name: str
-    kind: Literal["classification", "regression", "image-classification", "causal-lm"]
+    kind: Literal["classification", "regression", "image-classification", "causal-lm", "masked-lm", "intent-slot"]
     metrics: tuple[Metric, ...]
     text_columns: tuple[str, ...] = ()
     label_column: str = "label"
+    tag_column: str = ""
     num_labels: int = 0
     hub: tuple[str, str | None] | None = None
     splits: tuple[str, str] = ("train", "validation")

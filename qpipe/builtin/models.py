@@ -34,9 +34,11 @@ class Models(Plugin):
             "regression": transformers.AutoModelForSequenceClassification,
             "image-classification": transformers.AutoModelForImageClassification,
             "causal-lm": transformers.AutoModelForCausalLM,
+            "masked-lm": transformers.AutoModelForMaskedLM,
+            "intent-slot": transformers.AutoModelForTokenClassification,
         }
         overrides: dict[str, Any] = dict(spec.config)
-        if task.kind != "causal-lm" and not strict:
+        if num_labels and not strict:
             overrides |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}
         if task.kind == "regression":
             overrides["problem_type"] = "regression"

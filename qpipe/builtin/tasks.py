@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from qpipe.data import metrics
+from qpipe.data import metrics, slots
 from qpipe.plugin import Plugin, hookimpl
 from qpipe.types import Metric, Task
 
@@ -16,6 +16,11 @@ PEARSON = Metric("pearson", metrics.pearson)
 SPEARMAN = Metric("spearman", metrics.spearman)
 MSE = Metric("mse", metrics.mean_squared_error, higher_is_better=False)
 PERPLEXITY = Metric("perplexity", metrics.perplexity, higher_is_better=False)
+MASKED_ACCURACY = Metric("masked_accuracy", metrics.masked_accuracy)
+SEMER = Metric("semer", slots.semer, higher_is_better=False)
+SLOT_F1 = Metric("slot_f1", slots.slot_f1)
+INTENT_ACCURACY = Metric("intent_accuracy", slots.intent_accuracy)
+EXACT_MATCH = Metric("exact_match", slots.exact_match)
 
 GLUE = "nyu-mll/glue"
 """Wang et al., "GLUE: A multi-task benchmark and analysis platform" (2019), table 1 names the metrics."""
@@ -49,6 +54,15 @@ TASKS = (
     Task("regression", "regression", (PEARSON, SPEARMAN, MSE), ("text",), num_labels=1),
     Task("image-classification", "image-classification", (ACCURACY, MACRO_F1)),
     Task("causal-lm", "causal-lm", (PERPLEXITY,), ("text",), label_column=""),
+    Task("masked-lm", "masked-lm", (PERPLEXITY, MASKED_ACCURACY), ("text",), label_column=""),
+    Task(
+        "intent-slot",
+        "intent-slot",
+        (SEMER, SLOT_F1, INTENT_ACCURACY, EXACT_MATCH),
+        ("tokens",),
+        label_column="intent",
+        tag_column="slot_tags",
+    ),
 )
 """Of the metrics of a task the first one selects the best checkpoint."""
 

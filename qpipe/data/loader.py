@@ -69,7 +69,7 @@ def train_loader(
     return DataLoader(
         data.train,
         batch_sampler=batches,
-        collate_fn=data.collate,
+        collate_fn=data.collate if data.train_collate is None else data.train_collate(seed, epoch),
         generator=generator,
     )
 

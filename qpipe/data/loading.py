@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,10 @@ import datasets
 import numpy as np
 
 from qpipe.config import DataConfig, RunConfig
+from qpipe.data import joint
 from qpipe.data import labels as labelling
 from qpipe.data.images import image_collate, image_rows, load_processor
+from qpipe.data.masking import Masking, number_rows
 from qpipe.data.sources import Split, read_splits
 from qpipe.data.text import (
     Collate,
@@ -37,6 +39,8 @@ class TaskData:
         tokenizer: tokenizer or image processor, saved beside the model; None if there is none.
         num_labels: size of the head; 1 for regression, 0 for language models.
         label_names: names of the classes in the order of their ids; empty unless classes are predicted.
+        train_collate: takes seed and epoch, and gives what makes the batches of that epoch; None: `collate` does.
+        decode: turns arrays of predictions and references into those that the metrics take; None: they are the same.
     """
 
     train: datasets.Dataset
@@ -45,6 +49,8 @@ class TaskData:
     tokenizer: Any
     num_labels: int
     label_names: tuple[str, ...]
+    train_collate: Callable[[int, int], Collate] | None = None
+    decode: Callable[[Any, Any], tuple[Any, Any]] | None = None
 
 
 def find_task(tasks: Mapping[str, Task], name: str) -> Task:
@@ -68,8 +74,10 @@ def load_data(config: RunConfig, task: Task) -> TaskData:
         ConfigError: a data set, tokenizer or label list cannot be what the configuration says.
         DataError: a file, column, label or text is wrong, or a split is empty.
     """
-    if task.kind == "causal-lm":
+    if task.kind in ("causal-lm", "masked-lm"):
         return _language(config, task)
+    if task.kind == "intent-slot":
+        return _joint(config, task)
     train, validation = read_splits(config.data, task)
     inputs, label_column = _input_columns(config.data, task), config.data.label_column or task.label_column
     train = _filtered(train, inputs, label_column, config.data)
@@ -153,5 +161,38 @@ def _language(config: RunConfig, task: Task) -> TaskData:
     for split, most in ((train, config.data.max_train_examples), (validation, config.data.max_eval_examples)):
         split.require([column], f"data.text_columns (now {[column]})")
         data = chunk(split, column, tokenizer, config.data.max_length)
+        if task.kind == "masked-lm":
+            data = number_rows(data)
         pieces.append(Split(data, split.source, np.arange(len(data))).sample(most).data)
-    return TaskData(pieces[0], pieces[1], chunk_collate, tokenizer, 0, ())
+    if task.kind == "causal-lm":
+        return TaskData(pieces[0], pieces[1], chunk_collate, tokenizer, 0, ())
+    masking = Masking(tokenizer, config.data.mask_probability)
+    return TaskData(pieces[0], pieces[1], masking.evaluation, tokenizer, 0, (), masking.training)
+
+
+def _joint(config: RunConfig, task: Task) -> TaskData:
+    data = config.data
+    (words,), intent = _input_columns(data, task), data.label_column or task.label_column
+    tags = data.tag_column or task.tag_column
+    train, validation = read_splits(data, task)
+    parts = train.hold_out(data.validation_fraction) if validation is None else (train, validation)
+    rows = []
+    for split, most in zip(parts, (data.max_train_examples, data.max_eval_examples), strict=True):
+        split.require([tags], f"data.tag_column (now {tags!r})")
+        rows.append(joint.read_rows(_filtered(split, (words,), intent, data).sample(most), words, tags, intent))
+    names = rows[0].names()
+    # Labels that only the validation split has cannot be predicted; they count as errors, as they do in use.
+    unseen = tuple(name for name in rows[1].names() if name not in names)
+    tokenizer = load_tokenizer(config.model, data.max_length, add_prefix_space=True)
+    require_padding(tokenizer)
+    joint.require_leading_special(tokenizer)
+    train_rows, validation_rows = (joint.tokenize_words(r, names + unseen, tokenizer, data.max_length) for r in rows)
+    return TaskData(
+        train_rows,
+        validation_rows,
+        joint.joint_collate(tokenizer, data.max_length if data.pad_to_max_length else None),
+        tokenizer,
+        len(names),
+        names,
+        decode=joint.decoder(names + unseen),
+    )

@@ -1,7 +1,7 @@
 """Metrics of tasks: numpy arrays in, one float out.
 
 Predictions of classifiers are class ids `[examples]` or logits `[examples, labels]`; of regression `[examples]` or
-`[examples, 1]`. For language models see `perplexity`.
+`[examples, 1]`. For language models see `perplexity`, for slots `qpipe.data.slots`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 
 from qpipe.errors import TrainingError
+
+IGNORED = -100
+"""The label of tokens for which nothing is predicted."""
 
 
 def _finite(values: Any) -> np.ndarray[Any, Any]:
@@ -86,14 +89,53 @@ def perplexity(predictions: Any, references: Any) -> float:
     """Exponential of the mean negative log-likelihood per predicted token, 1..infinity.
 
     Args:
-        predictions: summed negative log-likelihood of each example in nats, `[examples]`; see `token_losses`.
+        predictions: summed negative log-likelihood of each example in nats, `[examples]` (see `token_losses`), or the
+            first column of what `masked_losses` gives.
         references: number of predicted tokens of each example, `[examples]`.
     """
-    losses, counts = _pair(predictions, references)
+    losses, counts = _pair(_column(predictions, 0), references)
     if counts.sum() <= 0:
         raise TrainingError("perplexity needs at least one predicted token")
     mean = float(losses.sum() / counts.sum())
     return math.exp(mean) if mean < 700 else math.inf  # exp overflows a double above 709
+
+
+def _column(values: Any, number: int) -> np.ndarray[Any, Any]:
+    array = _finite(values)
+    return array[:, number] if array.ndim == 2 else array
+
+
+def masked_accuracy(predictions: Any, references: Any) -> float:
+    """Part of the masked tokens that are predicted right, 0..1; takes what `masked_losses` gives."""
+    right, counts = _pair(_column(predictions, 1), references)
+    if counts.sum() <= 0:
+        raise TrainingError(
+            "no token of the validation split is masked: give more data, or raise data.mask_probability"
+        )
+    return float(right.sum() / counts.sum())
+
+
+def masked_losses(logits: Any, labels: Any) -> tuple[Any, Any]:
+    """What `perplexity` and `masked_accuracy` take, from the logits of a masked language model.
+
+    Args:
+        logits: tensor `[examples, tokens, vocabulary]`.
+        labels: tensor `[examples, tokens]` of token ids, -100 where nothing is predicted.
+
+    Returns:
+        `[examples, 2]` float64: summed negative log-likelihood, and number of tokens predicted right; and the number
+        of predicted tokens `[examples]` in int64.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    masked = labels != IGNORED
+    chosen, targets = logits[masked].float(), labels[masked]
+    values = torch.zeros(*labels.shape, 2, dtype=torch.float64, device=logits.device)
+    values[masked] = torch.stack(
+        [F.cross_entropy(chosen, targets, reduction="none").double(), (chosen.argmax(-1) == targets).double()], -1
+    )
+    return values.sum(1), masked.sum(1)
 
 
 def token_losses(logits: Any, labels: Any) -> tuple[Any, Any]:

@@ -27,6 +27,7 @@ FORMATS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ".tsv": ("csv", {**CSV_OPTIONS, "sep": "\t", "quoting": csv.QUOTE_NONE}),
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
+    ".txt": ("text", {}),
 }
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 

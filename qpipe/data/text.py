@@ -21,8 +21,8 @@ IN_MEMORY_ROWS = 200_000
 Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 
 
-def load_tokenizer(model: ModelConfig, max_length: int) -> Any:
-    """The tokenizer that `model.tokenizer`, or else `model.name`, holds.
+def load_tokenizer(model: ModelConfig, max_length: int, **options: Any) -> Any:
+    """The tokenizer that `model.tokenizer`, or else `model.name`, holds; `options` are its own.
 
     Raises:
         ConfigError: there is none, or `max_length` is more than it is made for.
@@ -30,7 +30,7 @@ def load_tokenizer(model: ModelConfig, max_length: int) -> Any:
     name = model.tokenizer or model.name
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            locate(name), revision=model.revision, trust_remote_code=model.trust_remote_code
+            locate(name), revision=model.revision, trust_remote_code=model.trust_remote_code, **options
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(
@@ -70,7 +70,8 @@ def _texts(split: Split, column: str) -> None:
             )
 
 
-def _map(data: datasets.Dataset, function: Callable[..., Any]) -> datasets.Dataset:
+def map_rows(data: datasets.Dataset, function: Callable[..., Any]) -> datasets.Dataset:
+    """Apply a function of batches that replaces every column."""
     small = len(data) <= IN_MEMORY_ROWS
     with quiet():
         return data.map(
@@ -96,7 +97,7 @@ def tokenize(
     def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
         return dict(tokenizer(*(batch[column] for column in columns), truncation=True, max_length=max_length))
 
-    return _with_labels(_map(split.data.select_columns(list(columns)), encode), labels)
+    return _with_labels(map_rows(split.data.select_columns(list(columns)), encode), labels)
 
 
 def _with_labels(data: datasets.Dataset, labels: np.ndarray[Any, Any]) -> datasets.Dataset:
@@ -132,7 +133,7 @@ def chunk(split: Split, column: str, tokenizer: Any, max_length: int) -> dataset
         rows = tokenizer(texts, verbose=False)["input_ids"] if texts else []
         return {"input_ids": [row if end is None or row[-1:] == [end] else [*row, end] for row in rows]}
 
-    rows = _map(split.data.select_columns([column]), encode)["input_ids"]
+    rows = map_rows(split.data.select_columns([column]), encode)["input_ids"]
     tokens = np.concatenate([np.asarray(row, dtype=np.int32) for row in rows] or [np.empty(0, dtype=np.int32)])
     pieces = len(tokens) // max_length
     if pieces == 0:

@@ -56,10 +56,33 @@ def predict(model: Any, batches: dict[str, torch.Tensor], kind: str) -> dict[str
             losses = torch.nn.functional.cross_entropy(shifted, targets, ignore_index=-100, reduction="none")
             predictions.append(losses.double().sum(1))
             references.append((targets != -100).sum(1))
+        elif kind == "masked-lm":
+            masked = labels != -100
+            chosen, targets = logits[masked].float(), labels[masked]
+            losses = torch.nn.functional.cross_entropy(chosen, targets, reduction="none")
+            values = torch.zeros(*labels.shape, 2, dtype=torch.float64)
+            values[masked] = torch.stack([losses.double(), (chosen.argmax(-1) == targets).double()], -1)
+            predictions.append(values.sum(1))
+            references.append(masked.sum(1))
+        elif kind == "intent-slot":
+            # The configuration says which labels are intents: those are read at the first token, the others elsewhere.
+            tags = sum(not name.startswith("intent:") for name in model.config.id2label.values())
+            predicted = logits[..., :tags].argmax(-1)
+            predicted[:, 0] = tags + logits[:, 0, tags:].argmax(-1)
+            predictions.append(predicted.masked_fill(labels == -100, -100))
+            references.append(labels)
         else:
             predictions.append(logits.float())
             references.append(labels)
-    return {"predictions": torch.cat(predictions), "references": torch.cat(references)}
+    return {"predictions": join(predictions), "references": join(references)}
+
+
+def join(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Batches `[examples, ...]` as one tensor; labels of tokens are filled up with -100 to the longest batch."""
+    if len({part.shape[1:] for part in parts}) == 1:
+        return torch.cat(parts)
+    rows = [row for part in parts for row in part]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
 
 
 def auto_class(job: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,12 +29,14 @@ class Prepared:
         batches: safetensors file with `<batch>.<input>`, or None.
         kind: of the task.
         metrics: of the task.
+        decode: `TaskData.decode`.
         reason: why there are no batches.
     """
 
     batches: Path | None = None
     kind: str = ""
     metrics: tuple[Metric, ...] = ()
+    decode: Callable[[Any, Any], tuple[Any, Any]] | None = None
     reason: str = ""
 
 
@@ -63,7 +65,7 @@ def prepare(about: Mapping[str, Any], target: Path) -> Prepared:
         batch = data.collate([rows[i] for i in range(start, min(start + size, len(rows)))])
         found |= {f"{number:06d}.{key}": value.contiguous() for key, value in batch.items()}
     save_file(found, target)
-    return Prepared(target, task.kind, task.metrics)
+    return Prepared(target, task.kind, task.metrics, data.decode)
 
 
 def compare_metrics(
@@ -75,16 +77,19 @@ def compare_metrics(
         about: contents of `qpipe.json`.
         prepared: what `prepare` returned.
         predictions: `[examples, ...]` from the fresh process.
-        references: `[examples]`.
+        references: `[examples, ...]`.
     """
     recorded = about["metrics"]
     known: Sequence[Metric] = [m for m in prepared.metrics if m.name in recorded]
     if not known:
         return False, f"the recorded metrics {sorted(recorded)} are not those of task {about.get('task')}", {}
+    arrays = predictions.numpy(), references.numpy()
+    if prepared.decode is not None:
+        arrays = prepared.decode(*arrays)
     parts, passed = [], True
     values: dict[str, float] = {}
     for metric in known:
-        value = values[metric.name] = float(metric.fn(predictions.numpy(), references.numpy()))
+        value = values[metric.name] = float(metric.fn(*arrays))
         expected = float(recorded[metric.name])
         # One example that flips on a rounding difference is no damage.
         allowed = max(RELATIVE_TOLERANCE * max(1.0, abs(expected)), 1.0 / len(references))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from qpipe.data.joint import predict_joint
 from qpipe.data.loader import eval_loader
-from qpipe.data.metrics import token_losses
+from qpipe.data.metrics import IGNORED, masked_losses, token_losses
 from qpipe.run import Run
 from qpipe.stages.calibrate import inference, inputs_of, to_device
 from qpipe.stages.gather import share_buffers
@@ -31,22 +33,36 @@ def evaluate(run: Run) -> dict[str, float]:
         ):
             moved = to_device(batch, run)
             output = run.engine.forward(**inputs_of(moved))
-            predictions, references = predict(run.task.kind, output.logits, moved["labels"])
+            predictions, references = predict(run.task.kind, output.logits, moved["labels"], run.data.label_names)
             rows += [(int(i), p, r) for i, p, r in zip(indices, predictions, references, strict=True) if int(i) >= 0]
     merged = sorted((row for part in run.engine.gather_objects(rows) for row in part), key=lambda row: row[0])
-    predicted = np.stack([row[1] for row in merged])
-    expected = np.stack([row[2] for row in merged])
+    predicted, expected = stack([row[1] for row in merged]), stack([row[2] for row in merged])
+    if run.data.decode is not None:
+        predicted, expected = run.data.decode(predicted, expected)
     return {metric.name: float(metric.fn(predicted, expected)) for metric in run.task.metrics}
 
 
-def predict(kind: str, logits: Tensor, labels: Tensor) -> tuple[Any, Any]:
+def stack(rows: Sequence[Any]) -> Any:
+    """Rows as one array; those of batches of another length are filled up with -100 at their end."""
+    width = max((row.shape[0] for row in rows if row.ndim), default=0)
+    return np.stack([np.pad(row, (0, width - len(row)), constant_values=IGNORED) if row.ndim else row for row in rows])
+
+
+def predict(kind: str, logits: Tensor, labels: Tensor, names: Sequence[str] = ()) -> tuple[Any, Any]:
     """Predictions and references of one batch as the task's metrics take them.
 
     Args:
         kind: kind of the task.
-        logits: `[batch, labels]`, or `[batch, tokens, vocabulary]` for language models.
+        logits: `[batch, labels]`, or `[batch, tokens, labels]` where tokens are predicted.
         labels: `[batch]`, or `[batch, tokens]`.
+        names: of the classes.
     """
+    if kind == "masked-lm":
+        values, counts = masked_losses(logits, labels)
+        return values.cpu().numpy(), counts.cpu().numpy()
+    if kind == "intent-slot":
+        predicted, expected = predict_joint(logits, labels, names)
+        return predicted.cpu().numpy(), expected.cpu().numpy()
     if kind == "causal-lm":
         losses, counts = token_losses(logits, labels)
         return losses.cpu().numpy(), counts.cpu().numpy()

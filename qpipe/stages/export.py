@@ -23,6 +23,9 @@ from qpipe.stages.gather import model_tensors, ties
 from qpipe.stages.prepare import checked_lattice, find_exporter
 from qpipe.types import Json
 
+REFERENCE_TOKENS = 8
+"""Tokens of each reference example of a language model, whose logits are as wide as its vocabulary."""
+
 
 def export(run: Run, format_name: str | None = None, out: Path | None = None) -> Path:
     """Write the packed checkpoint; called by all processes.
@@ -170,6 +173,8 @@ def reference(run: Run) -> dict[str, Tensor]:
     """Inputs and logits of the first validation examples, from the trained model. Collective."""
     count = min(run.config.export.reference_examples, len(run.data.validation))
     batch = to_device(run.data.collate([run.data.validation[i] for i in range(count)]), run)
+    if run.task.kind in ("causal-lm", "masked-lm"):  # logits of a whole vocabulary would outweigh the model
+        batch = {name: value[:, :REFERENCE_TOKENS] for name, value in batch.items()}
     with inference(run):
         output: Any = run.engine.forward(**inputs_of(batch))
     result = {f"inputs.{name}": value.cpu() for name, value in inputs_of(batch).items()}
