@@ -1,0 +1,61 @@
+"""Which layer of the teacher a layer of the student learns from."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from qpipe import ModelError
+
+Pair = tuple[int, int]
+"""Layer of the student, layer of the teacher, each from 0."""
+
+
+def depth_ratio(student: int, teacher: int, what: str) -> int:
+    """Layers of the teacher for each of the student.
+
+    Raises:
+        ModelError: the teacher's number of layers is no multiple of the student's, or one is not known.
+    """
+    if not student or not teacher:
+        raise ModelError(
+            f"the layers of {'the student' if not student else 'the teacher'} are not known, which distillation of "
+            f"{what} needs; set it to none, or use a model family that qpipe knows"
+        )
+    if teacher % student:
+        raise ModelError(
+            f"the student has {student} layers and the teacher {teacher}: distillation of {what} pairs layers evenly, "
+            "so give a teacher whose number of layers is a multiple of the student's"
+        )
+    return teacher // student
+
+
+def hidden_pairs(depth: int, ratio: int, layers: Literal["uniform", "last"]) -> list[Pair]:
+    """Pairs of hidden states: the embeddings' output (0) and every layer's, or the last one's."""
+    first = 0 if layers == "uniform" else depth
+    return [(layer, layer * ratio) for layer in range(first, depth + 1)]
+
+
+def attention_pairs(depth: int, ratio: int, layers: Literal["uniform", "last"]) -> list[Pair]:
+    """Pairs of attention layers; the student's last one always meets the teacher's last one."""
+    first = 0 if layers == "uniform" else depth - 1
+    return [(layer, (layer + 1) * ratio - 1) for layer in range(first, depth)]
+
+
+def require_equal(student: Any, teacher: Any, attribute: str, what: str) -> None:
+    """Refuse models whose tensors have different shapes.
+
+    Args:
+        student: a model; one without a configuration is not checked.
+        teacher: likewise.
+        attribute: of the configuration.
+        what: what it counts, for the message.
+
+    Raises:
+        ModelError: the numbers differ.
+    """
+    ours, theirs = (getattr(getattr(model, "config", None), attribute, None) for model in (student, teacher))
+    if None not in (ours, theirs) and ours != theirs:
+        raise ModelError(
+            f"the student has {ours} {what} and the teacher {theirs}, which cannot be compared; give a teacher of "
+            "equal size, or leave out what needs it (distillation.hidden, .attention or .logits: none)"
+        )

@@ -1,0 +1,78 @@
+"""Distances between student and teacher, as functions of tensors. All compute in float32.
+
+Tokens count once per example: each mean is over the real tokens of an example first, and then over examples, so that it
+does not depend on padding, nor on how a batch is shared out to processes.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def example_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over the elements of each example, and of that over examples; a scalar.
+
+    Args:
+        values: `[batch, ...]`.
+        mask: non-zero where an element counts, broadcastable to `values`; None if all count.
+    """
+    if mask is None:
+        return values.mean()
+    weights = mask.to(values.dtype).expand_as(values).flatten(1)
+    return ((values.flatten(1) * weights).sum(1) / weights.sum(1).clamp_min(1)).mean()
+
+
+def token_mask(logits: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask `[batch, tokens]` if the logits are `[batch, tokens, classes]`, else None."""
+    return mask if logits.dim() == 3 else None
+
+
+def logits_kl(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
+    """`T^2 * sum_c p_T log(p_T / p_S)` with `p = softmax(logits / T)`.
+
+    Hinton, Vinyals & Dean, "Distilling the knowledge in a neural network" (2015), section 2; the factor keeps gradients
+    comparable over temperatures. Its gradient is that of the cross-entropy with soft targets.
+
+    Args:
+        student: `[batch, classes]` or `[batch, tokens, classes]`.
+        teacher: of the same shape.
+        temperature: above 0.
+        mask: `[batch, tokens]`, non-zero at real tokens; for logits of tokens only.
+    """
+    ours = (student.float() / temperature).log_softmax(-1)
+    theirs = (teacher.float() / temperature).log_softmax(-1)
+    divergence = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+    return temperature**2 * example_mean(divergence, token_mask(student, mask))
+
+
+def logits_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared difference of logits; shapes as in `logits_kl`."""
+    return example_mean((student.float() - teacher.float()).square().mean(-1), token_mask(student, mask))
+
+
+def hidden_cosine(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    """`1 - cos` of hidden states `[batch, tokens, hidden]`, 0..2; Sanh et al., "DistilBERT" (2019)."""
+    return example_mean(1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1), mask)
+
+
+def hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean squared difference of hidden states `[batch, tokens, hidden]`; Jiao et al., "TinyBERT" (2020), eq. 8."""
+    return example_mean((student.float() - teacher.float()).square().mean(-1), mask)
+
+
+def attention_mse(student: Tensor, teacher: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+    """Mean squared difference of attention scores over heads and over pairs of real tokens; "TinyBERT", eq. 7.
+
+    Args:
+        student: scores before the softmax and the mask, `[batch, heads, queries, keys]`.
+        teacher: of the same shape.
+        mask: `[batch, tokens]`, non-zero at real tokens, or None.
+        causal: True if a query sees no later key.
+    """
+    difference = (student.float() - teacher.float()).square().mean(1)
+    visible = None if mask is None else mask[:, :, None].bool() & mask[:, None, :].bool()
+    if causal:
+        lower = difference.new_ones(difference.shape[1:]).tril().bool()
+        visible = lower if visible is None else visible & lower
+    return example_mean(difference, visible)

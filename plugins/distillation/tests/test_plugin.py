@@ -1,0 +1,140 @@
+"""The plugin's pairing of layers and its checks, and whole runs with it."""
+
+import json
+
+import pytest
+from pydantic import ValidationError
+from qpipe_distillation import Distillation, DistillationOptions
+from qpipe_distillation.layers import attention_pairs, depth_ratio, hidden_pairs
+
+import qpipe
+from qpipe import ConfigError, ModelError
+from qpipe.testing import tiny_config, tiny_model
+
+
+def test_uniform_pairs_end_at_the_last_layers():
+    assert hidden_pairs(2, 3, "uniform") == [(0, 0), (1, 3), (2, 6)]
+    assert hidden_pairs(2, 3, "last") == [(2, 6)]
+    assert attention_pairs(2, 3, "uniform") == [(0, 2), (1, 5)]
+    assert attention_pairs(2, 3, "last") == [(1, 5)]
+    assert depth_ratio(4, 12, "hidden states") == 3
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [(4, 6, "4 layers and the teacher 6"), (6, 4, "multiple"), (0, 4, "layers of the student are not known")],
+)
+def test_layers_that_do_not_pair(student, teacher, message):
+    with pytest.raises(ModelError, match=message):
+        depth_ratio(student, teacher, "hidden states")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"logits": "none"}, "nothing is distilled"),
+        ({"logits": "none", "hidden": "mse", "task_loss": False}, "nothing trains the head"),
+        ({"temperature": 0}, "greater than 0"),
+        ({"hidden": "cos"}, "cosine"),
+    ],
+)
+def test_options_that_make_no_sense(options, message):
+    with pytest.raises(ValidationError, match=message):
+        DistillationOptions(**options)
+
+
+def test_only_what_is_compared_is_captured():
+    plugin = Distillation(DistillationOptions(logits="none", hidden="cosine"))
+    signals = plugin.qpipe_signals()
+    assert signals.student == signals.teacher == {"hidden_states"}
+    assert [(loss.name, loss.replaces) for loss in plugin.qpipe_losses()] == [("distillation/hidden", ())]
+    alone = Distillation(DistillationOptions(attention="mse", task_loss=False, attention_weight=3))
+    assert [(loss.name, loss.weight, loss.replaces) for loss in alone.qpipe_losses()] == [
+        ("distillation/logits", 1.0, ("task",)),
+        ("distillation/attention", 3.0, ()),
+    ]
+
+
+def logged(folder):
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == "train"]
+
+
+def with_teacher(folder, options, teacher, **changes):
+    tiny_config(folder)
+    tiny_model(folder / "other", seed=1, **teacher)
+    changes = {"train__max_steps": 2, "teacher__init_student": False, **changes}
+    return tiny_config(folder, {"distillation": options}, teacher__name=str(folder / "other"), **changes)
+
+
+def test_a_shallower_student(tmp_path):
+    """The sum over layers has one term for the embeddings and one for each of the student's two layers."""
+    options = {"hidden": "cosine", "attention": "mse"}
+    config = with_teacher(tmp_path, options, {"num_hidden_layers": 4})
+    assert qpipe.execute(config).results["verified"]
+    first = logged(tmp_path)[0]
+    assert first["loss"] == pytest.approx(
+        sum(first[name] for name in ("task", "distillation/logits", "distillation/hidden", "distillation/attention"))
+    )
+    # Independent random models: every cosine is near 0, so each of the three terms is near 1.
+    assert 2 < first["distillation/hidden"] < 4
+
+
+def test_the_same_model_is_at_no_distance(tmp_path):
+    tiny_config(tmp_path)
+    options = {"logits": "kl", "hidden": "mse", "attention": "mse", "task_loss": False}
+    config = tiny_config(
+        tmp_path,
+        {"distillation": options},
+        teacher__name=str(tmp_path / "model"),
+        quantization__preset="w8",
+        train__max_steps=1,
+    )
+    qpipe.execute(config)
+    first = logged(tmp_path)[0]
+    assert "task" not in first
+    assert 0 < first["loss"] < 1e-2, "8 bits differ a little from full precision"
+
+
+@pytest.mark.parametrize(
+    ("options", "teacher", "message"),
+    [
+        ({"hidden": "mse"}, {"hidden_size": 64}, "32 hidden units and the teacher 64"),
+        ({"attention": "mse"}, {"num_attention_heads": 2}, "4 attention heads and the teacher 2"),
+        ({"hidden": "cosine"}, {"num_hidden_layers": 3}, "2 layers and the teacher 3"),
+    ],
+)
+def test_teachers_that_do_not_fit(options, teacher, message, tmp_path):
+    with pytest.raises(ModelError, match=message):
+        qpipe.execute(with_teacher(tmp_path, options, teacher))
+
+
+def test_regression_has_no_distribution(tmp_path):
+    with pytest.raises(ConfigError, match="distillation.logits: mse"):
+        tiny_config(tmp_path)
+        model = tiny_model(tmp_path / "other", seed=1, num_labels=1)
+        qpipe.execute(
+            tiny_config(
+                tmp_path,
+                {"distillation": {}},
+                task="regression",
+                data__text_columns=["sentence"],
+                teacher__name=str(model),
+            )
+        )
+
+
+def test_a_masked_language_model_learns_from_its_fine_tuned_self(tmp_path):
+    """The teacher is pre-trained first, on the same data, and both losses are logged."""
+    config = tiny_config(
+        tmp_path,
+        {"distillation": {"hidden": "cosine", "layers": "last"}},
+        task="masked-lm",
+        data__text_columns=["sentence"],
+        train__max_steps=2,
+        teacher__epochs=1,
+    )
+    run = qpipe.execute(config)
+    assert run.results["verified"]
+    assert set(run.results["teacher"]) == {"perplexity", "masked_accuracy"}
+    assert all(row["distillation/logits"] > 0 and row["task"] > 0 for row in logged(tmp_path))
