@@ -120,6 +120,8 @@ class WeightLoss:
         applies: takes a module path and says whether its weight is penalised.
         reduction: how the values of several weights combine.
         every: evaluate in every n-th optimizer step only, with n times the weight.
+        stored: True if `fn` is meant for the form in which a quantizer stores the weight, where that is another tensor
+            than the weight (`Quantizer.master`); a penalty on ordinary weights is refused there.
     """
 
     name: str
@@ -128,6 +130,7 @@ class WeightLoss:
     applies: Callable[[str], bool]
     reduction: Literal["mean", "sum"] = "mean"
     every: int = 1
+    stored: bool = False
 
 
 @dataclass(frozen=True)

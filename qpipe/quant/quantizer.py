@@ -154,6 +154,11 @@ class Quantizer(nn.Module):
         """
         return value
 
+    @property
+    def reparameterizes(self) -> bool:
+        """True if the stored tensor is another one than the weight."""
+        return type(self).master is not Quantizer.master
+
     def snap(self, scale: Tensor) -> Tensor:
         """Round scales to the type they are exported in, and replace zeros (of all-zero rows) by 1.
 

@@ -167,7 +167,7 @@ def attach_weight_losses(run: Run) -> None:
     """Give every module the penalties that apply to its weight.
 
     Raises:
-        SiteError: a penalty applies to no weight.
+        SiteError: a penalty applies to no weight, or to one that is stored in a form which it is not meant for.
     """
     terms = run.host.collect("qpipe_weight_losses", run=run)
     for term in terms.values():
@@ -177,6 +177,12 @@ def attach_weight_losses(run: Run) -> None:
         for path in paths:
             module = run.instruments.module(run.instruments.sites[f"{path}:weight"])
             assert isinstance(module, QuantModule)
+            quantizer = module.hosted("weight")
+            if quantizer is not None and quantizer.reparameterizes and not term.stored:
+                raise SiteError(
+                    f"weight loss {term.name!r} is meant for ordinary weights, but {path} is trained in the form that "
+                    f"{type(quantizer).__name__} stores it in; leave it out of the penalty, or quantize it otherwise"
+                )
             module.qpipe.weight_losses += (term,)
     run.weight_losses = tuple(terms.values())
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from qpipe import ParamGroup, Plugin, QuantizerKind, Rule, Run, WeightLoss, hookimpl
+from qpipe import ParamGroup, Plugin, QuantContext, QuantizerKind, Rule, Run, SiteError, WeightLoss, hookimpl
 from qpipe_sqwq.penalty import DistributionPenalty
 from qpipe_sqwq.quantizer import SqwqOptions, SqwqWeight
+from qpipe_sqwq.stored import take_stored
 
 NAME = "sqwq"
 
@@ -52,17 +53,35 @@ class Sqwq(Plugin):
 
     @hookimpl
     def qpipe_weight_losses(self, run: Run) -> Iterable[WeightLoss]:
-        """The regulariser, summed over the squashed weights."""
-        paths = {site.rpartition(":")[0]: quantizer for site, quantizer in squashed(run).items()}
-        if not paths or self.options.weight == 0:
-            return
-        sigma, context = self.options.sigma, run.instruments.context
+        """The regulariser, summed over the squashed weights; one term for each `sigma` that their rules name.
 
-        def penalty(p: Tensor) -> Tensor:
-            value: Tensor = DistributionPenalty.apply(p, sigma, context)
-            return value
+        Raises:
+            SiteError: no weight is squashed.
+        """
+        paths: dict[float, set[str]] = {}
+        for site, quantizer in squashed(run).items():
+            paths.setdefault(quantizer.options.sigma, set()).add(site.rpartition(":")[0])
+        if not paths:
+            raise SiteError(
+                "plugin 'sqwq' is named, but no rule squashes a weight; set sqwq.rules=true, write a rule with "
+                "quantizer: sqwq, or leave the plugin out"
+            )
+        for sigma, members in paths.items() if self.options.weight else ():
+            name = NAME if len(paths) == 1 else f"{NAME}-{sigma:g}"
+            fn = _penalty(sigma, run.instruments.context)
+            weight, every = self.options.weight, self.options.every
+            yield WeightLoss(name, fn, weight, members.__contains__, "sum", every, stored=True)
 
-        yield WeightLoss(NAME, penalty, self.options.weight, paths.__contains__, "sum", self.options.every)
+    @hookimpl
+    def qpipe_model_prepared(self, run: Run) -> None:
+        """Take P and gains from an earlier run where `init` says so.
+
+        Raises:
+            ConfigError: `model.name` is no folder of a run that squashed the same weights.
+        """
+        wanted = {site: q for site, q in squashed(run).items() if q.options.init == "stored"}
+        if wanted and not run.trained:
+            take_stored(run, wanted)
 
     @hookimpl
     def qpipe_param_groups(self, run: Run) -> Iterable[ParamGroup]:
@@ -78,6 +97,14 @@ class Sqwq(Plugin):
 def squashed(run: Run) -> dict[str, SqwqWeight]:
     """The squashed weights of a run, by site."""
     return {site: q for site, q in run.instruments.quantizers().items() if isinstance(q, SqwqWeight)}
+
+
+def _penalty(sigma: float, context: QuantContext) -> Callable[[Tensor], Tensor]:
+    def penalty(p: Tensor) -> Tensor:
+        value: Tensor = DistributionPenalty.apply(p, sigma, context)
+        return value
+
+    return penalty
 
 
 def _among(ids: set[int]) -> Any:

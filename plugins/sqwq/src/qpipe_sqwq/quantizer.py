@@ -23,10 +23,11 @@ class SqwqOptions(Options):
 
     bits: int = Field(4, ge=1, le=8)
     granularity: Literal["tensor", "channel"] = Field("channel", description="what shares a gain: all, or a row")
-    init: Literal["matched", "lossless", "scratch"] = Field(
+    init: Literal["matched", "lossless", "scratch", "stored"] = Field(
         "matched",
         description="matched: the pretrained weight, with gains that give P the deviation sigma and clip the tails; "
-        "lossless: the pretrained weight, with its largest element as gain; scratch: P drawn from N(0, sigma^2)",
+        "lossless: the pretrained weight, with its largest element as gain; scratch: P drawn from N(0, sigma^2); "
+        "stored: P and gains as an earlier run left them in the folder that model.name names",
     )
     sigma: float = Field(0.8, gt=0, lt=3, description="standard deviation of P aimed at")
     lr_scale: float = Field(10.0, gt=0, description="factor on the learning rate of P and the gains")
@@ -82,11 +83,11 @@ class SqwqWeight(GridQuantizer):
         return (self.gain.detach(),)
 
     def initialize(self, value: Tensor) -> Tensor:
-        """Make the gain, `[rows, 1]` or `[1, 1]`, and return P."""
+        """Make the gain, `[rows, 1]` or `[1, 1]`, and return P; for `stored`, until they are read, lossless ones."""
         rows, options = self.rows_of(value.float()), self.options
         if options.init == "scratch":
             p, gain = fresh(rows, self.axes, options.sigma, zlib.crc32(f"{self.context.seed}/{self.site}".encode()))
-        elif options.init == "lossless":
+        elif options.init in ("lossless", "stored"):
             p, gain = lossless(rows, self.axes)
         else:
             p, gain = matched(rows, self.axes, options.sigma)
