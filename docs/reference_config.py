@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel
 from reference_text import options_table, table
 
-from qpipe.config import RuleConfig, RunConfig, default_recipe, dump, resolve
+from qpipe.config import PtqConfig, RuleConfig, RunConfig, default_recipe, dump, resolve
 
 INTRODUCTION = """# Configuration
 
@@ -31,6 +31,7 @@ def page(root: Path) -> str:
         lines.append(f"\n## `{name}`\n\n{inspect.getdoc(model)}\n\n{options_table(model, f'{name}.')}")
         if name == "quantization":
             lines.append(f"\nEach item of `quantization.rules`:\n\n{options_table(RuleConfig)}")
+            lines.append(f"\n`quantization.ptq`: {inspect.getdoc(PtqConfig)}\n\n{options_table(PtqConfig)}")
     lines.append("\n## The default recipe\n\nWhat `qpipe launch` runs without a file, with every default filled in:\n")
     lines.append(f"```yaml\n{dump(resolve(default_recipe()))}```\n")
     return "\n".join(lines)

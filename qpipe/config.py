@@ -70,6 +70,32 @@ class RuleConfig(Section):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
+class PtqConfig(Section):
+    """Weights that are quantized before any training: their grid is chosen once, with or without data."""
+
+    range: Literal["min-max", "mse", "mse-golden", "percentile", "lp"] = Field(
+        "mse", description="of `uniform` weights, which become `uniform-static`; see there"
+    )
+    percentile: float | None = Field(None, description="for range `percentile`")
+    p: float | None = Field(None, description="for range `lp`")
+    weights: Literal["none", "lapq", "adaround"] = Field(
+        "none", description="`lapq`: clips of least task loss; `adaround`: learn for each weight whether to round up"
+    )
+    bias_correction: bool = Field(
+        False, description="correct biases by what quantization changes in the mean output of each layer"
+    )
+    examples: int = Field(256, gt=0, description="training examples that these methods see")
+    batch_size: int = Field(32, gt=0, description="examples per batch of theirs")
+    evaluations: int = Field(300, gt=0, description="lapq: how often the task loss may be measured in the joint search")
+    iterations: int = Field(1000, gt=0, description="adaround: steps per layer")
+    learning_rate: float = Field(1e-2, gt=0, description="adaround: of Adam")
+    relaxation: Literal["hard-sigmoid", "sigmoid"] = Field("hard-sigmoid", description="adaround: form of the offsets")
+    decay: Literal["cosine", "linear", "power", "sigmoid", "exp", "log"] = Field(
+        "cosine", description="adaround: how the exponent of the rounding term falls from 20 to 2"
+    )
+    decay_shape: float = Field(1.0, gt=0, description="adaround: steepness of that, but for `cosine` and `linear`")
+
+
 class QuantizationConfig(Section):
     """What is quantized, and how."""
 
@@ -89,6 +115,9 @@ class QuantizationConfig(Section):
         "the others stay in full precision (QuantNoise). Evaluation and export quantize all",
     )
     calibration_batches: int = Field(8, gt=0, description="batches for static activation ranges")
+    ptq: PtqConfig | None = Field(
+        None, description="quantize weights before training; `qpipe quantize` always does; null: do not"
+    )
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="quantize uniform weights in compiled code (CPUs), bit for bit the same; auto: in long runs"
     )

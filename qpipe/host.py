@@ -25,6 +25,7 @@ BUILTINS: Mapping[str, str] = {
     "lsq": "qpipe.builtin.lsq:LearnedSteps",
     "dorefa": "qpipe.builtin.dorefa:Dorefa",
     "binary": "qpipe.builtin.binary:FewLevels",
+    "static": "qpipe.builtin.static:StaticQuantizers",
     "modules": "qpipe.builtin.modules:QuantModules",
     "ranges": "qpipe.builtin.ranges:StaticRanges",
     "optim": "qpipe.builtin.optim:Optim",

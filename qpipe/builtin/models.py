@@ -82,7 +82,7 @@ class Models(Plugin):
 
 
 def refuse_untrained(name: str, model: Any, missing: list[str], num_labels: int) -> None:
-    """Refuse a teacher whose head would be random or answers another question.
+    """Refuse a model whose head would be random or answers another question.
 
     Args:
         name: what the configuration calls it.
@@ -95,12 +95,12 @@ def refuse_untrained(name: str, model: Any, missing: list[str], num_labels: int)
     """
     if missing:
         raise ModelError(
-            f"teacher {name!r} lacks weights, such as {missing[0]}: it was not fine-tuned for this task; "
-            "leave teacher.name out to have it fine-tuned first"
+            f"model {name!r} lacks weights, such as {missing[0]}: it was not fine-tuned for this task; "
+            "give one that was (without teacher.name, a run fine-tunes its teacher itself)"
         )
     found = getattr(model.config, "num_labels", num_labels)
     if num_labels and found != num_labels:
-        raise ModelError(f"teacher {name!r} has {found} labels, the student {num_labels}; give a teacher of this task")
+        raise ModelError(f"model {name!r} has {found} labels, the data {num_labels}; give a model of this task")
 
 
 def _input_embedding(model: Any) -> nn.Module | None:

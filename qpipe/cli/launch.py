@@ -54,7 +54,7 @@ def launch(
     changes = resume_rules.differences(before, final)
     resume_rules.refuse_changes(directory, changes)
     if resume and not changes and (directory / "results.json").is_file():
-        _print_result(directory, "already complete")
+        print_result(directory, "already complete")
         return
     if changes:
         typer.echo("changed since the run was started: " + "; ".join(changes), err=True)
@@ -112,7 +112,7 @@ def _as_before(
     return (None, count) if on_cpus else (count, None)
 
 
-def _print_result(out: Path, state: str) -> None:
+def print_result(out: Path, state: str) -> None:
     """The result of a run that has ended, where it is, and what can be done with it."""
     from qpipe.cli.output import console
     from qpipe.report.table import results_table
@@ -153,4 +153,4 @@ def _run(config: RunConfig, where: Topology, env: dict[str, str], resume: bool) 
         raise typer.Exit(128 + stopped.number) from None
     if where.node_rank == 0 and (Path(config.out) / "results.json").is_file():
         export = Path(config.out) / "export"
-        _print_result(Path(config.out), "exported and verified" if export.is_dir() else "trained")
+        print_result(Path(config.out), "exported and verified" if export.is_dir() else "trained")

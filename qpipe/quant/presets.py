@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 from qpipe.errors import ConfigError, suggest
 from qpipe.types import Rule
 
@@ -35,3 +39,15 @@ def preset_rules(name: str | None) -> tuple[Rule, ...]:
             f"quantization.preset {name!r} is unknown{suggest(name, PRESETS)}; available: {', '.join(sorted(PRESETS))}"
         )
     return PRESETS[name]
+
+
+def with_fixed_grid(rule: Rule, options: Mapping[str, Any]) -> Rule:
+    """The rule with `uniform-static` in place of `uniform`; other rules are returned as they are.
+
+    Args:
+        rule: a rule.
+        options: further options of `uniform-static`; those of the rule come first.
+    """
+    if rule.quantizer != "uniform":
+        return rule
+    return replace(rule, quantizer="uniform-static", options={**options, **rule.options})

@@ -70,6 +70,7 @@ def build(
     engine: Engine,
     teacher: str | ModelConfig | None = None,
     data: TaskData | None = None,
+    strict: bool = False,
 ) -> Run:
     """Load task, data, student and (where there is one) teacher.
 
@@ -79,6 +80,7 @@ def build(
         engine: connected, not yet wrapped.
         teacher: where a fine-tuned full-precision model is, or a model that stands in for one not yet fine-tuned.
         data: what `load_data` gave for this configuration; None loads them.
+        strict: refuse a student whose head is missing or of another size.
 
     Raises:
         QpipeError: something named in the configuration cannot be loaded.
@@ -89,7 +91,7 @@ def build(
     start = config.model
     if isinstance(teacher, str) and config.teacher.init_student:
         start = config.model.model_copy(update={"name": teacher, "revision": None})
-    student = load_model(host, start, task, data.num_labels)
+    student = load_model(host, start, task, data.num_labels, strict)
     override_dropout(student, config.train.dropout)
     name_labels(student, data)
     run = Run(config, host, engine, task, data, student)

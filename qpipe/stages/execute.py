@@ -26,6 +26,7 @@ from qpipe.stages.build import build
 from qpipe.stages.calibrate import calibrate
 from qpipe.stages.evaluate import evaluate
 from qpipe.stages.export import export
+from qpipe.stages.initialize import initialize, needs_data, require_targets
 from qpipe.stages.prepare import prepare, wrap
 from qpipe.stages.self_check import self_check
 from qpipe.stages.teacher import ensure_teacher, is_needed
@@ -93,6 +94,10 @@ def assemble(config: RunConfig, host: Host, seconds: dict[str, float], resume: b
             run.results["teacher"] = teacher_metrics
         run.total_steps = total_steps(run)
         prepare(run)
+    if needs_data(config.quantization.ptq) and not (resume and checkpoint.steps(run.out)):
+        with timed(seconds, "initialize"):
+            initialize(run)
+    with timed(seconds, "build"):
         wrap(run)
     return run
 
@@ -127,6 +132,7 @@ def rehearse(config: RunConfig, engine: Engine, data: TaskData) -> None:
         run = build(config, load_plugins(config.plugins), engine, config.model, data)
         run.total_steps = total_steps(run)
         prepare(run)
+        require_targets(run)
     finally:
         log.setLevel(level)
 

@@ -17,7 +17,7 @@ from qpipe.host import BUILTIN_PREFIX
 from qpipe.quant.compiled import use_compiled
 from qpipe.quant.modules import QuantModule
 from qpipe.quant.plan import Plan, make_plan
-from qpipe.quant.presets import preset_rules
+from qpipe.quant.presets import preset_rules, with_fixed_grid
 from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.tensor import QTensor
 from qpipe.run import Run
@@ -39,6 +39,9 @@ def plan(run: Run) -> None:
     rules: list[tuple[str, Rule]] = [("preset", rule) for rule in preset_rules(quantization.preset)]
     rules += run.host.collect_list("qpipe_quant_rules", run=run, sites=sites)
     rules += [("configuration", Rule(r.site, r.quantizer, r.options)) for r in quantization.rules]
+    if quantization.ptq is not None:
+        fixed = quantization.ptq.model_dump(include={"range", "percentile", "p"})
+        rules = [(source, with_fixed_grid(rule, fixed)) for source, rule in rules]
     kinds = run.host.collect("qpipe_quantizers")
     run.plan = make_plan(sites, rules, kinds, run.instruments.map)
     refuse_shared(run.student, run.plan)

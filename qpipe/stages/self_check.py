@@ -18,7 +18,8 @@ def self_check(run: Run) -> None:
     """Run one batch with and without quantizers.
 
     Raises:
-        TrainingError: a planned site never ran, or quantization changes no output on some rank.
+        TrainingError: a planned site never ran, or quantization changes no output on some rank (unless the
+            weights were rounded before).
     """
     if not run.plan.sites:
         return
@@ -42,13 +43,13 @@ def self_check(run: Run) -> None:
                 f"rank {rank}: {len(unused)} planned sites never ran in the forward pass, such as {unused[0]}; "
                 "exclude them with quantizer: none"
             )
-        if not difference > 0:
+        if not difference > 0 and not rounded_before(run):
             raise TrainingError(
                 f"rank {rank}: quantization does not change the model's output, so training would quantize nothing; "
                 "check that rules reach weights that matter (`qpipe inspect plan`)"
             )
     unchanged = sorted(site for site, changes in visited.items() if not changes)
-    if unchanged:
+    if unchanged and not rounded_before(run):
         logger.warning(
             "%d of %d quantizers leave their values as they are, such as %s: values on the lattice already, or a "
             "quantizer that does nothing",
@@ -57,6 +58,12 @@ def self_check(run: Run) -> None:
             unchanged[0],
         )
     run.results["self_check"] = {"max_logit_change": [difference for difference, _ in found]}
+
+
+def rounded_before(run: Run) -> bool:
+    """True if weights were stored as values of their lattice, which quantization leaves as they are."""
+    ptq = run.config.quantization.ptq
+    return ptq is not None and ptq.weights == "adaround"
 
 
 def _logits(run: Run, batch: dict[str, Tensor]) -> Tensor:

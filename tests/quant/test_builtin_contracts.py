@@ -28,6 +28,7 @@ SECOND = [
     rule("{block}.intermediate.dense:weight", "binary", granularity="group", group_size=16, keep_zeros=True),
     rule("{block}.output.dense:weight", "laq", bits=2, granularity="tensor"),
     rule("{embedding}:weight", "binary"),
+    rule("{head}:weight", "uniform-static", bits=4, range="lp"),
 ]
 
 

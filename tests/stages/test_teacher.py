@@ -166,7 +166,7 @@ def test_a_teacher_of_another_task(tmp_path, use, fast):
     use(Distil())
     tiny_config(tmp_path)
     other = tiny_model(tmp_path / "other", num_labels=3)
-    with pytest.raises(ModelError, match="teacher '.*other' has 3 labels, the student 2; give a teacher of this task"):
+    with pytest.raises(ModelError, match="model '.*other' has 3 labels, the data 2; give a model of this task"):
         qpipe.execute(tiny_config(tmp_path, teacher__name=str(other)))
 
 

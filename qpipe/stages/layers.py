@@ -1,0 +1,155 @@
+"""The quantized layers of a model one by one, with what reaches them on calibration data."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qpipe.data.loader import train_loader
+from qpipe.errors import DataError
+from qpipe.quant.quantizer import QuantContext, Quantizer
+from qpipe.quant.static import StaticWeight
+from qpipe.run import Run
+from qpipe.stages.calibrate import inference, inputs_of, to_device
+from qpipe.stages.prepare import tied_sites
+
+logger = logging.getLogger("qpipe.stages")
+Batches = Sequence[dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear map or convolution whose weight has a fixed grid.
+
+    Attributes:
+        path: of the module.
+        module: `nn.Linear` or `nn.Conv2d`.
+        quantizer: of its weight.
+    """
+
+    path: str
+    module: nn.Linear | nn.Conv2d
+    quantizer: StaticWeight
+
+    def output(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        """The layer without bias. Input `[positions, in_features]` or `[images, channels, height, width]`."""
+        if isinstance(self.module, nn.Conv2d):
+            return self.module._conv_forward(inputs, weight, None)
+        return F.linear(inputs, weight)
+
+
+class _Reached(Exception):
+    """The forward pass has come to the layer in question; what follows is not needed."""
+
+
+def fixed_weights(run: Run) -> dict[str, StaticWeight]:
+    """Every weight with a fixed grid, by module path."""
+    found = run.instruments.quantizers().items()
+    return {site.removesuffix(":weight"): q for site, q in found if isinstance(q, StaticWeight)}
+
+
+def calibration_data(run: Run) -> list[dict[str, Tensor]]:
+    """Batches of training examples, with labels: the same on any number of processes.
+
+    Raises:
+        DataError: there are fewer examples than are to be used.
+    """
+    assert run.config.quantization.ptq is not None
+    wanted, size = run.config.quantization.ptq.examples, run.config.quantization.ptq.batch_size
+    if len(run.data.train) < wanted:
+        raise DataError(
+            f"quantization.ptq.examples {wanted} exceeds the {len(run.data.train)} training examples; lower it"
+        )
+    size = min(size, wanted)
+    loader = train_loader(run.data, run.task, batch_size=size, rank=0, world_size=1, seed=run.config.seed, epoch=0)
+    return [to_device(batch, run) for batch, _ in zip(loader, range(-(-wanted // size)), strict=False)]
+
+
+@contextmanager
+def weights_only(run: Run) -> Iterator[None]:
+    """Switch the quantizers of activations off: static ones have no range yet, and weights come first."""
+    off = QuantContext(enabled=False)
+    found = [q for site, q in run.instruments.quantizers().items() if not site.endswith(":weight")]
+    try:
+        for quantizer in found:
+            quantizer.context = off
+        yield
+    finally:
+        for quantizer in found:
+            quantizer.context = run.instruments.context
+
+
+def full_precision_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model as it is now, in which no quantizer acts."""
+    twin = copy.deepcopy(model).eval()
+    for module in twin.modules():
+        if isinstance(module, Quantizer):
+            module.context = QuantContext(enabled=False)
+    return twin
+
+
+def layers_in_order(run: Run, batches: Batches) -> list[Layer]:
+    """The layers with a fixed grid in the order in which the forward pass reaches them.
+
+    Embeddings are left out: each of their weights acts alone, so that rounding to the nearest is best. So are weights
+    that several modules share.
+    """
+    layers = {}
+    for path, quantizer in fixed_weights(run).items():
+        module: Any = run.student.get_submodule(path)
+        if not isinstance(module, nn.Linear | nn.Conv2d):
+            continue
+        if tied_sites(run, run.plan.sites[f"{path}:weight"].site):
+            logger.info("%s shares its weight with another module, and keeps its rounding", path)
+            continue
+        layers[path] = Layer(path, module, quantizer)
+    order: dict[str, None] = {}
+    handles = [
+        layer.module.register_forward_pre_hook(lambda *_, path=path: order.setdefault(path, None))
+        for path, layer in layers.items()
+    ]
+    try:
+        with inference(run):
+            run.student(**inputs_of(batches[0]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [layers[path] for path in order]
+
+
+def inputs_to(model: nn.Module, path: str, batches: Batches) -> Tensor:
+    """What reaches a module: `[positions, features]` without padding, or `[images, channels, height, width]`."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        found.append(arguments[0].detach())
+        raise _Reached
+
+    handle = model.get_submodule(path).register_forward_pre_hook(keep)
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                try:
+                    model(**inputs_of(batch))
+                except _Reached:
+                    found[-1] = _positions(model.get_submodule(path), found[-1], batch)
+    finally:
+        handle.remove()
+    return torch.cat(found)
+
+
+def _positions(module: nn.Module, value: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    if isinstance(module, nn.Conv2d):
+        return value
+    mask = batch.get("attention_mask")
+    if mask is not None and value.shape[:2] == mask.shape and value.ndim == 3:
+        return value[mask.bool()]
+    return value.reshape(-1, value.shape[-1])

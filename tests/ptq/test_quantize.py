@@ -1,0 +1,217 @@
+"""Quantizing without training: what each method promises, on a model of a few kilobytes."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import qpipe
+from qpipe import ConfigError, DataError, ModelError
+from qpipe.host import load_plugins
+from qpipe.stages import evaluate_run, execute, quantize
+from qpipe.stages.initialize import initialize
+from qpipe.stages.layers import calibration_data, full_precision_copy, inputs_to, layers_in_order
+from qpipe.stages.quantize import _prepared
+from qpipe.stages.trained import restore
+from qpipe.testing import check_rules, run_distributed, tiny_config
+from qpipe.testing.gradients import compare, write_traces
+
+QUICK = {"examples": 64, "batch_size": 16, "iterations": 100, "evaluations": 40}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A fine-tuned model at `trained/model`."""
+    folder = tmp_path_factory.mktemp("ptq")
+    config = tiny_config(
+        folder,
+        quantization__preset=None,
+        train__max_steps=60,
+        train__learning_rate=3e-3,
+        train__save_every=60,
+        train__eval_every=60,
+    )
+    execute(config.model_copy(update={"out": str(folder / "trained")}))
+    return folder
+
+
+def config(folder, preset="w3", out="run", **ptq):
+    return tiny_config(
+        folder,
+        model__name=str(folder / "trained" / "model"),
+        quantization__preset=preset,
+        quantization__ptq={**QUICK, **ptq},
+        out=str(folder / out),
+    )
+
+
+def prepared(folder, **ptq):
+    run = _prepared(config(folder, **ptq), load_plugins({}), {})
+    original = {name: p.detach().clone() for name, p in run.student.named_parameters()}
+    return run, original
+
+
+def codes(run):
+    return {
+        site: q.encode(run.student.get_parameter(f"{site.removesuffix(':weight')}.weight").detach())
+        for site, q in run.instruments.quantizers().items()
+        if site.endswith(":weight")
+    }
+
+
+# --- the command's stages ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_directory_like_any_other(folder):
+    static = {"site": "{block}.*output.dense:input", "quantizer": "uniform-activation"}
+    rules = [{**static, "options": {"granularity": "tensor", "dynamic": False}}]
+    made = config(folder, out="whole", weights="adaround", bias_correction=True)
+    quantization = made.quantization.model_copy(
+        update={"rules": tuple(map(qpipe.config.RuleConfig.model_validate, rules))}
+    )
+    run = quantize(made.model_copy(update={"quantization": quantization}))
+    results = json.loads((run.out / "results.json").read_text())
+    assert results["verified"] and results["steps"] == 0
+    assert results["teacher"]["accuracy"] > 0.9, "the full-precision model is measured"
+    assert results["reloaded"] == results["evaluation"] == evaluate_run(run.out)
+    assert set(results["seconds"]) == {"build", "evaluate", "quantize", "export", "verify"}
+    assert {entry["quantizer"] for entry in run.plan.to_json()} == {"uniform-static", "uniform-activation"}
+    again = restore(run.out)
+    for site, lattice in codes(run).items():
+        assert torch.equal(codes(again)[site].codes, lattice.codes), site
+    statics = [q for s, q in run.instruments.quantizers().items() if s.endswith(":input")]
+    assert statics and all(bool(torch.isfinite(q.scale).all()) for q in statics), "activations are calibrated"
+
+
+def test_ranges_without_data_leave_the_weights_alone(folder):
+    run, original = prepared(folder, range="min-max")
+    initialize(run)
+    assert "ptq" not in run.results
+    assert all(torch.equal(p, original[name]) for name, p in run.student.named_parameters())
+
+
+# --- AdaRound ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rounded(folder):
+    run, original = prepared(folder, weights="adaround")
+    before = codes(run)
+    initialize(run)
+    return run, original, before
+
+
+def test_adaround_lowers_the_error_of_every_layer(rounded):
+    layers = rounded[0].results["ptq"]["layers"]
+    assert len(layers) == 12, "six linear maps in each of two blocks"
+    assert all(layer["after"] < 0.9 * layer["before"] for layer in layers.values()), layers
+
+
+def test_adaround_moves_codes_by_one_at_most_and_the_weights_onto_them(rounded):
+    run, original, before = rounded
+    moved = 0
+    for site, after in codes(run).items():
+        name = f"{site.removesuffix(':weight')}.weight"
+        weight = run.student.get_parameter(name).detach()
+        assert torch.equal(after.scale, before[site].scale), "the grid stays"
+        if "embedding" in site:
+            assert torch.equal(weight, original[name])
+            continue
+        assert torch.equal(after.decode(), weight), "the stored weight lies on the grid"
+        between = (original[name] / before[site].scale).clamp(-4, 3)
+        assert float((after.codes - between).abs().max()) < 1, "up or down, nothing else"
+        moved += int((after.codes != before[site].codes).sum())
+    assert moved > 0
+
+
+def test_adaround_changes_nothing_but_rounded_weights(rounded):
+    run, original, _ = rounded
+    kept = [n for n, p in run.student.named_parameters() if torch.equal(p, original[n])]
+    assert sorted(set(original) - set(kept)) == sorted(f"{path}.weight" for path in run.results["ptq"]["layers"])
+
+
+# --- bias correction --------------------------------------------------------------------------------------------------
+
+
+def test_bias_correction_restores_the_mean_of_every_output(folder):
+    run, original = prepared(folder, bias_correction=True)
+    reference = full_precision_copy(run.student)
+    initialize(run)
+    batches = calibration_data(run)
+    with torch.no_grad():
+        for layer in layers_in_order(run, batches):
+            there = reference.get_submodule(layer.path)
+            wanted = there(inputs_to(reference, layer.path, batches)).mean(0)
+            inputs = inputs_to(run.student, layer.path, batches)
+            plain = layer.output(inputs, layer.quantizer(layer.module.weight))
+            torch.testing.assert_close((plain + layer.module.bias).mean(0), wanted, rtol=0, atol=1e-5)
+            assert float((plain.mean(0) + original[f"{layer.path}.bias"] - wanted).abs().max()) > 1e-4
+
+
+# --- LAPQ -------------------------------------------------------------------------------------------------------------
+
+
+def test_lapq_lowers_the_loss_and_keeps_the_weights(folder):
+    run, original = prepared(folder, preset="w2", weights="lapq")
+    initialize(run)
+    found = run.results["ptq"]["lapq"]
+    assert found["loss"] <= found["start_loss"] <= min(found["losses"])
+    assert found["evaluations"] <= 40 + 11
+    assert all(torch.equal(p, original[name]) for name, p in run.student.named_parameters())
+    assert all(bool((lattice.scale > 0).all()) for lattice in codes(run).values())
+
+
+# --- wrong input, before long work ------------------------------------------------------------------------------------
+
+
+def test_wrong_input(folder):
+    with pytest.raises(ConfigError, match="nothing is planned to be quantized; give a preset"):
+        quantize(config(folder, preset=None, out="refused-1"))
+    with pytest.raises(DataError, match=r"quantization.ptq.examples 5000 exceeds the \d+ training examples; lower it"):
+        quantize(config(folder, out="refused-2", weights="lapq", examples=5000))
+    with pytest.raises(ConfigError, match="plugin 'ti-g' trains with a teacher, and `qpipe quantize` trains nothing"):
+        quantize(config(folder, out="refused-3").model_copy(update={"plugins": {"ti-g": {}}}))
+    with pytest.raises(
+        ConfigError, match="weights: adaround works on `uniform` or `uniform-static` weights, and the plan"
+    ):
+        made = config(folder, preset=None, out="refused-4", weights="adaround")
+        lsq = (qpipe.config.RuleConfig(site="{block}.*:weight", quantizer="lsq"),)
+        quantize(made.model_copy(update={"quantization": made.quantization.model_copy(update={"rules": lsq})}))
+
+
+def test_a_model_without_its_head_is_refused(folder, tmp_path):
+    from transformers import AutoModel
+
+    AutoModel.from_pretrained(folder / "trained" / "model").save_pretrained(tmp_path / "bare")
+    made = config(folder, out="refused-5")
+    bare = made.model.model_copy(update={"name": str(tmp_path / "bare"), "tokenizer": made.model.name})
+    with pytest.raises(ModelError, match="lacks weights, such as classifier.bias: it was not fine-tuned for this task"):
+        quantize(made.model_copy(update={"model": bare}))
+
+
+# --- as the start of training -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "ptq", [{"weights": "adaround", "bias_correction": True}, {"weights": "lapq"}], ids=["adaround", "lapq"]
+)
+def test_training_starts_from_it_under_zero_3_as_on_one_process(folder, ptq):
+    made = config(folder, out="start", **ptq)
+    train = made.train.model_copy(update={"learning_rate": 1e-12})
+    one = made.model_copy(update={"train": train}).model_dump(mode="json")
+    two = {**one, "engine": {**one["engine"], "name": "deepspeed", "zero": 3}}
+    name = ptq["weights"]
+    write_traces({f"{name}-one": one}, 2, str(folder))
+    run_distributed("qpipe.testing.gradients:write_traces", cases={f"{name}-two": two}, steps=2, folder=str(folder))
+    first, second = (load_file(folder / f"{name}-{n}.safetensors") for n in ("one", "two"))
+    compare(first, second)
+    found = [key for key in first if key.startswith("codes/")]
+    assert found and all(torch.equal(first[key], second[key]) for key in found)
+    assert any(key.startswith("gradient/") for key in first)
+
+
+def test_training_that_starts_from_it_resumes_bit_for_bit():
+    rules = [{"site": "{block}.*:weight", "quantizer": "uniform", "options": {"bits": 3}}]
+    check_rules(rules, zero3=False, quantization__ptq={**QUICK, "weights": "adaround", "iterations": 20})
