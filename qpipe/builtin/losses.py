@@ -45,7 +45,7 @@ def intent_slot_loss(step: Step) -> Tensor:
     """Cross-entropy of the intent plus that of the tags, mean over the words of an example; mean over examples.
 
     Chen, Zhuo & Wang, "BERT for joint intent classification and slot filling" (2019), with one softmax over the labels
-    of both kinds: what the head says is then a distribution at every token, which other programs and distillation need.
+    of both kinds: what the head says is then a distribution at every token, which other programs and losses on it need.
     """
     logits, labels = step.output.logits.float(), step.batch["labels"]
     losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
