@@ -29,6 +29,26 @@ def tiny_text_data(path: Path, examples: int = 160, seed: int = 0) -> Path:
     return path
 
 
+def tiny_slot_data(path: Path, examples: int = 160, seed: int = 0) -> Path:
+    """Write JSON lines with `tokens`, `slot_tags` and `intent`: praise and blame are slots, and the last is the intent.
+
+    Some words, such as `good-fun`, have several tokens.
+    """
+    rng = random.Random(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        for _ in range(examples):
+            words, tags, intent = [], [], ""
+            for _ in range(2):
+                intent, choices = rng.choice((("praise", GOOD), ("blame", BAD)))
+                plain, slot = rng.choices(OTHER, k=rng.randint(1, 3)), rng.choices(choices, k=rng.randint(1, 2))
+                slot[-1] += rng.choice(("", f"-{rng.choice(choices)}"))
+                words += plain + slot
+                tags += ["O"] * len(plain) + [f"B-{intent}"] + [f"I-{intent}"] * (len(slot) - 1)
+            file.write(json.dumps({"tokens": words, "slot_tags": tags, "intent": intent}) + "\n")
+    return path
+
+
 def _transformer(family: str, **sizes: Any) -> Any:
     import transformers as hf
 
