@@ -116,8 +116,8 @@ def test_a_stock_program_labels_slots_with_the_export(runs):
 
 
 def test_slots_are_learned(fast, tmp_path):
-    """Half of the slots have one word. Without a look at its neighbours a word is best tagged `B-`, which finds those and
-    breaks the others in two: precision 1/3, recall 1/2, F1 0.4. Intents take the last slot of the sentence."""
+    """Half of the slots have one word. Without a look at its neighbours a word is best tagged `B-`, which finds those
+    and breaks the others in two: precision 1/3, recall 1/2, F1 0.4. The intent is that of the last slot."""
     changes = {"train__max_steps": 200, "train__learning_rate": 5e-3, "train__eval_every": 200, "train__dropout": 0.0}
     data = tiny_slot_data(tmp_path / "more.jsonl", 800)
     run = qpipe.execute(config_of("intent-slot", tmp_path, data__train=str(data), quantization__preset="w8", **changes))
