@@ -52,9 +52,9 @@ def _quantizer(kind: QuantizerKind, origin: str) -> str:
 def _tasks(tasks: dict[str, Task]) -> str:
     rows = []
     for task in tasks.values():
-        columns = ", ".join((*task.text_columns, task.label_column) if task.label_column else task.text_columns)
+        columns = ", ".join(filter(None, (*task.text_columns, task.tag_column, task.label_column)))
         hub = ":".join(part for part in task.hub if part) if task.hub else ""
-        labels = task.num_labels or ("" if task.kind == "causal-lm" else "from the data")
+        labels = task.num_labels or ("from the data" if task.label_column else "")
         metrics = ", ".join(metric.name for metric in task.metrics)
         rows.append((f"`{task.name}`", task.kind, columns, labels, metrics, hub))
     columns_ = ("task", "kind", "columns", "labels", "metrics (the first selects)", "hub data set")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -10,11 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForTokenClassification, AutoTokenizer
 
+import qpipe
+from qpipe.config import resolve
+from qpipe.data.loading import find_task
 from qpipe.host import load_plugins
+from qpipe.quant.presets import preset_rules
 from qpipe.stages.execute import assemble, record_start
 from qpipe.stages.train import train
 from qpipe.testing import tiny_config
+from qpipe.testing.tiny import tiny_slot_data
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,6 +59,34 @@ def test_writing_guide(tmp_path):
     planned = [entry for entry in run.plan.sites.values() if entry.quantizer == "power-of-two"]
     assert len(planned) == 12 and {entry.bits for entry in planned} == {3}
     assert '"logit-mse"' in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_tasks_guide(tmp_path):
+    """Sentences are understood through the export as the metric of the run says."""
+    data = tiny_slot_data(tmp_path / "slots.jsonl")
+    changes = {"train__learning_rate": 3e-3, "train__max_steps": 30, "data__max_length": 24}
+    config = tiny_config(tmp_path, task="intent-slot", data__train=str(data), data__validation=str(data), **changes)
+    run = qpipe.execute(config)
+    model = AutoModelForTokenClassification.from_pretrained(run.out / "export").eval()
+    tokenizer = AutoTokenizer.from_pretrained(run.out / "export")
+    understand = python_of("docs/tasks.md")["understand"]
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    found = [understand(model, tokenizer, row["tokens"]) for row in rows]
+    right = sum(intent == row["intent"] for (intent, _), row in zip(found, rows, strict=True))
+    exact = sum(answer == (row["intent"], row["slot_tags"]) for answer, row in zip(found, rows, strict=True))
+    assert right / len(rows) == run.results["evaluation"]["intent_accuracy"] > 0
+    assert exact / len(rows) <= run.results["evaluation"]["exact_match"]
+    assert all(len(tags) == len(row["tokens"]) for (_, tags), row in zip(found, rows, strict=True))
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/**/*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_valid(path):
+    """Every key, plugin option and task exists, and so does the file that the recipe's own command names."""
+    config = resolve(path)
+    host = load_plugins(config.plugins)
+    find_task(host.collect("qpipe_tasks"), config.task)
+    preset_rules(config.quantization.preset)
+    assert f"qpipe launch {path.relative_to(ROOT)}" in path.read_text()
 
 
 def test_zero_guide(tmp_path, capsys):
