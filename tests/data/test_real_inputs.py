@@ -84,3 +84,24 @@ def test_stories(load: Callable[..., TaskData]) -> None:
     data = load("causal-lm", model=model, train=folder, max_length=64)
     assert len(data.train) > 5000
     assert {len(row) for row in data.validation["input_ids"]} == {64}
+
+
+def test_atis(load: Callable[..., TaskData]) -> None:
+    model, folder = need_shared("models/bert_tiny"), need_shared("data/atis")
+    files = {"train": f"{folder}/train.parquet", "validation": f"{folder}/test.parquet"}
+    data = load("intent-slot", model=model, max_length=64, **files)
+    assert (len(data.train), len(data.validation), data.num_labels) == (4478, 893, 120 + 21)
+    # "i want to fly from baltimore to dallas round trip": a piece for each word, between [CLS] and [SEP]
+    row = data.train[0]
+    names = [data.label_names[label] for label in row["labels"] if label != -100]
+    assert names[0] == "intent:atis_flight" and names[6] == "B-fromloc.city_name" and names[-1] == "I-round_trip"
+    assert max(max(labels) for labels in data.validation["labels"]) >= data.num_labels, "tags that only the test has"
+
+
+def test_wikitext(load: Callable[..., TaskData]) -> None:
+    model, folder = need_shared("models/bert_tiny"), need_shared("data/lm_wikitext103_part")
+    data = load("masked-lm", model=model, train=folder, max_length=128, max_train_examples=64, max_eval_examples=64)
+    batch = data.collate([data.validation[i] for i in range(64)])
+    assert batch["input_ids"].shape == (64, 128)
+    # Of 64 x 128 tokens about 1 % are special; five standard deviations.
+    assert 0.13 < (batch["labels"] != -100).float().mean() < 0.17
