@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from qpipe.builtin.binary import Sign
 from qpipe.plugin import Plugin, hookimpl
@@ -78,34 +77,18 @@ class DorefaWeight(GridQuantizer):
 
     def surrogate(self, value: Tensor) -> Tensor:
         """The value, with the gradient of `tanh(w) / max|tanh(w)| * top`."""
-        return value if self.bits == 1 else _Squash.apply(value, self)
+        return value if self.bits == 1 else self.with_gradient(value, self._gradient)
 
-
-class _Squash(torch.autograd.Function):
-    """The value itself; in the backward pass the gradient of `DorefaWeight`."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, quantizer: DorefaWeight) -> Tensor:
-        ctx.save_for_backward(value)
-        ctx.quantizer = quantizer
-        return value.view_as(value)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (value,) = ctx.saved_tensors
-        quantizer: DorefaWeight = ctx.quantizer
-        rows, grad = quantizer.rows_of(value), quantizer.rows_of(grads[0].contiguous())
-        result = torch.empty_like(grad)
-        statistics = over_rows(quantizer.context, squash_statistics, result, (rows, grad))
+    def _gradient(self, rows: Tensor, grad: Tensor, out: Tensor) -> tuple[()]:
+        statistics = over_rows(self.context, squash_statistics, out, (rows, grad))
         largest, dots, ties = statistics.split(1, dim=1)
-        if quantizer.per_tensor:
+        if self.per_tensor:
             ties = torch.where(largest == largest.max(), ties, 0.0)
             largest, dots, ties = largest.max().view(1, 1), dots.sum(0, keepdim=True), ties.sum(0, keepdim=True)
-        unit = quantizer.options.output == "unit"
+        unit = self.options.output == "unit"
         at_largest = _slope_at_largest(largest, unit) * dots / ties
-        over_rows(quantizer.context, squash_gradient, result, (rows, grad, largest, at_largest), (unit,))
-        return result.view(value.shape), None
+        over_rows(self.context, squash_gradient, out, (rows, grad, largest, at_largest), (unit,))
+        return ()
 
 
 def _slope_at_largest(largest: Tensor, unit: bool) -> Tensor:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from qpipe.plugin import Plugin, hookimpl
 from qpipe.quant.compiled import over_rows
@@ -148,32 +147,17 @@ class LsqWeight(GridQuantizer):
 
     def surrogate(self, value: Tensor) -> Tensor:
         """The value, with LSQ's gradients to it and to the step."""
-        return _LearnedStep.apply(value, self.step, self)
+        scale = self.kernel().grid(value, (), *self.state()).scale
+        factor, dtype = self.gradient_scale(value), self.step.dtype
 
+        def gradient(rows: Tensor, grad: Tensor, out: Tensor) -> tuple[Tensor]:
+            constants = (*self.bounds, self.zero_point)
+            slopes = over_rows(self.context, step_gradient, out, (rows, grad, scale), constants)
+            if self.per_tensor:
+                slopes = slopes.sum(0, keepdim=True)
+            return ((slopes * factor).to(dtype),)
 
-class _LearnedStep(torch.autograd.Function):
-    """The value itself; in the backward pass the gradients of `LsqWeight`."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, step: Tensor, quantizer: LsqWeight) -> Tensor:
-        # The step itself may be partitioned again by the time of the backward pass, so its value is kept.
-        scale = quantizer.kernel().grid(value, (), step).scale
-        ctx.save_for_backward(value, scale)
-        ctx.quantizer, ctx.factor, ctx.step_dtype = quantizer, quantizer.gradient_scale(value), step.dtype
-        return value.view_as(value)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        value, scale = ctx.saved_tensors
-        quantizer: LsqWeight = ctx.quantizer
-        rows, grad = quantizer.rows_of(value), quantizer.rows_of(grads[0].contiguous())
-        result = torch.empty_like(grad)
-        constants = (*quantizer.bounds, quantizer.zero_point)
-        slopes = over_rows(quantizer.context, step_gradient, result, (rows, grad, scale), constants)
-        if quantizer.per_tensor:
-            slopes = slopes.sum(0, keepdim=True)
-        return result.view(value.shape), (slopes * ctx.factor).to(ctx.step_dtype), None
+        return self.with_gradient(value, gradient, self.step)
 
 
 def step_gradient(

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qpipe.plugin import Options
 from qpipe.quant.compiled import compiled, turn_off
@@ -97,6 +98,28 @@ class GridKernel:
         return round_to_codes(rows, grid.scale, grid.zero_point, self.low, self.high, out=out)
 
 
+Gradient = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+
+
+class _WithGradient(torch.autograd.Function):
+    """See `GridQuantizer.with_gradient`."""
+
+    @staticmethod
+    def forward(ctx: Any, quantizer: GridQuantizer, gradient: Gradient, value: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(value)
+        ctx.quantizer, ctx.gradient = quantizer, gradient
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (value,) = ctx.saved_tensors
+        rows, grad = ctx.quantizer.rows_of(value), ctx.quantizer.rows_of(grads[0].contiguous())
+        result = torch.empty_like(grad)
+        rest = ctx.gradient(rows, grad, result)
+        return None, None, result.view(value.shape), *rest
+
+
 class GridQuantizer(Quantizer):
     """A weight quantizer that is given by a `GridKernel`.
 
@@ -160,6 +183,19 @@ class GridQuantizer(Quantizer):
         rows = self.rows_of(value)
         result = torch.empty_like(value, memory_format=torch.contiguous_format) if out is None else out
         self._sweep(rows, result.view(rows.shape))
+        return result
+
+    def with_gradient(self, value: Tensor, gradient: Gradient, *parameters: Tensor) -> Tensor:
+        """The value itself, for `surrogate`; in the backward pass `gradient` says what it and parameters get.
+
+        Args:
+            value: the weight.
+            gradient: takes rows of the weight, of the incoming gradient, and of the result, which it fills; returns the
+                gradients of the parameters.
+            parameters: of the quantizer. They may be partitioned again by the time of the backward pass: what
+                `gradient` needs of their values has to be taken before.
+        """
+        result: Tensor = _WithGradient.apply(self, gradient, value, *parameters)
         return result
 
     def _sweep(self, rows: Tensor, target: Tensor) -> list[Grid]:

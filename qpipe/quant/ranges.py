@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from qpipe.plugin import Options
-from qpipe.quant.rounding import block_rows, min_max_grid, round_to_codes
+from qpipe.quant.rounding import block_rows, grid_over, min_max_grid, round_to_codes
 
 RangeMethod = Literal["min-max", "mse", "mse-golden", "percentile", "lp"]
 
@@ -76,10 +76,7 @@ class Levels:
         if self.mid_rise:
             clip = torch.maximum(top, -bottom)
             return self.snap(2 * clip / (self.high - self.low)), torch.full_like(clip, -0.5)
-        if self.symmetric:
-            return self.snap(torch.maximum(top, -bottom) / self.high), 0.0
-        scale = self.snap((top - bottom) / (self.high - self.low))
-        return scale, (self.low - bottom / scale).round().clamp(self.low, self.high)
+        return grid_over(bottom, top, self.low, self.high, self.symmetric, self.snap)
 
     def error(self, rows: Tensor, bottom: Tensor, top: Tensor, p: float) -> Tensor:
         """`mean |Q(x) - x|^p` of each row, `[n, 1]`, in units of its largest magnitude."""

@@ -65,9 +65,26 @@ def min_max_grid(
         snap: rounds scales to the type that they are exported in.
     """
     top, bottom = rows.amax(axes, keepdim=True).float(), rows.amin(axes, keepdim=True).float()
+    if not symmetric:
+        top, bottom = top.clamp_min(0), bottom.clamp_max(0)
+    return grid_over(bottom, top, low, high, symmetric, snap)
+
+
+def grid_over(
+    bottom: Tensor, top: Tensor, low: int, high: int, symmetric: bool, snap: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor | float]:
+    """Scale and zero point of the grid over `[bottom, top]`; see `min_max_grid`.
+
+    Args:
+        bottom: float32; not above 0 if the grid is asymmetric.
+        top: of the same shape; not below 0 likewise.
+        low: smallest code.
+        high: largest code.
+        symmetric: as there.
+        snap: as there.
+    """
     if symmetric:
         return snap(torch.maximum(top, -bottom) / high), 0.0
-    top, bottom = top.clamp_min(0), bottom.clamp_max(0)
     scale = snap((top - bottom) / (high - low))
     return scale, (low - bottom / scale).round().clamp(low, high)
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from qpipe.quant.compiled import over_rows
 from qpipe.quant.grid import Grid, GridKernel, GridOptions, GridQuantizer
@@ -134,8 +133,13 @@ class StaticWeight(GridQuantizer):
 
     def surrogate(self, value: Tensor) -> Tensor:
         """The value, with no gradient where its code is clamped."""
-        result: Tensor = _Clipped.apply(value, self)
-        return result
+
+        def gradient(rows: Tensor, grad: Tensor, out: Tensor) -> tuple[()]:
+            tensors, codes = (rows, grad, *self.state()[:2]), (self.low, self.high)
+            over_rows(self.context, clipped_gradient, out, tensors, codes)
+            return ()
+
+        return self.with_gradient(value, gradient)
 
 
 def mean_shift(rows: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
@@ -146,29 +150,6 @@ def mean_shift(rows: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: 
     """
     codes = round_to_codes(rows, scale, zero_point, low, high)
     return (codes - zero_point - rows / scale).mean(1, keepdim=True)
-
-
-class _Clipped(torch.autograd.Function):
-    """The value itself; in the backward pass 0 where its code is clamped."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, quantizer: StaticWeight) -> Tensor:
-        ctx.save_for_backward(value)
-        ctx.quantizer = quantizer
-        return value.view_as(value)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (value,) = ctx.saved_tensors
-        quantizer: StaticWeight = ctx.quantizer
-        rows, grad = quantizer.rows_of(value), quantizer.rows_of(grads[0].contiguous())
-        result = torch.empty_like(grad)
-        scale, zero = quantizer.state()[:2]
-        over_rows(
-            quantizer.context, clipped_gradient, result, (rows, grad, scale, zero), (quantizer.low, quantizer.high)
-        )
-        return result.view(value.shape), None
 
 
 def clipped_gradient(

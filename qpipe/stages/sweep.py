@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -90,13 +91,13 @@ def points(run: Run, sweep: Sweep, weights: Sequence[str]) -> Iterator[tuple[Poi
                         f"no quantizer of {run.out} has an option `bits` ({run.plan.sites[names[0]].quantizer!r} at "
                         f"{names[0]}), so there is no width to vary; leave the variant `bits` out"
                     )
-                yield Point("bits", bits, together), lambda able=able, bits=bits: rebuilt(run, able, bits)  # type: ignore[misc]
-            yield Point("bits", None, together), lambda names=names: switched_off(run, names)  # type: ignore[misc]
+                yield Point("bits", bits, together), partial(rebuilt, run, able, bits)
+            yield Point("bits", None, together), partial(switched_off, run, names)
         changes = [(Point("step", ratio, together), times(ratio)) for ratio in sweep.ratios if "step" in sweep.kinds]
         if "pow2" in sweep.kinds:
             changes.append((Point("pow2", None, together), power_of_two))
         for point, change in changes:
-            yield point, lambda names=names, change=change: rescaled(run, names, change)  # type: ignore[misc]
+            yield point, partial(rescaled, run, names, change)
 
 
 def evaluate_points(run: Run, sweep: Sweep, told: Callable[[Point], None] = lambda point: None) -> dict[str, Json]:

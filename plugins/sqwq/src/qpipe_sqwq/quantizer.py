@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from qpipe import Grid, GridKernel, GridQuantizer, Options, Quantizer, over_rows, tanh
 from qpipe_sqwq.conversion import fresh, lossless, matched
@@ -105,34 +103,17 @@ class SqwqWeight(GridQuantizer):
 
     def surrogate(self, value: Tensor) -> Tensor:
         """P, with the gradients of `Q(tanh(P)) * e**g` to it and to the gain."""
-        result: Tensor = _Squash.apply(value, self.gain, self)
-        return result
+        factor, dtype = self.gain.detach().float().exp(), self.gain.dtype
+        scale = self.kernel().grid(value, (), *self.state()).scale
 
+        def gradient(rows: Tensor, grad: Tensor, out: Tensor) -> tuple[Tensor]:
+            tensors, codes = (rows, grad, factor, scale), (self.low, self.high)
+            slopes = over_rows(self.context, squash_gradient, out, tensors, codes)
+            if self.per_tensor:
+                slopes = slopes.sum(0, keepdim=True)
+            return (slopes.to(dtype),)
 
-class _Squash(torch.autograd.Function):
-    """P itself; in the backward pass the gradients of `SqwqWeight`."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, gain: Tensor, quantizer: SqwqWeight) -> Tensor:
-        # The gain itself may be partitioned again by the time of the backward pass, so what it says is kept.
-        factor = gain.detach().float().exp()
-        scale = quantizer.kernel().grid(value, (), gain).scale
-        ctx.save_for_backward(value, factor, scale)
-        ctx.quantizer, ctx.gain_dtype = quantizer, gain.dtype
-        return value.view_as(value)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        value, factor, scale = ctx.saved_tensors
-        quantizer: SqwqWeight = ctx.quantizer
-        rows, grad = quantizer.rows_of(value), quantizer.rows_of(grads[0].contiguous())
-        result = torch.empty_like(grad)
-        inputs, constants = (rows, grad, factor, scale), (quantizer.low, quantizer.high)
-        slopes = over_rows(quantizer.context, squash_gradient, result, inputs, constants)
-        if quantizer.per_tensor:
-            slopes = slopes.sum(0, keepdim=True)
-        return result.view(value.shape), slopes.to(ctx.gain_dtype), None
+        return self.with_gradient(value, gradient, self.gain)
 
 
 def squash_gradient(

@@ -6,7 +6,7 @@ Li, Zhang and Liu, "Ternary Weight Networks" (2016), section 2.3, as TernaryBERT
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -28,20 +28,6 @@ class TernaryOptions(Options):
     def bits(self) -> int:
         """Width of a code."""
         return 2
-
-
-class _InsideOnly(torch.autograd.Function):
-    """The value itself; gradient 0 where its magnitude reaches `clip`."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, clip: float) -> Tensor:
-        ctx.save_for_backward(value.abs() < clip)
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (inside,) = ctx.saved_tensors
-        return grads[0] * inside, None
 
 
 @dataclass(frozen=True)
@@ -95,7 +81,12 @@ class TernaryWeight(GridQuantizer):
 
     def surrogate(self, value: Tensor) -> Tensor:
         """The value; its gradient is 0 where it is clipped."""
-        if self.options.clip is None:
+        clip = self.options.clip
+        if clip is None:
             return value
-        result: Tensor = _InsideOnly.apply(value, self.options.clip)
-        return result
+
+        def gradient(rows: Tensor, grad: Tensor, out: Tensor) -> tuple[()]:
+            torch.mul(grad, rows.abs() < clip, out=out)
+            return ()
+
+        return self.with_gradient(value, gradient)
