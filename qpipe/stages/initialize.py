@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qpipe.builtin.losses import LOSSES
 from qpipe.config import PtqConfig
 from qpipe.errors import ConfigError
-from qpipe.host import BUILTIN_PREFIX
 from qpipe.quant.adaround import Rounding, learn_rounding
 from qpipe.quant.lapq import lapq
 from qpipe.quant.static import StaticWeight
@@ -31,7 +31,6 @@ from qpipe.stages.layers import (
     layers_in_order,
     weights_only,
 )
-from qpipe.types import Loss
 
 logger = logging.getLogger("qpipe.stages")
 
@@ -121,13 +120,13 @@ class WeightClip:
 
 def search_clips(run: Run, batches: Batches, options: PtqConfig) -> dict[str, Any]:
     """Set the clips of all weights with fixed grids by LAPQ; returns how it went."""
-    term = task_loss(run)
+    of_task = LOSSES[run.task.kind]
 
     def loss() -> float:
         parts = []
         for batch in batches:
             output = run.student(**inputs_of(batch))
-            parts.append(term.fn(Step(0, True, batch, output)).float())
+            parts.append(of_task(Step(0, True, batch, output)).float())
         return float(torch.stack(parts).mean())
 
     clips = [
@@ -143,17 +142,6 @@ def search_clips(run: Run, batches: Batches, options: PtqConfig) -> dict[str, An
         result.evaluations,
     )
     return vars(result).copy()
-
-
-def task_loss(run: Run) -> Loss:
-    """The host's own loss of the task; plugins are not asked before training."""
-    for name, call in run.host.implementations("qpipe_losses"):
-        if name.startswith(BUILTIN_PREFIX):
-            for loss in call(run=run):
-                if loss.name == "task":
-                    found: Loss = loss
-                    return found
-    raise ConfigError(f"task {run.task.name!r} has no loss of its own; lapq needs one")
 
 
 # --- layer by layer ---------------------------------------------------------------------------------------------------

@@ -16,17 +16,17 @@ from pathlib import Path
 
 from torch import Tensor
 
+from qpipe.builtin.losses import LOSSES
 from qpipe.config import RunConfig
 from qpipe.engine.accelerate import AccelerateEngine
 from qpipe.engine.base import resolve_precision
-from qpipe.host import BUILTIN_PREFIX, load_plugins
+from qpipe.host import load_plugins
 from qpipe.run import Run, Step
 from qpipe.stages.build import build
 from qpipe.stages.calibrate import calibration_batches, inference, inputs_of
 from qpipe.stages.prepare import cast, prepare
 from qpipe.stages.trained import alone, restore
 from qpipe.stages.variants import options_with_bits, rebuilt, switched_off
-from qpipe.types import Loss
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,6 @@ def load(source: Path | RunConfig) -> Run:
     return run
 
 
-def task_loss(run: Run) -> Loss:
-    """The task's own loss: what plugins add to it or put in its place needs training around it."""
-    built_in = (call for plugin, call in run.host.implementations("qpipe_losses") if plugin.startswith(BUILTIN_PREFIX))
-    return next(loss for call in built_in for loss in call(run=run) if loss.name == "task")
-
-
 def sample(run: Run, examples: int) -> list[dict[str, Tensor]]:
     """Batches of the first `examples` rows of a fixed shuffle of the training data; fewer if there are fewer."""
     size = run.config.train.micro_batch_size(run.engine.world_size)
@@ -96,14 +90,14 @@ def sample(run: Run, examples: int) -> list[dict[str, Tensor]]:
     return batches
 
 
-def mean_loss(run: Run, batches: Sequence[dict[str, Tensor]], loss: Loss) -> float:
+def mean_loss(run: Run, batches: Sequence[dict[str, Tensor]], loss: Callable[[Step], Tensor]) -> float:
     """The loss of the model as its quantizers are now, mean over the examples of the batches."""
     total, count = 0.0, 0
     with inference(run):
         for batch in batches:
             output = run.engine.forward(**inputs_of(batch))
             number = len(next(iter(batch.values())))
-            total += number * float(loss.fn(Step(0, False, batch, output)))
+            total += number * float(loss(Step(0, False, batch, output)))
             count += number
     return total / count
 
@@ -131,7 +125,7 @@ def measure(
         examples: training examples to measure on.
         told: called with every result.
     """
-    batches, loss = sample(run, examples), task_loss(run)
+    batches, loss = sample(run, examples), LOSSES[run.task.kind]
     with only(run, {}):
         before = mean_loss(run, batches, loss)
     found: dict[str, tuple[Choice, ...]] = {}
@@ -146,7 +140,7 @@ def measure(
 
 def together(run: Run, chosen: Sequence[Choice], examples: int) -> float:
     """Loss increase with all chosen weights quantized at once: the sum of their own increases, if costs add up."""
-    batches, loss = sample(run, examples), task_loss(run)
+    batches, loss = sample(run, examples), LOSSES[run.task.kind]
     with only(run, {}):
         before = mean_loss(run, batches, loss)
     with only(run, {choice.site: choice.bits for choice in chosen}):
