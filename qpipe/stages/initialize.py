@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qpipe.builtin.losses import LOSSES
 from qpipe.config import PtqConfig
 from qpipe.errors import ConfigError
 from qpipe.quant.adaround import Rounding, learn_rounding
@@ -31,6 +30,7 @@ from qpipe.stages.layers import (
     layers_in_order,
     weights_only,
 )
+from qpipe.stages.train import task_loss
 
 logger = logging.getLogger("qpipe.stages")
 
@@ -120,13 +120,13 @@ class WeightClip:
 
 def search_clips(run: Run, batches: Batches, options: PtqConfig) -> dict[str, Any]:
     """Set the clips of all weights with fixed grids by LAPQ; returns how it went."""
-    of_task = LOSSES[run.task.kind]
+    term = task_loss(run)
 
     def loss() -> float:
         parts = []
         for batch in batches:
             output = run.student(**inputs_of(batch))
-            parts.append(of_task(Step(0, True, batch, output)).float())
+            parts.append(term.fn(Step(0, True, batch, output)).float())
         return float(torch.stack(parts).mean())
 
     clips = [

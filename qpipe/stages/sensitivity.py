@@ -16,7 +16,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qpipe.builtin.losses import LOSSES
 from qpipe.config import RunConfig
 from qpipe.engine.accelerate import AccelerateEngine
 from qpipe.engine.base import resolve_precision
@@ -25,8 +24,10 @@ from qpipe.run import Run, Step
 from qpipe.stages.build import build
 from qpipe.stages.calibrate import calibration_batches, inference, inputs_of
 from qpipe.stages.prepare import cast, prepare
+from qpipe.stages.train import task_loss
 from qpipe.stages.trained import alone, restore
 from qpipe.stages.variants import options_with_bits, rebuilt, switched_off
+from qpipe.types import Loss
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,14 @@ def sample(run: Run, examples: int) -> list[dict[str, Tensor]]:
     return batches
 
 
-def mean_loss(run: Run, batches: Sequence[dict[str, Tensor]], loss: Callable[[Step], Tensor]) -> float:
+def mean_loss(run: Run, batches: Sequence[dict[str, Tensor]], loss: Loss) -> float:
     """The loss of the model as its quantizers are now, mean over the examples of the batches."""
     total, count = 0.0, 0
     with inference(run):
         for batch in batches:
             output = run.engine.forward(**inputs_of(batch))
             number = len(next(iter(batch.values())))
-            total += number * float(loss(Step(0, False, batch, output)))
+            total += number * float(loss.fn(Step(0, False, batch, output)))
             count += number
     return total / count
 
@@ -125,7 +126,7 @@ def measure(
         examples: training examples to measure on.
         told: called with every result.
     """
-    batches, loss = sample(run, examples), LOSSES[run.task.kind]
+    batches, loss = sample(run, examples), task_loss(run)
     with only(run, {}):
         before = mean_loss(run, batches, loss)
     found: dict[str, tuple[Choice, ...]] = {}
@@ -140,7 +141,7 @@ def measure(
 
 def together(run: Run, chosen: Sequence[Choice], examples: int) -> float:
     """Loss increase with all chosen weights quantized at once: the sum of their own increases, if costs add up."""
-    batches, loss = sample(run, examples), LOSSES[run.task.kind]
+    batches, loss = sample(run, examples), task_loss(run)
     with only(run, {}):
         before = mean_loss(run, batches, loss)
     with only(run, {choice.site: choice.bits for choice in chosen}):

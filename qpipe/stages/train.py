@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qpipe.errors import ConfigError, TrainingError, suggest
+from qpipe.host import BUILTIN_PREFIX
 from qpipe.run import Run, Step
 from qpipe.stages import checkpoint
 from qpipe.stages.build import seed_everything
@@ -86,6 +87,12 @@ def collect_losses(run: Run) -> list[Loss]:
     if not kept:
         raise ConfigError("no loss is left to train with; let one plugin keep the task loss")
     return kept
+
+
+def task_loss(run: Run) -> Loss:
+    """The task's own loss: what plugins add to it or put in its place needs training around it."""
+    own = (call for plugin, call in run.host.implementations("qpipe_losses") if plugin.startswith(BUILTIN_PREFIX))
+    return next(loss for call in own for loss in call(run=run) if loss.name == "task")
 
 
 def steps_from(run: Run, start: int) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
