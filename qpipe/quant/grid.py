@@ -168,9 +168,11 @@ class GridQuantizer(Quantizer):
     def encode(self, value: Tensor) -> QTensor:
         """Codes, scale and zero point of a weight `[channels, ...]`."""
         rows = self.rows_of(value)
-        grid = joined(self._sweep(rows, torch.empty_like(rows)))
-        codes = self.kernel().codes(rows, grid).view(value.shape)
+        # Read off the values that the forward pass uses, so that export writes them whatever code made them.
+        target = torch.empty_like(rows, dtype=torch.float32)
+        grid = joined(self._sweep(rows, target))
         zero = grid.zero_point
+        codes = (target / grid.scale + zero).round_().view(value.shape)
         if isinstance(zero, Tensor):
             zero_point = self.shaped(zero, value)
         else:
