@@ -53,8 +53,8 @@ test-plugin: install ## tests of one plugin: make test-plugin PLUGIN=kure
 bench: install ## step-time ratios against full precision; writes docs/benchmarks.md
 	$(BENCH_ENV) $(PY) -m benchmarks.training_step --markdown $(BENCH)
 
-results: install ## fill docs/results.md; every cell is cached under runs/results
-	$(PY) -m benchmarks.results --data $(DATA) --small $(SMALL) $(RESULTS)
+results: install ## measure what docs/results.md lacks; runs are cached under runs/results
+	$(PY) -m benchmarks.results --path data=$(DATA) --path small=$(SMALL) $(RESULTS)
 
 lint: install ## ruff
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

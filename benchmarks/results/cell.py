@@ -1,0 +1,86 @@
+"""A cell: one row of a table in one setting with one seed, and the commands that fill it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from benchmarks.results.table import PLACEHOLDER, Sweep, Table
+from qpipe.config import read_yaml
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trained or quantized model."""
+
+    table: Table
+    row: str
+    setting: str
+    seed: int
+
+    @property
+    def start(self) -> Cell | None:
+        """The cell whose model this one starts from."""
+        name = self.table.rows[self.row].start
+        return None if name is None else Cell(self.table, name, self.setting, self.seed)
+
+    @property
+    def sweep(self) -> Sweep | None:
+        """The variants of its model that are evaluated too."""
+        return self.table.sweep if self.table.rows[self.row].sweep else None
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """What the setting changes in the recipe, with placeholders in place of folders."""
+        setting = self.table.settings[self.setting]
+        return (*setting.overrides, *setting.overrides_for.get(self.row, ()), f"seed={self.seed}")
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of all that decides the cell's numbers, but for the code and the machine."""
+        row = self.table.rows[self.row]
+        recipe = read_yaml(self.table.recipe(self.row).read_text(), self.row)
+        parts = [recipe, self.overrides, row.command, self.sweep and self.sweep.arguments()]
+        text = json.dumps([*parts, self.start.digest if self.start else None], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def folder(self, runs: Path) -> Path:
+        """Its run directory."""
+        return runs / f"{self.table.name}-{self.setting}-{self.row}-s{self.seed}-{self.digest}"
+
+    def command(self, runs: Path, folders: Mapping[str, Path]) -> list[str]:
+        """The command that makes the run.
+
+        Args:
+            runs: folder of all runs.
+            folders: what placeholders stand for.
+        """
+        row, start, out = self.table.rows[self.row], self.start, self.folder(runs)
+        recipe = str(self.table.recipe(self.row))
+        values = [filled(text, folders) for text in self.overrides]
+        if row.command == "quantize":
+            assert start is not None, f"{self.row} quantizes no model: give it `start`"
+            words = ["quantize", str(start.folder(runs) / "model"), recipe, "--out", str(out)]
+        else:
+            words = ["launch", recipe, "--out", str(out)]
+            values += [f"teacher.name={start.folder(runs) / 'model'}"] if start else []
+            words += ["--resume"] if (out / "config.yaml").is_file() else []
+        return [sys.executable, "-m", "qpipe.cli", *words, *(word for value in values for word in ("--set", value))]
+
+    def sweep_command(self, runs: Path) -> list[str] | None:
+        """The command that evaluates variants, where the row has any."""
+        if self.sweep is None:
+            return None
+        words = ["evaluate", str(self.folder(runs)), *self.sweep.arguments(), "--json"]
+        return [sys.executable, "-m", "qpipe.cli", *words]
+
+
+def filled(text: str, folders: Mapping[str, Path]) -> str:
+    """An override with folders in place of placeholders."""
+    key, _, value = text.partition("=")
+    return f"{key}={PLACEHOLDER.sub(lambda match: str(folders[match[1]]), value)}"

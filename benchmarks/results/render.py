@@ -1,0 +1,139 @@
+"""docs/results.md: each table between its markers, from the numbers recorded beside the recipes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.results.cell import Cell
+from benchmarks.results.record import Measured, read_expected
+from benchmarks.results.table import ROOT, Table
+
+DOCUMENT = ROOT / "docs" / "results.md"
+END = "<!-- end of table -->"
+STALE = " †"
+"""Marks a number whose recipe has changed since."""
+
+
+def start_marker(table: Table) -> str:
+    """The line that a table comes after."""
+    return f"<!-- table: {table.name} -->"
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean, standard deviation and number of seeds: `0.803 ± 0.004 (3)`, `0.803 (1)`."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean}{deviation} ({len(values)})"
+
+
+def is_stale(table: Table, row: str, setting: str, measured: Measured) -> bool:
+    """Whether the recipe, or what it starts from, is another than the one that was measured."""
+    now = [Cell(table, row, setting, seed).digest for seed in range(len(measured.cells))]
+    return now != measured.cells
+
+
+def render(table: Table) -> str:
+    """A table as Markdown; settings and rows that were never measured are left out."""
+    recorded = {row: read_expected(table.expected(row)) for row in table.rows}
+    settings = [name for name in table.settings if any(name in entry for entry in recorded.values())]
+    if not settings:
+        return "Not measured yet."
+    if table.sweep is not None:
+        parts = [f"{table.settings[s].title}:\n\n{_lines(_sweep_rows(table, s, recorded))}" for s in settings]
+        return "\n\n".join(parts)
+    return f"{_lines(_metric_rows(table, settings, recorded))}\n\n{_packed(recorded)}"
+
+
+def _lines(rows: list[list[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _metric_rows(table: Table, settings: list[str], recorded: dict[str, dict[str, Measured]]) -> list[list[str]]:
+    columns = [(s, m) for s in settings for m in _metrics(table, s, recorded)]
+    several = len(columns) > len(settings)
+    heads = [f"{table.settings[s].title}{f', {m}' if several else ''}" for s, m in columns]
+    relative = [f"{table.settings[s].title}, change" for s in settings] if table.relative_to else []
+    rows = [["", *heads, *relative, "bits per weight", "file, MB"]]
+    for row, entry in recorded.items():
+        if not entry:
+            continue
+        cells = [_value(table, row, s, m, entry) for s, m in columns]
+        if table.relative_to:
+            base = recorded[table.relative_to]
+            cells += [_relative(entry.get(s), base.get(s), _metrics(table, s, recorded)[0]) for s in settings]
+        rows.append([table.rows[row].title, *cells, *_sizes(entry, settings)])
+    return rows
+
+
+def _metrics(table: Table, setting: str, recorded: dict[str, dict[str, Measured]]) -> tuple[str, ...]:
+    first = next(entry[setting] for entry in recorded.values() if setting in entry)
+    return table.metrics or tuple(first.metrics)
+
+
+def _value(table: Table, row: str, setting: str, metric: str, entry: dict[str, Measured]) -> str:
+    if setting not in entry:
+        return "-"
+    stale = STALE if is_stale(table, row, setting, entry[setting]) else ""
+    return spread(entry[setting].metrics[metric]) + stale
+
+
+def _relative(measured: Measured | None, base: Measured | None, metric: str) -> str:
+    if measured is None or base is None:
+        return "-"
+    return f"{100 * (measured.mean(metric) / base.mean(metric) - 1):+.1f} %"
+
+
+def _sizes(entry: dict[str, Measured], settings: list[str]) -> list[str]:
+    found = next((entry[s] for s in reversed(settings) if s in entry), None)
+    if found is None or found.file_megabytes is None or found.bits_per_weight is None:
+        return ["-", "-"]
+    return [f"{found.bits_per_weight:.2f}", f"{found.file_megabytes:.2f} of {found.full_precision_megabytes:.2f}"]
+
+
+def _packed(recorded: dict[str, dict[str, Measured]]) -> str:
+    """How far metrics of packed checkpoints lie from those of the models that were trained."""
+    pairs = [
+        abs(trained - packed)
+        for entry in recorded.values()
+        for measured in entry.values()
+        for name, values in measured.reloaded.items()
+        for trained, packed in zip(measured.metrics[name], values, strict=True)
+    ]
+    if not pairs:
+        return "No packed checkpoint was measured."
+    return (
+        f"Packed checkpoints, loaded in a fresh process without qpipe: {len(pairs)} values compared with those above, "
+        f"largest difference {max(pairs):.5f}."
+    )
+
+
+def _sweep_rows(table: Table, setting: str, recorded: dict[str, dict[str, Measured]]) -> list[list[str]]:
+    assert table.sweep is not None, "only tables with variants have points"
+    rows = [["", "as trained", *table.sweep.shown]]
+    for row, entry in recorded.items():
+        if setting in entry:
+            measured = entry[setting]
+            points = [measured.points.get(name) for name in table.sweep.shown]
+            trained = _value(table, row, setting, next(iter(measured.metrics)), entry)
+            rows.append([table.rows[row].title, trained, *(spread(p) if p else "-" for p in points)])
+    return rows
+
+
+def write(tables: Sequence[Table], document: Path = DOCUMENT) -> None:
+    """Put tables between their markers.
+
+    Raises:
+        ValueError: the document lacks a table's marker.
+    """
+    text = document.read_text()
+    for table in tables:
+        before, marker, rest = text.partition(start_marker(table))
+        _, end, after = rest.partition(END)
+        if not marker or not end:
+            raise ValueError(f"{document} lacks {start_marker(table)!r} or {END!r} after it")
+        text = f"{before}{marker}\n{render(table)}\n{end}{after}"
+    document.write_text(text)

@@ -1,0 +1,138 @@
+"""The tables of docs/results.md: their recipes resolve, and the page shows what was measured with them."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import yaml
+
+from benchmarks.results.__main__ import with_starts
+from benchmarks.results.cell import Cell, filled
+from benchmarks.results.fill import fill
+from benchmarks.results.record import Measured, differences, measure, read_expected, write_expected
+from benchmarks.results.render import DOCUMENT, STALE, is_stale, render, start_marker, write
+from benchmarks.results.table import read_table, tables
+from qpipe.config import resolve
+
+TABLES = tables()
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_every_recipe_resolves_in_every_setting(table):
+    for setting, options in table.settings.items():
+        folders = dict.fromkeys(options.placeholders(), DOCUMENT.parent)
+        for row in table.rows_of(setting):
+            cell = Cell(table, row, setting, seed=3)
+            config = resolve(table.recipe(row), [filled(text, folders) for text in cell.overrides])
+            assert config.seed == 3, row
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_page_shows_what_is_recorded(table):
+    text = DOCUMENT.read_text()
+    shown = text.partition(start_marker(table))[2].partition("<!-- end of table -->")[0].strip()
+    assert shown == render(table)
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_no_number_is_older_than_its_recipe(table):
+    for row in table.rows:
+        for setting, measured in read_expected(table.expected(row)).items():
+            assert not is_stale(table, row, setting, measured), f"{row}, {setting}: run `make results`"
+            assert len(measured.cells) == table.settings[setting].seeds
+
+
+@pytest.fixture
+def small_table(tmp_path):
+    """A table of two rows, one of which starts from the other."""
+    folder = tmp_path / "examples" / "tiny"
+    document = {
+        "tolerance": 0.01,
+        "settings": {"here": {"title": "here", "seeds": 2, "overrides": ["train.epochs=2"]}},
+        "rows": {"first": {"title": "first"}, "second": {"title": "second", "start": "first"}},
+    }
+    for row in document["rows"]:
+        (folder / row).mkdir(parents=True)
+        (folder / row / "recipe.yaml").write_text("model: {name: m}\n")
+    (folder / "table.yaml").write_text(yaml.safe_dump(document))
+    return read_table(folder)
+
+
+def finish(cell, runs, accuracy):
+    folder = cell.folder(runs)
+    folder.mkdir(parents=True)
+    size = {"file_bytes": 2e6, "full_precision_bytes": 8e6, "bits_per_weight": 4.5}
+    results = {"evaluation": {"accuracy": accuracy}, "reloaded": {"accuracy": accuracy}, "size": size}
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def test_a_row_is_measured_when_all_its_seeds_are_there(small_table, tmp_path):
+    cells = [Cell(small_table, "first", "here", seed) for seed in (0, 1)]
+    finish(cells[0], tmp_path, 0.5)
+    assert measure(small_table, "first", "here", tmp_path) is None
+    finish(cells[1], tmp_path, 0.6)
+    measured = measure(small_table, "first", "here", tmp_path)
+    assert measured is not None
+    assert measured.metrics == {"accuracy": [0.5, 0.6]}
+    assert measured.file_megabytes == 2
+    write_expected(small_table.expected("first"), {"here": measured})
+    assert read_expected(small_table.expected("first")) == {"here": measured}
+    assert "| first | 0.550 ± 0.071 (2) | 4.50 | 2.00 of 8.00 |" in render(small_table)
+
+
+def test_a_changed_recipe_makes_its_number_and_those_that_start_from_it_stale(small_table, tmp_path):
+    for row in ("first", "second"):
+        for seed in (0, 1):
+            finish(Cell(small_table, row, "here", seed), tmp_path, 0.5)
+        write_expected(small_table.expected(row), {"here": measure(small_table, row, "here", tmp_path)})
+    assert STALE not in render(small_table)
+    small_table.recipe("first").write_text("model: {name: other}\n")
+    assert render(small_table).count(STALE) == 2
+
+
+def test_numbers_beyond_the_tolerance_are_named(small_table):
+    before = Measured(cells=["a"], metrics={"accuracy": [0.5]}, tolerance=0.01)
+    assert differences(Measured(cells=["a"], metrics={"accuracy": [0.509]}, tolerance=0.01), before) == []
+    assert differences(Measured(cells=["a"], metrics={"accuracy": [0.52]}, tolerance=0.01), before) == [
+        "accuracy 0.5200, recorded 0.5000 ± 0.01"
+    ]
+
+
+def test_cells_run_once_and_after_what_they_start_from(small_table, tmp_path, monkeypatch):
+    ran = []
+
+    def run(cell, runs, folders, jobs):
+        ran.append((cell.row, cell.seed))
+        if (cell.row, cell.seed) == ("first", 1):
+            raise RuntimeError("out of memory")
+        finish(cell, runs, 0.5)
+
+    monkeypatch.setattr("benchmarks.results.fill.run_cell", run)
+    cells = with_starts([Cell(small_table, "second", "here", seed) for seed in (0, 1)])
+    assert [cell.row for cell in cells] == ["first", "second", "first", "second"]
+    failures = fill(cells, tmp_path, {}, 1, lambda cell: None)
+    assert sorted(ran) == [("first", 0), ("first", 1), ("second", 0)]
+    assert "out of memory" in failures[0]
+    assert "what it starts from is missing" in failures[1]
+    fill(cells, tmp_path, {}, 1, lambda cell: None)
+    assert sorted(ran)[:3] == [("first", 0), ("first", 1), ("first", 1)]
+
+
+def test_commands_say_what_the_row_says(small_table, tmp_path):
+    first, second = (Cell(small_table, row, "here", 1) for row in ("first", "second"))
+    words = second.command(tmp_path, {})
+    assert f"teacher.name={first.folder(tmp_path) / 'model'}" in words
+    assert all(a == "--set" for a, b in pairwise(words) if b.startswith(("seed=", "teacher.name=", "train.epochs=")))
+
+
+def test_a_page_without_the_marker_is_an_error(small_table, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Results\n")
+    with pytest.raises(ValueError, match="lacks '<!-- table: tiny -->'"):
+        write([small_table], page)
+
+
+def test_a_row_without_a_recipe_is_an_error(small_table):
+    small_table.recipe("second").unlink()
+    with pytest.raises(ValueError, match="rows and recipes differ in second"):
+        read_table(small_table.folder)
