@@ -26,6 +26,7 @@ LAYERS = (
     {"testing", "cli"},
     {"doctor"},
     {"launching"},
+    {"analysis"},
     {"stages"},
     {"builtin"},
     {"engine", "data", "export", "report"},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qpipe.errors import CheckpointError
 from qpipe.plugin import Plugin, hookimpl
-from qpipe.report import robustness, sections
+from qpipe.report import analysis, robustness, sections
 from qpipe.types import ReportSection
 
 SECTIONS: tuple[tuple[int, str, Callable[[Path], str | None]], ...] = (
@@ -17,6 +17,7 @@ SECTIONS: tuple[tuple[int, str, Callable[[Path], str | None]], ...] = (
     (40, "Size", sections.sizes),
     (50, "Quantization error", sections.weights),
     (55, "Robustness", robustness.robustness),
+    (57, "Where quantization acts", analysis.analysis),
     (900, "Configuration", sections.configuration),
 )
 """Order, title and body; a body that is None is no section. Sections of plugins come before the configuration unless
@@ -24,7 +25,7 @@ they ask for another place."""
 
 
 class ReportSections(Plugin):
-    """Result, training curves, layers, size, quantization error, robustness and configuration."""
+    """Result, training curves, layers, size, quantization error, robustness, analysis and configuration."""
 
     @hookimpl
     def qpipe_report_sections(self, run_dir: Path) -> Iterable[ReportSection]:

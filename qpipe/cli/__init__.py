@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from qpipe.cli import doctor, evaluate, inspect, launch, plugins, quantize, runs, train
+from qpipe.cli import analyze, doctor, evaluate, inspect, launch, plugins, quantize, runs, train
 from qpipe.errors import QpipeError
 
 # typer leaves the default of --help unset, and imports pydantic (0.15 s) to find that nothing is not a boolean.
@@ -26,6 +26,7 @@ app.command(name="launch")(launch.launch)
 app.command(name="quantize")(quantize.quantize)
 app.command(name="train")(train.train)
 app.command(name="evaluate")(evaluate.evaluate)
+app.command(name="analyze")(analyze.analyze)
 app.command(name="export")(runs.export)
 app.command(name="verify")(runs.verify)
 app.add_typer(inspect.app, name="inspect")

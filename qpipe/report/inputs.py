@@ -14,6 +14,7 @@ from qpipe.errors import CheckpointError, ConfigError
 
 METRICS_FILE = "metrics.jsonl"
 VARIANTS_FILE = "variants.json"
+ANALYSIS_FOLDER = "analysis"
 
 
 class PlanEntry(BaseModel):

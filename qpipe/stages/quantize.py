@@ -32,23 +32,18 @@ def quantize(config: RunConfig) -> Run:
     Raises:
         QpipeError: something in the configuration, the model or the data is wrong.
     """
-    config = alone(config)
-    if config.quantization.ptq is None:
-        changed = config.quantization.model_copy(update={"ptq": PtqConfig()})
-        config = config.model_copy(update={"quantization": changed})
-    host = load_plugins(config.plugins)
-    refuse_teachers(host)
+    config, host = _for_quantization(config)
     run: Run | None = None
     try:
         seconds: dict[str, float] = {}
-        run = _prepared(config, host, seconds)
+        with timed(seconds, "build"):
+            refuse_used(config, AccelerateEngine(config.engine), resume=False)
+            run = _prepared(config, host)
         record_start(run)
         with timed(seconds, "evaluate"), unquantized(run):
             run.results["teacher"] = evaluate(run)
         with timed(seconds, "quantize"):
-            initialize(run)
-            calibrate(run)
-            self_check(run)
+            _set_up(run)
         with timed(seconds, "evaluate"):
             run.results["evaluation"] = evaluate(run)
         run.results["steps"] = 0
@@ -59,20 +54,45 @@ def quantize(config: RunConfig) -> Run:
     return run
 
 
-def _prepared(config: RunConfig, host: Host, seconds: dict[str, float]) -> Run:
-    with timed(seconds, "build"):
-        engine = AccelerateEngine(config.engine)
-        refuse_used(config, engine, resume=False)
-        data = load_data(config, find_task(host.collect("qpipe_tasks"), config.task))
-        run = build(config, host, engine, data=data, strict=True)
-        prepare(run)
-        if not run.plan.sites:
-            raise ConfigError(
-                "nothing is planned to be quantized; give a preset (--set quantization.preset=w4) or rules"
-            )
-        cast(run.student, run)
-        engine.serve(run.student)
+def quantized_model(config: RunConfig) -> Run:
+    """The model as `quantize` makes it, on this process; nothing is evaluated or written.
+
+    Raises:
+        QpipeError: something in the configuration, the model or the data is wrong.
+    """
+    run = _prepared(*_for_quantization(config), required=False)
+    if run.plan.sites:
+        _set_up(run)
     return run
+
+
+def _for_quantization(config: RunConfig) -> tuple[RunConfig, Host]:
+    config = alone(config)
+    if config.quantization.ptq is None:
+        changed = config.quantization.model_copy(update={"ptq": PtqConfig()})
+        config = config.model_copy(update={"quantization": changed})
+    host = load_plugins(config.plugins)
+    refuse_teachers(host)
+    return config, host
+
+
+def _prepared(config: RunConfig, host: Host, required: bool = True) -> Run:
+    """The model with its quantizers in place; `required`: an empty plan is an error."""
+    engine = AccelerateEngine(config.engine)
+    data = load_data(config, find_task(host.collect("qpipe_tasks"), config.task))
+    run = build(config, host, engine, data=data, strict=True)
+    prepare(run)
+    if required and not run.plan.sites:
+        raise ConfigError("nothing is planned to be quantized; give a preset (--set quantization.preset=w4) or rules")
+    cast(run.student, run)
+    engine.serve(run.student)
+    return run
+
+
+def _set_up(run: Run) -> None:
+    initialize(run)
+    calibrate(run)
+    self_check(run)
 
 
 def refuse_teachers(host: Host) -> None:

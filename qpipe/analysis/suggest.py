@@ -1,0 +1,109 @@
+"""Suggest: from an ablation to a plan that keeps the groups that hurt at more bits.
+
+Groups are taken in the order of what the metric gains without them, each time measured together with those taken
+before, until the loss to full precision is within what is allowed. Bondarenko et al. (EMNLP 2021), section 4, choose
+16-bit activations by hand from the same table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+
+from qpipe.analysis.ablation import first_metric
+from qpipe.errors import ConfigError
+from qpipe.run import Run
+from qpipe.stages.variants import options_with_bits, rebuilt, switched_off, with_bits
+from qpipe.types import Json
+
+Told = Callable[[str, float], None]
+
+
+def suggest(
+    run: Run,
+    ablation: Mapping[str, Json],
+    groups: Mapping[str, Sequence[str]],
+    within: float,
+    bits: int = 16,
+    told: Told = lambda group, value: None,
+) -> dict[str, Json]:
+    """Choose groups for more bits until the metric is near enough to full precision.
+
+    Args:
+        run: as `ablate` was given it.
+        ablation: its result.
+        groups: sites by name of the group, as it was given them.
+        within: largest loss of the metric to full precision.
+        bits: of the chosen groups; sites whose quantizer has no such width are left in full precision.
+        told: called with each chosen group and the metric with it and those before.
+
+    Returns:
+        `within`, `bits`, `chosen` (names of groups with the metric after each), `reached` and `rules` for a plan.
+
+    Raises:
+        ConfigError: `within` is negative.
+    """
+    if within < 0:
+        raise ConfigError(f"the allowed loss must be 0 or more, not {within:g}")
+    sign = 1 if ablation["higher_is_better"] else -1
+    goal = sign * ablation["full_precision"] - within
+    ranked = sorted(ablation["groups"], key=lambda effect: -sign * effect["without"])
+    chosen: list[dict[str, Json]] = []
+    sites: list[str] = []
+    value = ablation["quantized"]
+    for effect in ranked:
+        if sign * value >= goal or sign * effect["without"] <= sign * ablation["quantized"]:
+            break
+        sites += groups[effect["group"]]
+        value = at_bits(run, sites, bits)
+        chosen.append({"group": effect["group"], "metric": value})
+        told(effect["group"], value)
+    reached = sign * value >= goal
+    return {"within": within, "bits": bits, "chosen": chosen, "reached": reached, "rules": rules(run, sites, bits)}
+
+
+def at_bits(run: Run, sites: Sequence[str], bits: int) -> float:
+    """The metric with these sites at another width."""
+    able = _able(run, sites, bits)
+    with ExitStack() as stack:
+        stack.enter_context(rebuilt(run, able, bits))
+        stack.enter_context(switched_off(run, [name for name in sites if name not in able]))
+        return first_metric(run)
+
+
+def _able(run: Run, sites: Sequence[str], bits: int) -> list[str]:
+    """Sites whose quantizer can have that width; a narrower limit counts as none."""
+    found = []
+    for name in with_bits(run, [s for s in sites if _allows(run, s, bits)], bits):
+        found.append(name)
+    return found
+
+
+def _allows(run: Run, site: str, bits: int) -> bool:
+    entry = run.plan.sites[site]
+    field = type(entry.options).model_fields.get("bits")
+    if field is None:
+        return False
+    limits = [limit.le for limit in field.metadata if hasattr(limit, "le")]
+    return all(bits <= limit for limit in limits)
+
+
+def rules(run: Run, sites: Sequence[str], bits: int) -> list[dict[str, Json]]:
+    """Rules of a plan that put the sites at `bits`, or in full precision where their quantizer has no such width."""
+    able = set(_able(run, sites, bits))
+    found: list[dict[str, Json]] = []
+    for site in sites:
+        if site not in able:
+            found.append({"site": site, "quantizer": "none"})
+            continue
+        entry = run.plan.sites[site]
+        options = options_with_bits(entry, bits)
+        assert options is not None
+        found.append(
+            {
+                "site": site,
+                "quantizer": entry.quantizer,
+                "options": options.model_dump(mode="json", exclude_none=True),
+            }
+        )
+    return found
