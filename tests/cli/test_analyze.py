@@ -1,0 +1,61 @@
+"""`qpipe analyze` from the command line."""
+
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import qpipe
+from qpipe.cli import app
+from qpipe.config import resolve
+from qpipe.testing import tiny_config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run = qpipe.execute(tiny_config(tmp_path_factory.mktemp("run"), train__max_steps=2))
+    return run.out
+
+
+def call(*words):
+    return CliRunner().invoke(app, ["analyze", *map(str, words)], catch_exceptions=True)
+
+
+def test_a_run_is_analyzed_and_a_plan_written_that_loads(finished, tmp_path):
+    plan = tmp_path / "plan.yaml"
+    words = (finished, "--examples", "16", "--sequences", "2", "--suggest", plan, "--within", "0", "--bits", "8")
+    done = call(*words)
+    assert done.exit_code == 0, done.output
+    assert "all quantized" in done.output
+    assert {p.stem for p in (finished / "analysis").iterdir()} == {
+        "ablation", "outliers", "ranges", "attention", "noise",
+    }  # fmt: skip
+    rules = yaml.safe_load(plan.read_text())["quantization"]["rules"]
+    resolve({"model": {"name": "m"}, "quantization": {"plan": str(plan)}})
+    ablation = json.loads((finished / "analysis" / "ablation.json").read_text())
+    assert rules == ablation["suggestion"]["rules"]
+
+
+def test_a_model_is_analyzed_as_it_would_be_quantized(finished, tmp_path):
+    out = tmp_path / "out"
+    words = (finished / "model", "--parts", "noise", "--sequences", "1", "--out", out, "--json")
+    done = call(*words, "--set", "quantization.preset=w3")
+    assert done.exit_code == 0, done.output
+    sites = json.loads(done.stdout)["noise"]["sites"]
+    assert "bert.encoder.layer.0.output.dense:weight" in sites
+    other = call(*words, "--set", "quantization.preset=w4")
+    assert "holds results of another configuration" in str(other.exception)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--set", "seed=1"), "leave out configuration, --set and --plugins"),
+        (("--parts", "outlier"), "did you mean 'outliers'"),
+        (("--parts", "outliers", "--sites", "bert.nothing*"), "matches no site"),
+        (("--parts", "noise", "--suggest", "plan.yaml"), "name the part `ablation` too"),
+    ],
+)
+def test_bad_requests_are_named(finished, words, message):
+    assert message in str(call(finished, *words).exception)
