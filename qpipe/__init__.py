@@ -53,6 +53,7 @@ _PUBLIC = {
     "over_rows": "qpipe.quant.compiled",
     "tanh": "qpipe.quant.rounding",
     "visible_nan": "qpipe.quant.rounding",
+    "split_to_binary": "qpipe.quant.splitting",
     "QuantModule": "qpipe.quant.modules",
     "Inject": "qpipe.model.gradients",
     "StopGradient": "qpipe.model.gradients",
@@ -111,6 +112,7 @@ __all__ = [
     "mean_magnitude",
     "over_rows",
     "resolve",
+    "split_to_binary",
     "straight_through",
     "tanh",
     "visible_nan",
@@ -136,6 +138,7 @@ if TYPE_CHECKING:
     from qpipe.quant.modules import QuantModule
     from qpipe.quant.quantizer import QuantContext, Quantizer, straight_through
     from qpipe.quant.rounding import tanh, visible_nan
+    from qpipe.quant.splitting import split_to_binary
     from qpipe.quant.tensor import QTensor
     from qpipe.run import Run, Step
     from qpipe.stages.execute import execute
