@@ -111,7 +111,7 @@ class QuantizationConfig(Section):
         1.0,
         ge=0,
         le=1,
-        description="part of each weight's elements, drawn anew in every optimizer step, that training steps quantize; "
+        description="part of each weight's elements, drawn anew in every forward pass, that training quantizes; "
         "the others stay in full precision (QuantNoise). Evaluation and export quantize all",
     )
     calibration_batches: int = Field(8, gt=0, description="batches for static activation ranges")

@@ -30,6 +30,7 @@ class Step:
         output: the student's output.
         student: captured student signals by `(kind, layer)`; `("logits", 0)` for signals without layers.
         teacher: captured teacher signals, likewise; no gradients.
+        number: of the micro-batch within the optimizer step, from 0.
     """
 
     index: int
@@ -38,6 +39,7 @@ class Step:
     output: Any = None
     student: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     teacher: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    number: int = 0
 
 
 @dataclass
@@ -57,7 +59,8 @@ class Run:
         plan: which quantizer sits at which site.
         weight_losses: penalties on weights that are in place.
         scheduler: the learning-rate schedule.
-        total_steps: optimizer steps of the whole training.
+        total_steps: optimizer steps of the whole training; 0 where nothing will be trained, and so no teacher is there:
+            a plan that is only looked at, a finished run, quantization without training.
         trained: True for a finished run that was loaded to evaluate or export it.
         step: the micro-batch under way, None outside training.
         results: what has been measured so far, by stage.

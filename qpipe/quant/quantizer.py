@@ -26,9 +26,9 @@ class QuantContext:
             kept.
         scale_dtype: scales are rounded to this type, so that the exported file holds them exactly.
         rescale: a change of every scale before it is rounded, for experiments with wrong step sizes; or None.
-        noise: part of a weight's elements, drawn anew in every optimizer step, that training steps quantize.
+        noise: part of a weight's elements, drawn anew in every forward pass of training, that is quantized.
         seed: of those draws.
-        step: number of the optimizer step under way.
+        micro_batch: number of the micro-batch under way, counted from the start of training.
         compiled: True where quantizers may use compiled code; the result is the same bit for bit.
         taps_active: True within a training step; observing and replacing taps do nothing otherwise.
         weight_losses: values of weight penalties met in this forward pass, by `(penalty, module path)`.
@@ -43,7 +43,7 @@ class QuantContext:
     rescale: Callable[[Tensor], Tensor] | None = None
     noise: float = 1.0
     seed: int = 0
-    step: int = 0
+    micro_batch: int = 0
     compiled: bool = False
     taps_active: bool = False
     weight_losses: dict[tuple[str, str], Tensor] = field(default_factory=dict)
@@ -219,13 +219,16 @@ class Quantizer(nn.Module):
     def is_noisy(self) -> bool:
         """True if only a part of the weight's elements is quantized now: in training steps, by `quantization.noise`.
 
-        Stock et al., "Training with Quantization Noise for Extreme Model Compression" (ICLR 2021).
+        Stock et al., "Training with Quantization Noise for Extreme Model Compression" (ICLR 2021), section 4.
         """
         return self.caches and self.training and self.context.noise < 1 and torch.is_grad_enabled()
 
     def _drawn(self, value: Tensor) -> Tensor:
-        """Which elements are quantized in this step: the same on every process, when recomputed, and when resumed."""
-        text = f"{self.context.seed}/{self.context.step}/{self.site}"
+        """Which elements are quantized in this forward pass.
+
+        The same on every process, when recomputed, and when resumed: one process and many train the same.
+        """
+        text = f"{self.context.seed}/{self.context.micro_batch}/{self.site}"
         generator = torch.Generator(value.device).manual_seed(zlib.crc32(text.encode()))
         return torch.rand(value.shape, generator=generator, device=value.device) < self.context.noise
 

@@ -147,7 +147,7 @@ def micro_step(run: Run, step: Step, losses: list[Loss]) -> dict[str, Tensor]:
     teacher_signals(run, step, wanted)
     run.instruments.want(wanted.student, step.student)
     context.weight_losses.clear()
-    context.step = step.index
+    context.micro_batch = step.index * run.config.train.accumulation + step.number
     context.due_weight_losses = due_weight_losses(run, step)
     context.taps_active = True
     step.output = run.engine.forward(**inputs_of(step.batch), **_extra(wanted.student))
@@ -233,7 +233,7 @@ def train(run: Run, resume: bool = False) -> Progress:
         logged = (index + 1) % run.config.train.log_every == 0 or index + 1 == run.total_steps
         meter = Meter()
         for number, batch in enumerate(batches):
-            step = Step(index, number == len(batches) - 1, to_device(batch, run))
+            step = Step(index, number == len(batches) - 1, to_device(batch, run), number=number)
             parts = micro_step(run, step, losses)
             if logged:
                 meter.add(parts, 1 / len(batches))

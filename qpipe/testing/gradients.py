@@ -52,7 +52,7 @@ def trace(config: RunConfig, steps: int) -> tuple[list[dict[str, Tensor]], dict[
         if index == steps:
             break
         for number, batch in enumerate(micro_batches):
-            step = Step(index, number == len(micro_batches) - 1, to_device(batch, run))
+            step = Step(index, number == len(micro_batches) - 1, to_device(batch, run), number=number)
             micro_step(run, step, losses)
             if step.is_last_micro_batch:
                 gradients.append(full_gradients(run))

@@ -1,20 +1,22 @@
 """QuantNoise: a random part of a weight is quantized in training steps."""
 
+import itertools
+
 import pytest
 import torch
 
 import qpipe
 from qpipe.builtin.uniform import UniformOptions, UniformWeight
-from qpipe.quant.quantizer import QuantContext
+from qpipe.quant.quantizer import QuantContext, Quantizer
 from qpipe.testing import check_rules, tiny_config
 from qpipe.testing.contract import weights_hash
 
 RULES = [{"site": "{block}.*:weight", "quantizer": "lsq", "options": {"bits": 3}}]
 
 
-def make(noise, step=0, seed=0, site="m:weight"):
+def make(noise, micro_batch=0, seed=0, site="m:weight"):
     quantizer = UniformWeight(UniformOptions(bits=2))
-    quantizer.attach(QuantContext(noise=noise, step=step, seed=seed), site)
+    quantizer.attach(QuantContext(noise=noise, micro_batch=micro_batch, seed=seed), site)
     return quantizer
 
 
@@ -48,17 +50,42 @@ def test_evaluation_quantizes_all():
     assert torch.equal(quantizer.eval()(value), quantizer.encode(value).decode())
 
 
-def test_draws_depend_on_seed_step_and_site_only():
+def test_draws_depend_on_seed_micro_batch_and_site_only():
     value = weight()
     first = make(0.5)(value)
     assert torch.equal(make(0.5)(value), first)
-    for other in (make(0.5, step=1), make(0.5, seed=1), make(0.5, site="n:weight")):
+    for other in (make(0.5, micro_batch=1), make(0.5, seed=1), make(0.5, site="n:weight")):
         assert not torch.equal(other(value), first)
+
+
+def test_every_forward_pass_of_training_draws_anew(tmp_path, monkeypatch):
+    """Also the micro-batches of one optimizer step, as published."""
+    drawn, original = [], Quantizer._drawn
+
+    def recorded(quantizer, value):
+        drawn.append((quantizer.site, original(quantizer, value)))
+        return drawn[-1][1]
+
+    monkeypatch.setattr(Quantizer, "_drawn", recorded)
+    rules = [{"site": "bert.encoder.layer.0.output.dense:weight", "quantizer": "uniform", "options": {"bits": 3}}]
+    qpipe.execute(
+        tiny_config(
+            tmp_path,
+            quantization__preset=None,
+            quantization__rules=rules,
+            quantization__noise=0.5,
+            train__accumulation=2,
+            train__max_steps=2,
+        )
+    )
+    assert len(drawn) == 4, "two steps of two micro-batches"
+    for (_, one), (_, other) in itertools.combinations(drawn, 2):
+        assert 0.4 < float((one == other).float().mean()) < 0.6, "independent draws agree in every second element"
 
 
 def test_contract():
     """Resumes bit for bit, and two processes under ZeRO-3 draw what one process draws."""
-    check_rules(RULES, quantization__noise=0.5)
+    check_rules(RULES, quantization__noise=0.5, train__accumulation=2)
 
 
 def test_all_of_the_weight_is_plain_training_bit_for_bit(tmp_path):

@@ -9,6 +9,7 @@ from qpipe_distillation.layers import attention_pairs, depth_ratio, hidden_pairs
 
 import qpipe
 from qpipe import ConfigError, ModelError
+from qpipe.stages import evaluate_run, plan_run
 from qpipe.testing import tiny_config, tiny_model
 
 
@@ -90,10 +91,12 @@ def test_the_same_model_is_at_no_distance(tmp_path):
         quantization__preset="w8",
         train__max_steps=1,
     )
-    qpipe.execute(config)
+    assert set(plan_run(config).plan.sites), "a plan is made without a teacher"
+    run = qpipe.execute(config)
     first = logged(tmp_path)[0]
     assert "task" not in first
     assert 0 < first["loss"] < 1e-2, "8 bits differ a little from full precision"
+    assert evaluate_run(run.out) == run.results["evaluation"], "and so is a finished run loaded"
 
 
 @pytest.mark.parametrize(
@@ -110,18 +113,18 @@ def test_teachers_that_do_not_fit(options, teacher, message, tmp_path):
 
 
 def test_regression_has_no_distribution(tmp_path):
-    with pytest.raises(ConfigError, match="distillation.logits: mse"):
-        tiny_config(tmp_path)
-        model = tiny_model(tmp_path / "other", seed=1, num_labels=1)
-        qpipe.execute(
-            tiny_config(
-                tmp_path,
-                {"distillation": {}},
-                task="regression",
-                data__text_columns=["sentence"],
-                teacher__name=str(model),
-            )
-        )
+    tiny_config(tmp_path)
+    model = tiny_model(tmp_path / "other", seed=1, num_labels=1)
+    config = tiny_config(
+        tmp_path,
+        {"distillation": {}},
+        task="regression",
+        data__text_columns=["sentence"],
+        teacher__name=str(model),
+    )
+    for begin in (qpipe.execute, plan_run):
+        with pytest.raises(ConfigError, match="distillation.logits: mse"):
+            begin(config)
 
 
 def test_a_masked_language_model_learns_from_its_fine_tuned_self(tmp_path):

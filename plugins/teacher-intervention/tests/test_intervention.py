@@ -11,6 +11,8 @@ from qpipe import ConfigError, ModelError, Step, TrainingError
 from qpipe.builtin.models import Models
 from qpipe.builtin.modules import QuantModules
 from qpipe.model.instrument import Instruments
+from qpipe.stages import plan_run
+from qpipe.testing import tiny_config
 
 BATCH = {
     "input_ids": torch.tensor([[5, 6, 7, 8], [9, 3, 0, 0]]),
@@ -274,3 +276,9 @@ def test_metadata_survive_into_a_finished_run(tmp_path):
     run.total_steps, run.teacher, run.teacher_instruments = 0, None, None
     finished.qpipe_model_prepared(run)
     assert finished.qpipe_export_metadata(run)["phases"] == phases
+
+
+@pytest.mark.parametrize("name", ["ti-o", "ti-m", "ti-g"])
+def test_a_plan_is_made_without_a_teacher(name, tmp_path):
+    run = plan_run(tiny_config(tmp_path, {name: {}}))
+    assert run.plan.sites and run.teacher is None and not run.trained

@@ -36,13 +36,14 @@ class Distillation(Plugin):
             ModelError: the models do not fit.
             ConfigError: the task does not fit the options.
         """
-        if run.total_steps == 0:  # A finished run, loaded for evaluation or export: it has no teacher.
+        options = self.options
+        if options.logits == "kl" and run.task.kind == "regression":
+            raise ConfigError("regression predicts one number, which has no distribution: set distillation.logits: mse")
+        if run.total_steps == 0:  # A plan, or a finished run: nothing is trained, and there is no teacher.
             return
         if run.teacher is None or run.teacher_instruments is None:
             raise ModelError("distillation needs a teacher; name one with teacher.name")
-        options, ours, theirs = self.options, run.instruments.map, run.teacher_instruments.map
-        if options.logits == "kl" and run.task.kind == "regression":
-            raise ConfigError("regression predicts one number, which has no distribution: set distillation.logits: mse")
+        ours, theirs = run.instruments.map, run.teacher_instruments.map
         if options.logits != "none" and run.task.kind in ("causal-lm", "masked-lm"):
             require_equal(run.student, run.teacher, "vocab_size", "tokens in its vocabulary")
         if options.hidden != "none":

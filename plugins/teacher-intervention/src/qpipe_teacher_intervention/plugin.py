@@ -45,7 +45,7 @@ class TeacherIntervention(Plugin):
             ModelError: the models do not fit.
             ConfigError: the schedule does not fit into the training.
         """
-        if run.total_steps == 0:  # A finished run, loaded for evaluation or export: it has no teacher.
+        if run.total_steps == 0:  # A plan, or a finished run: nothing is trained, and there is no teacher.
             return
         parts = self.options.parts
         require_compatible(run, frozenset(part.kind for part in parts))
