@@ -73,8 +73,8 @@ class RuleConfig(Section):
 class PtqConfig(Section):
     """Weights that are quantized before any training: their grid is chosen once, with or without data."""
 
-    range: Literal["min-max", "mse", "mse-golden", "percentile", "lp"] = Field(
-        "mse", description="of `uniform` weights, which become `uniform-static`; see there"
+    range: Literal["min-max", "mse", "mse-golden", "percentile", "lp", "aciq-normal", "aciq-laplace", "likelihood"] = (
+        Field("mse", description="of `uniform` weights, which become `uniform-static`; see there")
     )
     percentile: float | None = Field(None, description="for range `percentile`")
     p: float | None = Field(None, description="for range `lp`")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from pydantic import Field, model_validator
@@ -19,11 +19,15 @@ from qpipe.plugin import Plugin, hookimpl
 from qpipe.quant.compiled import over_rows
 from qpipe.quant.grid import Grid, GridKernel, GridOptions, GridQuantizer, mean_magnitude
 from qpipe.quant.quantizer import Quantizer
+from qpipe.quant.ranges import RangeMethod, search_grid
 from qpipe.quant.tensor import code_range
 from qpipe.types import QuantizerKind
 
 SMALLEST_STEP = 1e-8
 """A learned step below this counts as this, so that it stays positive; its gradient can lift it again."""
+
+
+Init = Literal["lsq", "lsq+", "lsq+reference", RangeMethod]
 
 
 class LsqOptions(GridOptions):
@@ -34,11 +38,13 @@ class LsqOptions(GridOptions):
         "mid-tread", description="mid-tread: integers times the step, as published; mid-rise: half-integers, no zero"
     )
     narrow: bool = Field(False, description="leave out the lowest code, so that the levels are symmetric around 0")
-    init: Literal["lsq", "lsq+", "lsq+reference", "min-max"] = Field(
+    init: Init = Field(
         "lsq",
         description="first step: lsq: 2 mean|w| / sqrt(high); lsq+: max|mean +- 3 std| / 2^(bits-1), "
-        "lsq+reference: over 2^bits - 1 instead, as its public code; min-max: max|w| is the highest level",
+        "lsq+reference: over 2^bits - 1 instead, as its public code; the others: as `range` of `uniform-static`",
     )
+    percentile: float | None = Field(None, gt=50, le=100, description="for init `percentile`; see `uniform-static`")
+    p: float | None = Field(None, ge=1, le=8, description="for init `lp`; see `uniform-static`")
     grad_scale: Literal["layer", "step", "none"] = Field(
         "layer",
         description="scale of the step's gradient, 1 / sqrt(n high): n elements of the weight (layer), or of those "
@@ -52,13 +58,16 @@ class LsqOptions(GridOptions):
             raise ValueError("narrow belongs to levels: mid-tread; mid-rise levels are symmetric already")
         if self.bits == 1 and self.levels == "mid-tread":
             raise ValueError("1 bit has no positive level with levels: mid-tread; set levels: mid-rise, or bits: 2")
+        for name, method in (("percentile", "percentile"), ("p", "lp")):
+            if getattr(self, name) is not None and self.init != method:
+                raise ValueError(f"give {name} with init: {method}, and only there")
         return self
 
 
 class LsqPlusOptions(LsqOptions):
     """Options of `lsq+`: those of `lsq` with the other first step."""
 
-    init: Literal["lsq", "lsq+", "lsq+reference", "min-max"] = Field("lsq+", description="first step; see `lsq`")
+    init: Init = Field("lsq+", description="first step; see `lsq`")
 
 
 @dataclass(frozen=True)
@@ -132,11 +141,18 @@ class LsqWeight(GridQuantizer):
         init, axes, top = self.options.init, self.axes, self.bounds[1]
         if init == "lsq":
             return 2 * mean_magnitude(rows, axes) / math.sqrt(top)
-        if init == "min-max":
-            return rows.abs().amax(axes, keepdim=True) / top
+        if init in get_args(RangeMethod):
+            return self._searched_step(rows, init)
         mean, deviation = rows.mean(axes, keepdim=True), rows.std(axes, keepdim=True, correction=1)
         reach = torch.maximum((mean - 3 * deviation).abs(), (mean + 3 * deviation).abs())
         return reach / (2 ** (self.bits - 1) if init == "lsq+" else 2**self.bits - 1)
+
+    def _searched_step(self, rows: Tensor, method: RangeMethod) -> Tensor:
+        """The step of the symmetric grid that a range search finds best for these levels."""
+        options, mid_rise = self.options, self.zero_point != 0
+        snap = self.kernel().snap_above_zero if mid_rise else self.snap
+        found = {"percentile": options.percentile, "p": options.p, "mid_rise": mid_rise}
+        return search_grid(rows, self.axes, self.low, self.high, True, method, snap, **found)[0]
 
     def gradient_scale(self, value: Tensor) -> float:
         """The factor on the step's gradient, for a weight of this shape."""

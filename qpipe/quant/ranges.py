@@ -1,4 +1,4 @@
-"""Choosing the range of a uniform grid: all values, a percentile, or the clip with the smallest error."""
+"""Choosing the range of a uniform grid: all values, a percentile, a formula, or the clip with the smallest error."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from qpipe.plugin import Options
+from qpipe.quant.clips import aciq_range, unlikeliness
 from qpipe.quant.rounding import block_rows, grid_over, min_max_grid, round_to_codes
 
-RangeMethod = Literal["min-max", "mse", "mse-golden", "percentile", "lp"]
+RangeMethod = Literal["min-max", "mse", "mse-golden", "percentile", "lp", "aciq-normal", "aciq-laplace", "likelihood"]
 
 CANDIDATES = 100
 """Clips that are tried, in equal steps up to `BEYOND` times the largest value."""
@@ -35,7 +36,8 @@ class RangeOptions(Options):
     range: RangeMethod = Field(
         "mse",
         description="`min-max`: all values; `mse`: least squared error of 100 clips; `mse-golden`: the same, then "
-        "golden section; `percentile`; `lp`: least |error|^p, by golden section",
+        "golden section; `percentile`; `lp`: least |error|^p, by golden section; `aciq-normal`, `aciq-laplace`: ACIQ's "
+        "formulas for weights of these distributions; `likelihood`: most likely errors of Laplace weights",
     )
     percentile: float | None = Field(
         None,
@@ -78,7 +80,16 @@ class Levels:
             return self.snap(2 * clip / (self.high - self.low)), torch.full_like(clip, -0.5)
         return grid_over(bottom, top, self.low, self.high, self.symmetric, self.snap)
 
-    def error(self, rows: Tensor, bottom: Tensor, top: Tensor, p: float) -> Tensor:
+    @property
+    def count(self) -> int:
+        """How many levels lie in the range; the lowest of a symmetric grid with zero point 0 lies outside it."""
+        return 2 * self.high + 1 if self.symmetric and not self.mid_rise else self.high - self.low + 1
+
+    def unlikeliness(self, rows: Tensor, bottom: Tensor, top: Tensor) -> Tensor:
+        """See `qpipe.quant.clips.unlikeliness`; `[n, 1]`."""
+        return unlikeliness(rows, self.over(bottom, top)[0], bottom, top)
+
+    def error(self, p: float, rows: Tensor, bottom: Tensor, top: Tensor) -> Tensor:
         """`mean |Q(x) - x|^p` of each row, `[n, 1]`, in units of its largest magnitude."""
         scale, zero = self.over(bottom, top)
         difference = round_to_codes(rows, scale, zero, self.low, self.high)
@@ -112,7 +123,7 @@ def search_grid(
         low: smallest code.
         high: largest code.
         symmetric: zero point 0; else the range includes 0, with an integer zero point.
-        method: see `RangeOptions`. `mse`, `mse-golden` and `lp` are never worse than `min-max` in their own measure.
+        method: see `RangeOptions`. Those that search are never worse than `min-max` in their own measure.
         snap: rounds scales to the type that they are exported in; candidates are compared as rounded.
         percentile: in percent, for `percentile`: of magnitudes if symmetric, else at both ends.
         p: exponent, for `lp`.
@@ -150,8 +161,13 @@ def _range(
         return bottom, top
     if method == "percentile":
         return _percentiles(rows, levels.symmetric, DEFAULT_PERCENTILE if percentile is None else percentile)
-    exponent = 2.0 if method != "lp" else DEFAULT_P if p is None else p
-    return _least_error(rows, levels, bottom, top, exponent, refine=method != "mse")
+    if method == "aciq-normal" or method == "aciq-laplace":
+        return aciq_range(rows, method, levels.count, levels.symmetric)
+    if method == "likelihood":
+        measure: Measure = partial(levels.unlikeliness, rows)
+    else:
+        measure = partial(levels.error, 2.0 if method != "lp" else DEFAULT_P if p is None else p, rows)
+    return _least(measure, levels.symmetric, bottom, top, refine=method != "mse")
 
 
 def _percentiles(rows: Tensor, symmetric: bool, percentile: float) -> tuple[Tensor, Tensor]:
@@ -162,32 +178,30 @@ def _percentiles(rows: Tensor, symmetric: bool, percentile: float) -> tuple[Tens
     return (-top, top) if symmetric else (bottom.clamp_max(0), top.clamp_min(0))
 
 
-def _least_error(
-    rows: Tensor, levels: Levels, bottom: Tensor, top: Tensor, p: float, refine: bool
-) -> tuple[Tensor, Tensor]:
+Measure = Callable[[Tensor, Tensor], Tensor]
+"""What is to be least, of each row, given both ends of its range; all `[n, 1]`."""
+
+
+def _least(measure: Measure, symmetric: bool, bottom: Tensor, top: Tensor, refine: bool) -> tuple[Tensor, Tensor]:
     """Shrink both ends together; where they need not be equal, then each by itself, in turns."""
     one = torch.ones_like(top)
     best_bottom, best_top = bottom, top
-    for _ in range(1 if levels.symmetric else ROUNDS):
+    for _ in range(1 if symmetric else ROUNDS):
         b, t = best_bottom, best_top
-        share = least(partial(_shrunk_error, rows, levels, b, t, p), one, one, refine)
+        share = least(partial(_shrunk, measure, b, t), one, one, refine)
         best_bottom, best_top = b * share, t * share
-        if not levels.symmetric:
-            best_top = least(partial(_top_error, rows, levels, best_bottom, p), top, best_top, refine)
-            best_bottom = -least(partial(_bottom_error, rows, levels, best_top, p), -bottom, -best_bottom, refine)
+        if not symmetric:
+            best_top = least(partial(measure, best_bottom), top, best_top, refine)
+            best_bottom = -least(partial(_negated, measure, best_top), -bottom, -best_bottom, refine)
     return best_bottom, best_top
 
 
-def _shrunk_error(rows: Tensor, levels: Levels, bottom: Tensor, top: Tensor, p: float, share: Tensor) -> Tensor:
-    return levels.error(rows, bottom * share, top * share, p)
+def _shrunk(measure: Measure, bottom: Tensor, top: Tensor, share: Tensor) -> Tensor:
+    return measure(bottom * share, top * share)
 
 
-def _top_error(rows: Tensor, levels: Levels, bottom: Tensor, p: float, clip: Tensor) -> Tensor:
-    return levels.error(rows, bottom, clip, p)
-
-
-def _bottom_error(rows: Tensor, levels: Levels, top: Tensor, p: float, clip: Tensor) -> Tensor:
-    return levels.error(rows, -clip, top, p)
+def _negated(measure: Measure, top: Tensor, clip: Tensor) -> Tensor:
+    return measure(-clip, top)
 
 
 def least(error: Callable[[Tensor], Tensor], peak: Tensor, start: Tensor, refine: bool) -> Tensor:

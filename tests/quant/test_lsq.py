@@ -1,6 +1,7 @@
 """Learned step sizes against the reference implementations, autograd and their contract."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 from qpipe.builtin.lsq import LsqOptions, LsqPlusOptions, LsqWeight
 from qpipe.quant import compiled
 from qpipe.quant.quantizer import QuantContext
+from qpipe.quant.ranges import RangeMethod
+from qpipe.quant.static import StaticOptions, StaticWeight
 from qpipe.testing import check_quantizer
 
 GOLDEN = Golden("lsq")
@@ -112,6 +115,42 @@ def test_first_steps_of_lsq_plus():
     close(code.first_step(weight), reach / 15)
 
 
+INITS = [{"init": init} for init in get_args(RangeMethod)] + [{"init": "percentile", "percentile": 90.0}]
+
+
+@pytest.mark.parametrize("options", [*INITS, {"init": "lp", "p": 4.0}], ids=str)
+@pytest.mark.parametrize("levels", ["mid-tread", "mid-rise"])
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=lambda g: g["granularity"])
+def test_first_steps_of_range_searches(granularity, levels, options):
+    """Those of `uniform-static`; the gradients of lsq are unchanged by them."""
+    weight, form = weights(6, 64), {"bits": 3, **granularity}
+    searched = {{"init": "range"}.get(key, key): value for key, value in options.items()}
+    static = StaticWeight(StaticOptions(**form, **searched, mid_rise=levels == "mid-rise"))
+    static.attach(QuantContext(), "m:weight")
+    static.initialize(weight)
+    for kind in (LsqOptions, LsqPlusOptions):
+        quantizer = LsqWeight(kind(**form, **options, levels=levels))
+        quantizer.initialize(weight)
+        assert torch.equal(quantizer.step.detach(), static.scale)
+        assert torch.equal(quantizer.quantize(weight), static.quantize(weight))
+
+
+def test_a_searched_first_step_knows_the_levels():
+    """The narrow grid has no lowest code, one bit has two levels."""
+    weight = weights(1, 4000)
+    for options in ({"bits": 3, "narrow": True}, {"bits": 1, "levels": "mid-rise"}):
+        quantizer = make(weight, init="mse-golden", **options)
+        low, high = quantizer.bounds
+        codes = torch.arange(low, high + 1)
+
+        def error(step, codes=codes):
+            return float((weight.reshape(-1, 1) - codes * step).abs().amin(1).square().mean())
+
+        step = float(quantizer.step.detach())
+        grid = [step * factor for factor in torch.linspace(0.2, 3, 800).tolist()]
+        assert error(step) <= 1.001 * min(map(error, grid))
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=lambda g: g["granularity"])
 @pytest.mark.parametrize("options", [{"bits": b} for b in range(2, 9)] + [{"bits": 1, "levels": "mid-rise"}], ids=str)
 def test_contract(options, granularity):
@@ -170,3 +209,6 @@ def test_options():
         LsqOptions(bits=3, levels="mid-rise", narrow=True)
     with pytest.raises(ValidationError):
         LsqOptions(bits=9)
+    for options in ({"percentile": 99}, {"init": "percentile", "p": 3}):
+        with pytest.raises(ValidationError, match="give (percentile|p) with init: (percentile|lp), and only there"):
+            LsqOptions(**options)

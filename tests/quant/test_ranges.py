@@ -1,16 +1,21 @@
 """Range searches against reference implementations, dense grids and closed forms."""
 
+import math
+
 import pytest
 import torch
 from golden_cases import Golden, case_name
 from pydantic import ValidationError
+from scipy.optimize import minimize_scalar
 
+from qpipe.quant.clips import aciq_clip, unlikeliness
 from qpipe.quant.ranges import RangeOptions, golden_section, search_grid
 from qpipe.quant.rounding import min_max_grid, round_to_codes, snap_scale
 from qpipe.quant.tensor import code_range
 
 LAPQ, RANGES = Golden("lapq"), Golden("qct_ranges")
 SEARCHES = ("mse", "mse-golden", "lp")
+METHODS = ("min-max", *SEARCHES, "percentile", "aciq-normal", "aciq-laplace", "likelihood")
 
 
 def same(scale):
@@ -46,6 +51,35 @@ def test_lp_clip_of_the_reference(case):
     assert error(x, scale, zero, bits, p) <= 1.05 * expected
     if case.get("scalars"):
         assert float(expected) == pytest.approx(case["scalars"]["error"], rel=1e-3), "the vectors mean the same error"
+
+
+@pytest.mark.parametrize("case", LAPQ.of("AciqGausQuantization", "AciqLaplaceQuantization"), ids=case_name)
+def test_aciq_of_the_reference(case):
+    """Its tables have three digits."""
+    params, x, clip = case["params"], LAPQ.tensor(case, "x"), float(LAPQ.tensor(case, "alpha"))
+    method = "aciq-normal" if "Gaus" in case["function"] else "aciq-laplace"
+    bits, signed = params["num_bits"], params["symmetric"]
+    scale, zero = search(x, bits, method, symmetric=signed, mid_rise=signed)
+    assert float(scale) * (2**bits - 1) / (2 if signed else 1) == pytest.approx(clip, rel=4e-3)
+    expected = float((LAPQ.tensor(case, "out") - x).double().square().mean())
+    assert float(error(x, scale, zero, bits)) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("case", LAPQ.of("LogLikeQuantization"), ids=case_name)
+def test_likelihood_of_the_reference(case):
+    """How it weighs errors is written nowhere; its clip is a local minimum of ours, next to the least one."""
+    x, clip, bits = LAPQ.tensor(case, "x"), float(LAPQ.tensor(case, "alpha")), case["params"]["num_bits"]
+    scale, zero = search(x, bits, "likelihood", mid_rise=True)
+    found = float(scale) * (2**bits - 1) / 2
+
+    def measure(clip):
+        end = torch.full((1, 1), clip)
+        return float(unlikeliness(x.reshape(1, -1), 2 * end / (2**bits - 1), -end, end))
+
+    assert found == pytest.approx(clip, rel=0.05) and measure(found) <= measure(clip) < measure(1.005 * clip)
+    assert measure(clip) < measure(0.995 * clip) and measure(clip) - measure(found) < 0.005
+    expected = float((LAPQ.tensor(case, "out") - x).double().square().mean())
+    assert float(error(x, scale, zero, bits)) <= 1.05 * expected
 
 
 # --- the range estimators of paper 003 --------------------------------------------------------------------------------
@@ -106,6 +140,59 @@ def test_close_to_the_best_of_ten_thousand_clips(bits):
     assert float(error(x, *search(x, bits, "mse"), bits)) <= 1.01 * best
 
 
+def drawn(distribution, *shape):
+    """Quantiles, in random order: a sample without chance."""
+    number = math.prod(shape)
+    p = (torch.arange(number, dtype=torch.float64) + 0.5) / number
+    p = p[torch.randperm(number, generator=torch.Generator().manual_seed(0))]
+    normal = torch.special.ndtri(p)
+    return (
+        normal if distribution == "aciq-normal" else (p - 0.5).sign() * -(2 * torch.minimum(p, 1 - p)).log()
+    ).float()
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6])
+@pytest.mark.parametrize("distribution", ["aciq-normal", "aciq-laplace"])
+def test_aciq_is_least_for_its_distribution(distribution, bits):
+    """The noise of a step counts in full for what is clipped too, so that its clip is a little too small to be best."""
+    x = drawn(distribution, 40_000).reshape(1, -1)
+    by_formula, by_search = (error(x, *search(x, bits, m, mid_rise=True), bits) for m in (distribution, "mse-golden"))
+    assert by_search * 0.999 <= by_formula <= 1.03 * by_search
+    other = next(name for name in ("aciq-normal", "aciq-laplace") if name != distribution)
+    assert error(x, *search(x, bits, other, mid_rise=True), bits) > 1.03 * by_search, "the other formula does not fit"
+
+
+def test_aciq_counts_the_levels_that_there_are():
+    """At 2 bits a symmetric grid has three, two steps wide."""
+    x = drawn("aciq-laplace", 4000).reshape(1, -1) * 0.1
+    scale, zero = search(x, 2, "aciq-laplace")
+    b = float(x.abs().mean())
+    assert zero == 0.0 and float(scale) == pytest.approx(aciq_clip("aciq-laplace", 3) * b)
+    assert 3 * 3**2 == pytest.approx(aciq_clip("aciq-laplace", 3) * math.exp(aciq_clip("aciq-laplace", 3)))
+
+
+def test_aciq_of_one_sided_and_shifted_rows():
+    x = drawn("aciq-laplace", 4000)
+    rows = torch.stack([x.relu(), -x.relu(), x + 1])
+    scale, zero = search(rows, 4, "aciq-laplace", (1,), symmetric=False)
+    ends = [[float((end - zero[row]) * scale[row]) for end in (-8, 7)] for row in range(3)]
+    half, whole = aciq_clip("aciq-laplace", 32), aciq_clip("aciq-laplace", 16)
+    assert ends[0] == pytest.approx([0, half], rel=0.01) and ends[1] == pytest.approx([-half, 0], rel=0.01)
+    assert ends[2] == pytest.approx([1 - whole, 1 + whole], abs=float(scale[2])), "the zero point is an integer"
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_likelihood_of_a_laplace_distribution(bits):
+    """`(1 - exp(-r)) log(2 r / n) + exp(-r)` is least, for a clip of r mean magnitudes and n steps."""
+    x, steps = drawn("aciq-laplace", 40_000).reshape(1, -1), 2**bits - 1
+    scale, _ = search(x, bits, "likelihood", mid_rise=True)
+    found = float(scale) * steps / 2 / float(x.abs().mean())
+    expected = minimize_scalar(
+        lambda r: (1 - math.exp(-r)) * math.log(2 * r / steps) + math.exp(-r), bounds=(0.3, 10), method="bounded"
+    ).x
+    assert found == pytest.approx(expected, rel=0.02)
+
+
 def test_golden_section_finds_the_minima_of_parabolas():
     places = torch.tensor([[0.2], [1.0], [1.7]])
     left, right = torch.zeros(3, 1), torch.full((3, 1), 2.0)
@@ -113,7 +200,7 @@ def test_golden_section_finds_the_minima_of_parabolas():
     torch.testing.assert_close(found, places, rtol=0, atol=2 * 0.618**20)
 
 
-@pytest.mark.parametrize("method", ["min-max", *SEARCHES, "percentile"])
+@pytest.mark.parametrize("method", METHODS)
 def test_rows_are_searched_by_themselves(method):
     x = weights(5, 70_000)  # more than a block
     together, _ = search(x, 4, method, (1,))
@@ -138,7 +225,7 @@ def test_percentile_is_the_quantile():
 
 
 @pytest.mark.parametrize("mid_rise", [False, True])
-@pytest.mark.parametrize("method", ["min-max", *SEARCHES, "percentile"])
+@pytest.mark.parametrize("method", METHODS)
 def test_zeros_and_tiny_values(method, mid_rise):
     scale, _ = search(torch.zeros(2, 8), 4, method, (1,), mid_rise=mid_rise)
     assert bool((scale > 0).all()) and bool(torch.isfinite(scale).all())

@@ -41,7 +41,9 @@ def test_contract(options):
     check_quantizer(lambda: StaticWeight(StaticOptions(**options)))
 
 
-@pytest.mark.parametrize("method", ["min-max", "mse-golden", "percentile", "lp"])
+@pytest.mark.parametrize(
+    "method", ["min-max", "mse-golden", "percentile", "lp", "aciq-normal", "aciq-laplace", "likelihood"]
+)
 def test_contract_of_other_ranges(method):
     check_quantizer(lambda: StaticWeight(StaticOptions(bits=3, range=method)))
 
