@@ -122,6 +122,10 @@ class LsqWeight(GridQuantizer):
         self.step = nn.Parameter(self.first_step(self.rows_of(value.float())).to(value.dtype))
         return None
 
+    def allocate(self, value: Tensor) -> None:
+        """A step, without a search for it."""
+        self.step = nn.Parameter(value.new_ones(1 if self.per_tensor else len(self.rows_of(value)), 1))
+
     def inherit(self, trained: Quantizer, value: Tensor | None) -> None:
         """Keep the learned range at another width: its outer levels (mid-rise), or their cells' edges (mid-tread).
 

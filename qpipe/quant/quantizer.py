@@ -109,12 +109,21 @@ class Quantizer(nn.Module):
     def initialize(self, value: Tensor) -> Tensor | None:
         """Set the quantizer's state from a full-precision value before training; make parameters and buffers.
 
-        Also called for a finished run, before its state is loaded; what is returned is not used then.
-
         Returns:
             A value to store in place of the weight (for reparameterisations), or None to keep it.
         """
         return None
+
+    def allocate(self, value: Tensor) -> None:
+        """Make the parameters and buffers that `initialize` would make, for the state of a finished run.
+
+        It is loaded next, so that their values do not matter. By default `initialize` is called; override it where that
+        takes time, such as for a search.
+
+        Args:
+            value: the full-precision weight at the site.
+        """
+        self.initialize(value)
 
     def inherit(self, trained: Quantizer, value: Tensor | None) -> None:
         """Take over from a trained quantizer of the same kind that has other options, such as another width.

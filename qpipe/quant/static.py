@@ -96,6 +96,12 @@ class StaticWeight(GridQuantizer):
         self.set_grid(*self.search(value), value)
         return None
 
+    def allocate(self, value: Tensor) -> None:
+        """Buffers without a search."""
+        one = torch.ones(1 if self.per_tensor else len(self.rows_of(value)), 1, device=value.device)
+        for name in ("scale", "zero_point", *(("shift",) if self.options.keep_mean else ())):
+            self.register_buffer(name, one.clone())
+
     def search(self, value: Tensor, **changes: Any) -> tuple[Tensor, Tensor]:
         """Scale and zero point that the options choose for a weight; `changes` (`method`, `p`) go to `search_grid`."""
         options = self.options

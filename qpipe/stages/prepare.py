@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.tensor import QTensor
 from qpipe.run import Run
 from qpipe.stages.build import instrument
+from qpipe.stages.gather import STORED
 from qpipe.types import Exporter, ParamGroup, Rule, Site
 
 SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,8 +64,13 @@ def refuse_shared(model: nn.Module, made: Plan) -> None:
             raise SiteError(f"{name} and {other} are one tied parameter; exclude one of them with quantizer: none")
 
 
-def insert_quantizers(run: Run, initialize: bool) -> None:
-    """Build every planned quantizer, put it at its site, and initialise it from the weight if asked to."""
+def insert_quantizers(run: Run, trained: Mapping[str, Tensor] | None = None) -> None:
+    """Build every planned quantizer, put it at its site, and initialise it from the weight.
+
+    Args:
+        run: as `build` made it.
+        trained: state of a finished run, as `quantizer_state` and `float_state` give it; taken over instead.
+    """
     name = run.config.quantization.scale_dtype
     run.instruments.context.scale_dtype = run.engine.dtype if name == "auto" else SCALE_DTYPES[name]
     run.instruments.context.noise = run.config.quantization.noise
@@ -76,16 +82,34 @@ def insert_quantizers(run: Run, initialize: bool) -> None:
     for entry in run.plan.sites.values():
         quantizer = kinds[entry.quantizer].build(entry.options)
         run.instruments.put(entry.site, quantizer)
+        own = None if trained is None else _own_state(entry.site.name, trained)
         if entry.site.slot == "weight":
             for site in tied_sites(run, entry.site):
                 run.instruments.module(site).host("weight", quantizer)
             weight = run.student.get_parameter(f"{entry.site.path}.weight")
             with torch.no_grad():
-                replacement = quantizer.initialize(weight.detach())
-                if initialize and replacement is not None:
-                    weight.copy_(replacement)
+                set_state(quantizer, weight, own)
                 lattice = checked_lattice(entry.site.name, quantizer, weight.detach())
             run.plan = run.plan.measured(entry.site.name, lattice, zero_point_kind(lattice.zero_point))
+        elif own is not None:
+            quantizer.load_state_dict(own)
+
+
+def _own_state(site: str, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What belongs to a site of `site/name -> tensor`, by name."""
+    return {key.partition("/")[2]: value for key, value in states.items() if key.partition("/")[0] == site}
+
+
+def set_state(quantizer: Quantizer, weight: Tensor, trained: dict[str, Tensor] | None) -> None:
+    """Initialise a quantizer from its weight, or give both what a finished run has saved of them."""
+    if trained is None:
+        stored = quantizer.initialize(weight.detach())
+    else:
+        stored = trained.pop(STORED, None)
+        quantizer.allocate(weight.detach())
+        quantizer.load_state_dict(trained)
+    if stored is not None:
+        weight.copy_(stored)
 
 
 def checked_lattice(site: str, quantizer: Quantizer, weight: Tensor) -> QTensor:
@@ -190,18 +214,18 @@ def attach_weight_losses(run: Run) -> None:
     run.weight_losses = tuple(terms.values())
 
 
-def prepare(run: Run, initialize: bool = True) -> None:
+def prepare(run: Run, trained: Mapping[str, Tensor] | None = None) -> None:
     """Everything between loaded models and a model that can be wrapped.
 
     Args:
         run: as `build` made it.
-        initialize: False where the model's weights are those of a trained run already.
+        trained: what a finished run has saved of its quantizers, where the model's weights are those of one.
 
     Raises:
         QpipeError: rules, options or plugins do not fit the model.
     """
     plan(run)
-    insert_quantizers(run, initialize)
+    insert_quantizers(run, trained)
     if run.plan.sites:
         refuse_unexportable(run)
     attach_weight_losses(run)

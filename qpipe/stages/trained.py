@@ -17,7 +17,7 @@ from qpipe.files import disk_errors, write_json
 from qpipe.host import load_plugins
 from qpipe.run import Run
 from qpipe.stages.build import build
-from qpipe.stages.gather import STORED, float_state, quantizer_state
+from qpipe.stages.gather import float_state, quantizer_state
 from qpipe.stages.prepare import cast, prepare
 
 QUANTIZERS = "quantizers.safetensors"
@@ -68,10 +68,8 @@ def restore(run_dir: Path) -> Run:
     run = build(config.model_copy(update={"model": trained}), load_plugins(config.plugins), engine)
     run.config = config.model_copy(update={"out": str(run_dir)})
     run.trained = True
-    prepare(run, initialize=False)
+    prepare(run, trained=load_file(folder / QUANTIZERS) if (folder / QUANTIZERS).is_file() else {})
     cast(run.student, run)
-    if (folder / QUANTIZERS).is_file():
-        _load_quantizers(run, folder / QUANTIZERS)
     engine.serve(run.student)
     return run
 
@@ -92,15 +90,3 @@ def alone(config: RunConfig) -> RunConfig:
     """The same run for one process without sharding."""
     update = {"name": "accelerate", "zero": 1, "offload": "none", "config_file": None}
     return config.model_copy(update={"engine": config.engine.model_copy(update=update)})
-
-
-def _load_quantizers(run: Run, path: Path) -> None:
-    state = load_file(path)
-    for site, quantizer in run.instruments.quantizers().items():
-        own = {key.partition("/")[2]: value for key, value in state.items() if key.partition("/")[0] == site}
-        stored = own.pop(STORED, None)
-        quantizer.load_state_dict(own)
-        if stored is not None:
-            with torch.no_grad():
-                run.student.get_parameter(f"{site.removesuffix(':weight')}.weight").copy_(stored)
-    run.instruments.context.weights_changed()

@@ -32,8 +32,8 @@ def check_quantizer(
     """Check a weight quantizer on `sample_weights`.
 
     Codes are integers in range; decoding equals the forward pass bit for bit; the fast path equals encode-decode; the
-    lattice is stable when encoded again; gradients are finite; switching quantization off gives the weight back, or
-    what it stands for.
+    lattice is stable when encoded again; a saved state gives the same after `allocate`; gradients are finite; switching
+    quantization off gives the weight back, or what it stands for.
 
     Args:
         make: returns a new quantizer.
@@ -45,6 +45,7 @@ def check_quantizer(
     for dtype in dtypes:
         for number, sample in enumerate(sample_weights()):
             _check(make(), sample.to(dtype), f"{dtype}, sample {number}")
+        _check_restored(make(), make(), next(iter(sample_weights())).to(dtype), str(dtype))
 
 
 def _check(quantizer: Quantizer, weight: Tensor, where: str) -> None:
@@ -79,6 +80,18 @@ def _check(quantizer: Quantizer, weight: Tensor, where: str) -> None:
         assert quantizer(value) is value, f"{where}: a disabled quantizer must return its input"
     else:
         assert torch.equal(quantizer(value), quantizer.master(value)), f"{where}: disabled, it must return the master"
+
+
+def _check_restored(trained: Quantizer, fresh: Quantizer, weight: Tensor, where: str) -> None:
+    for quantizer in (trained, fresh):
+        quantizer.attach(QuantContext(scale_dtype=weight.dtype), "checked:weight")
+    with torch.no_grad():
+        replacement = trained.initialize(weight)
+        value = weight if replacement is None else replacement
+        fresh.allocate(weight * 2)
+        fresh.load_state_dict(trained.state_dict())
+        same = torch.equal(fresh.quantize(value), trained.quantize(value))
+    assert same, f"{where}: loading a saved state after allocate() gives other codes"
 
 
 def _check_cache(quantizer: Quantizer, value: Tensor, decoded: Tensor, where: str) -> None:

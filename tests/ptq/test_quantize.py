@@ -84,6 +84,23 @@ def test_a_run_directory_like_any_other(folder):
     assert statics and all(bool(torch.isfinite(q.scale).all()) for q in statics), "activations are calibrated"
 
 
+def test_a_finished_run_is_loaded_without_searching_again(folder, monkeypatch):
+    made = config(folder, out="loaded", range="lp")
+    rule = {"site": "*.0.*:weight", "quantizer": "lsq", "options": {"bits": 3, "init": "mse"}}
+    rules = (qpipe.config.RuleConfig.model_validate(rule),)
+    changes = {"rules": rules, "scale_dtype": "bfloat16"}
+    run = quantize(made.model_copy(update={"quantization": made.quantization.model_copy(update=changes)}))
+    wanted = codes(run)
+    assert {entry["quantizer"] for entry in run.plan.to_json()} == {"uniform-static", "lsq"}
+    for module in ("qpipe.quant.static", "qpipe.builtin.lsq"):
+        monkeypatch.setattr(f"{module}.search_grid", lambda *args, **options: pytest.fail("searched again"))
+    again = restore(run.out)
+    assert again.plan.to_json() == run.plan.to_json()
+    for site, lattice in codes(again).items():
+        assert torch.equal(lattice.codes, wanted[site].codes) and torch.equal(lattice.scale, wanted[site].scale), site
+    assert evaluate_run(run.out) == run.results["evaluation"]
+
+
 def test_ranges_without_data_leave_the_weights_alone(folder):
     run, original = prepared(folder, range="min-max")
     initialize(run)
