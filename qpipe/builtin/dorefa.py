@@ -45,17 +45,29 @@ class Squashed(GridKernel):
     unit: bool = False
 
     def grid(self, rows: Tensor, axes: tuple[int, ...], *state: Tensor) -> Grid:
-        """Mid-rise levels up to 1 or to the largest magnitude; the limit is `max|tanh(w)|`."""
+        """Mid-rise levels up to 1 or to the largest magnitude; the limit is `max|tanh(w)|`.
+
+        With other steps than these it is the second limit where the largest level was.
+        """
         largest = rows.abs().amax(axes, keepdim=True).float()
         top = torch.ones_like(largest) if self.unit else largest
-        return Grid(self.snap_above_zero(2 * top / (self.high - self.low)), -0.5, (tanh(largest),))
+        limits = (tanh(largest),) if self.rescale is None else (tanh(largest), top)
+        return Grid(self.snap_above_zero(2 * top / (self.high - self.low)), -0.5, limits)
 
     def codes(self, rows: Tensor, grid: Grid, out: Tensor | None = None) -> Tensor:
         """The nearest level to `tanh(w) / max|tanh(w)|`."""
-        steps = self.high - self.low
-        share = tanh(rows.float()) / (2 * grid.limits[0].clamp_min(TINY)) + 0.5
-        codes = (share * steps).round_().add_(self.low)
+        if len(grid.limits) > 1:
+            return super().codes(self.positions(rows, grid), grid, out)
+        codes = (self._share(rows, grid) * (self.high - self.low)).round_().add_(self.low)
         return codes if out is None else out.copy_(codes)
+
+    def positions(self, rows: Tensor, grid: Grid) -> Tensor:
+        """`tanh(w) / max|tanh(w)|` times the largest level."""
+        top = grid.limits[1] if len(grid.limits) > 1 else grid.scale * ((self.high - self.low) / 2)
+        return (2 * self._share(rows, grid) - 1) * top
+
+    def _share(self, rows: Tensor, grid: Grid) -> Tensor:
+        return tanh(rows.float()) / (2 * grid.limits[0].clamp_min(TINY)) + 0.5
 
 
 class DorefaWeight(GridQuantizer):

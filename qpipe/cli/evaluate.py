@@ -35,6 +35,12 @@ def evaluate(
     activations: Annotated[
         bool, typer.Option("--activations", help="Also vary the quantized activations together with the weights.")
     ] = False,
+    open_ended: Annotated[
+        bool,
+        typer.Option(
+            "--open-ended", help="Variant `step`: count steps from the lowest level, with as many as it takes."
+        ),
+    ] = False,
     figure: Annotated[
         Path | None,
         typer.Option(help="File for the curves, .svg, .png or .pdf. Default: variants.svg in the first run."),
@@ -46,9 +52,9 @@ def evaluate(
     With --variants, also when its weights are quantized to other bits from their full-precision master copies, with
     steps that are too small or large, or with power-of-two steps. Writes variants.json into each run, for the report.
     """
-    sweep = _sweep(variants, bits, ratios, sites, activations) if variants else None
-    if sweep is None and (figure is not None or activations or sites):
-        raise typer.BadParameter("--figure, --sites and --activations belong to --variants")
+    sweep = _sweep(variants, bits, ratios, sites, activations, open_ended) if variants else None
+    if sweep is None and (figure is not None or activations or sites or open_ended):
+        raise typer.BadParameter("--figure, --sites, --activations and --open-ended belong to --variants")
     if len({run.resolve() for run in runs}) < len(runs):
         raise typer.BadParameter("a run is named twice")
     from qpipe.launching.worker import quiet_libraries
@@ -102,10 +108,13 @@ def _variants(runs: list[Path], sweep: Sweep, figure: Path, as_json: bool) -> No
     typer.echo(f"figure: {figure}")
 
 
-def _sweep(variants: str, bits: str, ratios: str, sites: list[str] | None, activations: bool) -> Sweep:
+def _sweep(
+    variants: str, bits: str, ratios: str, sites: list[str] | None, activations: bool, open_ended: bool
+) -> Sweep:
     from qpipe.stages.sweep import Sweep
 
-    return Sweep(tuple(split_names(variants)), parse_bits(bits), parse_ratios(ratios), tuple(sites or ()), activations)
+    kinds, widths, steps = tuple(split_names(variants)), parse_bits(bits), parse_ratios(ratios)
+    return Sweep(kinds, widths, steps, tuple(sites or ()), activations, open_ended)
 
 
 def parse_bits(text: str) -> tuple[int, ...]:

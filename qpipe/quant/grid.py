@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +16,7 @@ from qpipe.plugin import Options
 from qpipe.quant.compiled import compiled, turn_off
 from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.rounding import block_rows, round_to_codes, snap_scale
+from qpipe.quant.step_error import open_ended
 from qpipe.quant.tensor import QTensor, grouped
 
 SAME_GRID = 1e-4
@@ -96,6 +97,19 @@ class GridKernel:
             out: float32 tensor for the result; may be `rows` itself.
         """
         return round_to_codes(rows, grid.scale, grid.zero_point, self.low, self.high, out=out)
+
+    def positions(self, rows: Tensor, grid: Grid) -> Tensor:
+        """Where rows are among the levels before they are rounded; the rows themselves by default.
+
+        Override it with `codes` where these are nearest to something else. Only experiments with `rescale` use it.
+        """
+        return rows.float()
+
+    @property
+    def rounds(self) -> bool:
+        """True if a code is the level nearest to `positions`; False where codes are found by another rule."""
+        own = type(self)
+        return own.codes is GridKernel.codes or own.positions is not GridKernel.positions
 
 
 Gradient = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
@@ -184,8 +198,19 @@ class GridQuantizer(Quantizer):
         """Bitwise `encode(value).decode()`."""
         rows = self.rows_of(value)
         result = torch.empty_like(value, memory_format=torch.contiguous_format) if out is None else out
-        self._sweep(rows, result.view(rows.shape))
+        if self.context.open_ended:
+            result.view(rows.shape).copy_(self._open_ended(rows))
+        else:
+            self._sweep(rows, result.view(rows.shape))
         return result
+
+    def _open_ended(self, rows: Tensor) -> Tensor:
+        """Rows, clipped to the levels of training, on steps that `context.rescale` changes; see `open_ended`."""
+        kernel, state = self.kernel(), self.state()
+        trained = replace(kernel, rescale=None).grid(rows, self.axes, *state)
+        lowest, highest = ((code - trained.zero_point) * trained.scale for code in (kernel.low, kernel.high))
+        clipped = kernel.positions(rows, trained).clamp(lowest, highest)
+        return open_ended(clipped, lowest, kernel.grid(rows, self.axes, *state).scale)
 
     def with_gradient(self, value: Tensor, gradient: Gradient, *parameters: Tensor) -> Tensor:
         """The value itself, for `surrogate`; in the backward pass `gradient` says what it and parameters get.

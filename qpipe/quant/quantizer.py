@@ -26,6 +26,7 @@ class QuantContext:
             kept.
         scale_dtype: scales are rounded to this type, so that the exported file holds them exactly.
         rescale: a change of every scale before it is rounded, for experiments with wrong step sizes; or None.
+        open_ended: True in such an experiment where changed steps are counted from the lowest level, without end.
         noise: part of a weight's elements, drawn anew in every forward pass of training, that is quantized.
         seed: of those draws.
         micro_batch: number of the micro-batch under way, counted from the start of training.
@@ -41,6 +42,7 @@ class QuantContext:
     partitioned: bool = False
     scale_dtype: torch.dtype = torch.float32
     rescale: Callable[[Tensor], Tensor] | None = None
+    open_ended: bool = False
     noise: float = 1.0
     seed: int = 0
     micro_batch: int = 0

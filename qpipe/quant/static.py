@@ -55,6 +55,10 @@ class Fixed(GridKernel):
         zero = grid.limits[0] if grid.limits else grid.zero_point
         return round_to_codes(rows, grid.scale, zero, self.low, self.high, out=out)
 
+    def positions(self, rows: Tensor, grid: Grid) -> Tensor:
+        """Shifted as the levels are."""
+        return rows.float() - (grid.zero_point - grid.limits[0]) * grid.scale if grid.limits else rows.float()
+
 
 class StaticWeight(GridQuantizer):
     """Affine quantization of a weight with a fixed grid; weights outside it are clipped, and get no gradient.

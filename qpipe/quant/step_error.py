@@ -31,16 +31,16 @@ def power_of_two(scale: Tensor) -> Tensor:
     return torch.exp2(torch.log2(scale).round_())
 
 
-def open_ended(unit: Tensor, steps: float) -> Tensor:
-    """The nearest multiples of `1 / steps`, however many there are: `round(unit * steps) / steps`.
+def open_ended(value: Tensor, lowest: Tensor | float, step: Tensor | float) -> Tensor:
+    """The nearest of the levels `lowest`, `lowest + step`, `lowest + 2 step` and so on, however many it takes.
 
-    The code published with the paper above sweeps the DoReFa lattice with it: `unit = tanh(w) / (2 max|tanh(w)|) + 1/2`
-    in [0, 1], `steps = (2**bits - 1) * ratio`, and `2 q - 1` is the weight. So its grid starts at the smallest weight
-    instead of 0, its ratio is the inverse of that of `times`, and a weight can get levels beyond the trained ones, or
-    miss the largest of them.
+    The code published with the paper above varies steps like this: the grid starts at the smallest weight instead of
+    0, so that a wrong step shifts the mean, and a weight can get levels beyond the trained ones, or miss the largest of
+    them. (Its ratio multiplies the number of steps; it is the inverse of that of `times`.)
 
     Args:
-        unit: float tensor, computed in its dtype.
-        steps: steps per unit, positive.
+        value: float tensor, not below `lowest`.
+        lowest: the first level; broadcastable.
+        step: positive; broadcastable.
     """
-    return torch.round(unit * steps) / steps
+    return torch.round((value - lowest) / step) * step + lowest

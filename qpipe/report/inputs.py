@@ -84,6 +84,7 @@ class Variants(BaseModel):
     bits: float | None = None
     sites: list[str]
     fixed: list[str] = []
+    open_ended: bool = False
     points: list[VariantPoint]
     compared: list[str] = []
 

@@ -20,7 +20,15 @@ from qpipe.report.inputs import VARIANTS_FILE
 from qpipe.run import Run
 from qpipe.stages.evaluate import evaluate
 from qpipe.stages.trained import restore
-from qpipe.stages.variants import activation_sites, rebuilt, rescaled, switched_off, weight_sites, with_bits
+from qpipe.stages.variants import (
+    activation_sites,
+    rebuilt,
+    require_rounding,
+    rescaled,
+    switched_off,
+    weight_sites,
+    with_bits,
+)
 from qpipe.types import Json
 
 KINDS = ("bits", "step", "pow2")
@@ -36,6 +44,7 @@ class Sweep:
         ratios: step sizes relative to the trained ones.
         sites: patterns over weights; none: every quantized weight except those of embeddings.
         activations: vary weights alone, and then weights and activations together.
+        open_ended: count wrong steps from the lowest level, without end, as `qpipe.quant.step_error.open_ended` does.
     """
 
     kinds: tuple[str, ...] = KINDS
@@ -43,6 +52,7 @@ class Sweep:
     ratios: tuple[float, ...] = (0.7, 0.76, 0.82, 0.88, 0.94, 1.0, 1.06, 1.12, 1.18, 1.24, 1.3)
     sites: tuple[str, ...] = ()
     activations: bool = False
+    open_ended: bool = False
 
     def __post_init__(self) -> None:
         for kind in self.kinds:
@@ -52,6 +62,8 @@ class Sweep:
             raise ConfigError(f"name at least one variant of {', '.join(KINDS)}")
         if any(not 0 < ratio < float("inf") for ratio in self.ratios):
             raise ConfigError(f"step-size ratios must be positive, not {min(self.ratios):g}")
+        if self.open_ended and "step" not in self.kinds:
+            raise ConfigError("open-ended grids belong to the variant `step`")
 
 
 @dataclass(frozen=True)
@@ -93,11 +105,12 @@ def points(run: Run, sweep: Sweep, weights: Sequence[str]) -> Iterator[tuple[Poi
                     )
                 yield Point("bits", bits, together), partial(rebuilt, run, able, bits)
             yield Point("bits", None, together), partial(switched_off, run, names)
-        changes = [(Point("step", ratio, together), times(ratio)) for ratio in sweep.ratios if "step" in sweep.kinds]
+        if sweep.open_ended:
+            require_rounding({name: run.instruments.quantizers()[name] for name in names})
+        for ratio in sweep.ratios if "step" in sweep.kinds else ():
+            yield Point("step", ratio, together), partial(rescaled, run, names, times(ratio), sweep.open_ended)
         if "pow2" in sweep.kinds:
-            changes.append((Point("pow2", None, together), power_of_two))
-        for point, change in changes:
-            yield point, partial(rescaled, run, names, change)
+            yield Point("pow2", None, together), partial(rescaled, run, names, power_of_two)
 
 
 def evaluate_points(run: Run, sweep: Sweep, told: Callable[[Point], None] = lambda point: None) -> dict[str, Json]:
@@ -110,7 +123,8 @@ def evaluate_points(run: Run, sweep: Sweep, told: Callable[[Point], None] = lamb
 
     Returns:
         What `variants.json` holds: `metric` (the task's first), `higher_is_better`, `examples`, `bits` of the varied
-        weights as trained (None if they differ), `sites`, `fixed` (varied sites whose width is fixed) and `points`.
+        weights as trained (None if they differ), `sites`, `fixed` (varied sites whose width is fixed), `open_ended` and
+        `points`.
 
     Raises:
         ConfigError: see `points`; all of it is checked before the first evaluation.
@@ -136,6 +150,7 @@ def evaluate_points(run: Run, sweep: Sweep, told: Callable[[Point], None] = lamb
         "bits": widths.pop() if len(widths) == 1 else None,
         "sites": weights,
         "fixed": [name for name in weights if name not in adjustable],
+        "open_ended": sweep.open_ended,
         "points": [asdict(point) for point in found],
     }
 

@@ -6,7 +6,7 @@ kind and options.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qpipe.errors import ConfigError, SiteError, suggest
 from qpipe.host import describe
+from qpipe.quant.grid import GridQuantizer
 from qpipe.quant.plan import PlannedSite, expand
 from qpipe.quant.quantizer import Quantizer
 from qpipe.run import Run
@@ -132,23 +133,30 @@ def rebuilt(run: Run, names: Iterable[str], bits: int) -> Iterator[None]:
 
 
 @contextmanager
-def rescaled(run: Run, names: Iterable[str], change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def rescaled(
+    run: Run, names: Iterable[str], change: Callable[[Tensor], Tensor], open_ended: bool = False
+) -> Iterator[None]:
     """Within, sites quantize with changed scales; a forward pass has to run there. Compiled code is not used.
 
     Args:
         run: a run on one process.
         names: sites.
         change: takes scales in float32 and returns others; see `qpipe.quant.step_error`.
+        open_ended: count the changed steps from the lowest level, without end; see there.
 
     Raises:
-        SiteError: a quantizer did not pass its scales through `Quantizer.snap`, so that nothing was varied.
+        SiteError: a quantizer did not pass its scales through `Quantizer.snap`, so that nothing was varied; or it does
+            not round to the nearest level, which `open_ended` needs.
     """
     shared = run.instruments.context
     quantizers = {name: run.instruments.quantizers()[name] for name in names}
+    if open_ended:
+        require_rounding(quantizers)
     reached: set[str] = set()
     shared.weights_changed()
     for name, quantizer in quantizers.items():
-        quantizer.context = replace(shared, rescale=_noted(change, name, reached), compiled=False)
+        noted = _noted(change, name, reached)
+        quantizer.context = replace(shared, rescale=noted, open_ended=open_ended, compiled=False)
     try:
         yield
     finally:
@@ -161,6 +169,20 @@ def rescaled(run: Run, names: Iterable[str], change: Callable[[Tensor], Tensor])
             f"{missed[0]} and {len(missed) - 1} more kept their scales: {type(quantizers[missed[0]]).__name__} does "
             "not pass them through Quantizer.snap, so its step size cannot be varied; choose other sites"
         )
+
+
+def require_rounding(quantizers: Mapping[str, Quantizer]) -> None:
+    """Refuse sites, by name, that open-ended grids are not made for.
+
+    Raises:
+        SiteError: an activation, or a quantizer that finds its codes otherwise than by rounding.
+    """
+    for name, quantizer in quantizers.items():
+        if not isinstance(quantizer, GridQuantizer) or not quantizer.kernel().rounds:
+            raise SiteError(
+                f"{name}: {type(quantizer).__name__} does not round weights to the nearest level of a grid, so steps "
+                "cannot be counted from the lowest one; choose other sites, or leave out --open-ended or --activations"
+            )
 
 
 def _noted(change: Callable[[Tensor], Tensor], name: str, reached: set[str]) -> Callable[[Tensor], Tensor]:

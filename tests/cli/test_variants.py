@@ -67,6 +67,8 @@ def test_plain_evaluation_of_several_runs(cli, pair):
     ("arguments", "message"),
     [
         (["--figure", "x.png"], "belong to --variants"),
+        (["--open-ended"], "belong to --variants"),
+        (["--variants", "bits", "--open-ended"], "belong to the variant `step`"),
         (["--variants", "bits", "--bits", "two"], "such as 2,3,4"),
         (["--variants", "step", "--ratios", "1:2"], "FIRST:LAST:COUNT"),
         (["--variants", "step", "--ratios", "0.7:1.3:1"], "make no curve"),

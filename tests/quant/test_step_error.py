@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from qpipe import SiteError
+from qpipe.builtin.dorefa import DorefaOptions, DorefaWeight
 from qpipe.builtin.lsq import LsqOptions, LsqWeight
 from qpipe.builtin.uniform import UniformOptions, UniformWeight
 from qpipe.quant.activation import ActivationOptions, UniformActivation
 from qpipe.quant.quantizer import QuantContext, Quantizer
-from qpipe.quant.step_error import open_ended, power_of_two, times
+from qpipe.quant.step_error import power_of_two, times
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "dorefa_steps.json").read_text())["cases"]
@@ -21,12 +22,44 @@ CASES = json.loads((GOLDEN / "dorefa_steps.json").read_text())["cases"]
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['params']['num_bits']} bits x {c['params']['scale_ratio']}")
 def test_published_step_sweep(case):
+    """Its ratio multiplies the number of steps. A weight half way between two levels may fall to either."""
     tensors = load_file(GOLDEN / "dorefa_steps.safetensors")
     weight, expected = (tensors[f"c{case['case']:02d}.{name}"] for name in ("w", "out"))
-    squashed = torch.tanh(weight)
-    unit = squashed / (2 * squashed.abs().max()) + 0.5
-    steps = (2 ** case["params"]["num_bits"] - 1) * case["params"]["scale_ratio"]
-    assert torch.equal(2 * open_ended(unit, steps) - 1, expected)
+    bits, ratio = case["params"]["num_bits"], case["params"]["scale_ratio"]
+    quantizer = attached(DorefaWeight(DorefaOptions(bits=bits, output="unit")))
+    quantizer.context.rescale, quantizer.context.open_ended = times(1 / ratio), True
+    found, step = quantizer.quantize(weight), 2 / ((2**bits - 1) * ratio)
+    squashed = weight.double().tanh() / weight.double().tanh().abs().max()
+    half_way = (((squashed + 1) / step) % 1 - 0.5).abs() < 1e-4
+    assert int(half_way.sum()) <= 1 and float((found - expected).abs().max()) < 1.001 * step
+    torch.testing.assert_close(found[~half_way], expected[~half_way], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("output", ["unit", "max-abs"])
+@pytest.mark.parametrize("ratio", [0.8, 1.0, 1.25])
+def test_dorefa_rounds_to_the_other_steps(ratio, output):
+    """The same squashed weights, on mid-rise levels around 0 that are clamped to the trained codes."""
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    quantizer = attached(DorefaWeight(DorefaOptions(bits=3, output=output)))
+    top = 1.0 if output == "unit" else float(weight.abs().max())
+    step = 2 * top / 7 * ratio
+    value = weight.double().tanh() / weight.double().tanh().abs().max() * top
+    expected = ((value / step - 0.5).round().clamp(-4, 3) + 0.5) * step
+    quantizer.context.rescale = times(ratio)
+    torch.testing.assert_close(quantizer.quantize(weight), expected.float(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(quantizer.encode(weight).decode(), expected.float(), rtol=0, atol=1e-5)
+
+
+def test_open_ended_grids_of_uniform_weights():
+    """Levels from the lowest trained one, over the trained range; beyond its end only by rounding."""
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    quantizer = attached(LsqWeight(LsqOptions(bits=3)))
+    quantizer.initialize(weight)
+    scale = quantizer.encode(weight).scale
+    quantizer.context.rescale, quantizer.context.open_ended = times(1.1), True
+    levels = -4 * scale + 1.1 * scale * torch.arange(9).reshape(1, -1)
+    nearest = (weight.clamp(-4 * scale, 3 * scale).unsqueeze(-1) - levels.unsqueeze(1)).abs().argmin(-1)
+    torch.testing.assert_close(quantizer.quantize(weight), levels.gather(1, nearest))
 
 
 def test_times():

@@ -202,7 +202,33 @@ def test_every_built_in_weight_quantizer_can_be_varied(tmp_path, fast, quantizer
     assert torch.equal(logits(run), trained)
 
 
+@pytest.mark.parametrize("quantizer", ["lsq", "dorefa", "uniform"])
+def test_steps_counted_from_the_lowest_level(tmp_path, fast, quantizer):
+    import qpipe
+
+    rules = [{"site": "{block}.*:weight", "quantizer": quantizer, "options": WEIGHTS[quantizer]}]
+    config = tiny_config(tmp_path, quantization__rules=rules, quantization__preset=None, train__max_steps=2)
+    run = restore(qpipe.execute(config).out)
+    names, trained = weight_sites(run), logits(run)
+    with rescaled(run, names, times(1.0), open_ended=True):
+        torch.testing.assert_close(logits(run), trained, rtol=0, atol=1e-5)
+    with rescaled(run, names, times(1.2), open_ended=True):
+        counted = logits(run)
+    with rescaled(run, names, times(1.2)):
+        assert not torch.equal(logits(run), counted) and not torch.equal(counted, trained)
+    assert torch.equal(logits(run), trained)
+
+
+def test_steps_of_activations_are_not_counted(run):
+    with pytest.raises(SiteError, match="UniformActivation does not round weights to the nearest level of a grid"):
+        evaluate_points(run, Sweep(("step",), activations=True, open_ended=True))
+    document = evaluate_points(run, Sweep(("step",), ratios=(1.0,), open_ended=True))
+    assert document["open_ended"] and document["points"][1]["metrics"] == document["points"][0]["metrics"]
+
+
 def test_a_sweep_is_checked_when_it_is_made():
+    with pytest.raises(ConfigError, match="open-ended grids belong to the variant `step`"):
+        Sweep(("bits",), open_ended=True)
     with pytest.raises(
         ConfigError, match="variant 'stepp' is unknown; did you mean 'step'.*there are bits, step, pow2"
     ):

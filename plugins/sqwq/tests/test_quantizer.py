@@ -48,6 +48,25 @@ def test_codes_and_folded_weight(case):
     assert bool((record.zero_point == -0.5).all())
 
 
+@pytest.mark.parametrize("bits", [1, 3, 4])
+@pytest.mark.parametrize("ratio", [0.8, 1.0, 1.25])
+def test_other_steps_round_again(ratio, bits):
+    """`tanh(P) * e**g` on half-integer multiples of another step, clamped to the trained codes."""
+    p, gain = weights(6, 40, scale=0.8), torch.linspace(-1, 0.5, 6).reshape(-1, 1)
+    quantizer, top = make(gain=gain, bits=bits), 2 ** (bits - 1)
+    step = gain.double().exp() / top * ratio
+    wanted = ((p.double().tanh() * gain.double().exp() / step - 0.5).round().clamp(-top, top - 1) + 0.5) * step
+    trained = quantizer.quantize(p)
+    quantizer.context.rescale = lambda scale: scale * ratio
+    torch.testing.assert_close(quantizer.quantize(p), wanted.float(), rtol=0, atol=1e-5)
+    assert (ratio == 1) == torch.allclose(quantizer.quantize(p), trained, atol=1e-5)
+    quantizer.context.open_ended = True
+    lowest = -(top - 0.5) / top * gain.double().exp()
+    inside = (p.double().tanh() * gain.double().exp()).clamp(lowest, -lowest)
+    counted = ((inside - lowest) / step).round() * step + lowest
+    torch.testing.assert_close(quantizer.quantize(p), counted.float(), rtol=0, atol=1e-5)
+
+
 def test_output_and_gradients(case):
     quantizer = make(gain=golden(case, "gain"), bits=case["params"]["bits"])
     p = golden(case, "P").float().requires_grad_()

@@ -38,10 +38,17 @@ class Squashed(GridKernel):
     def grid(self, rows: Tensor, axes: tuple[int, ...], *state: Tensor) -> Grid:
         """Half-integer levels; the scale is the gain over `2**(bits-1)`."""
         (gain,) = state
-        return Grid(self.snap_above_zero(gain.float().exp() / -self.low), -0.5)
+        factor = gain.float().exp()
+        return Grid(self.snap_above_zero(factor / -self.low), -0.5, () if self.rescale is None else (factor,))
+
+    def positions(self, rows: Tensor, grid: Grid) -> Tensor:
+        """`tanh(P) * e**g`."""
+        return tanh(rows.float()) * (grid.limits[0] if grid.limits else grid.scale * -self.low)
 
     def codes(self, rows: Tensor, grid: Grid, out: Tensor | None = None) -> Tensor:
-        """The level of `tanh(P)`; the gain plays no part."""
+        """The level of `tanh(P)`; the gain plays no part, unless the steps are others than its own."""
+        if grid.limits:
+            return super().codes(self.positions(rows, grid), grid, out)
         codes = squashed_codes(tanh(rows.float()), self.low, self.high)
         return codes if out is None else out.copy_(codes)
 
