@@ -27,6 +27,9 @@ def export(
 
 def verify(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Packed checkpoint.", exists=True, file_okay=False)],
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the checkpoint run Python code that lies in it.")
+    ] = False,
 ) -> None:
     """Prove that a packed checkpoint is the trained model.
 
@@ -34,7 +37,7 @@ def verify(
     """
     from qpipe.export.verify import verify as verify_directory
 
-    result = verify_directory(directory)
+    result = verify_directory(directory, trust_remote_code=trust_remote_code)
     for line in result.lines():
         typer.echo(line)
     if not result.passed:

@@ -88,13 +88,16 @@ def join(parts: list[torch.Tensor]) -> torch.Tensor:
 def auto_class(job: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     """The class to load with, the model's configuration, and keywords for both ways of loading."""
     import transformers
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    auto = getattr(transformers, job["auto_class"])
-    config = transformers.AutoConfig.from_pretrained(job["directory"])
+    auto, trusted = getattr(transformers, job["auto_class"]), job["trust_remote_code"]
+    config = transformers.AutoConfig.from_pretrained(job["directory"], trust_remote_code=trusted)
+    own = (getattr(config, "auto_map", None) or {}).get(job["auto_class"]) if trusted else None
+    made = get_class_from_dynamic_module(own, job["directory"]) if own else auto._model_mapping[type(config)]
     wanted = job["attention"]
     # Convolution nets have no attention to choose.
-    supported = wanted and getattr(auto._model_mapping[type(config)], f"_supports_{wanted}", True)
-    return auto, config, {"attn_implementation": wanted} if supported else {}
+    supported = wanted and getattr(made, f"_supports_{wanted}", True)
+    return auto, config, {"trust_remote_code": trusted, **({"attn_implementation": wanted} if supported else {})}
 
 
 def run(model: Any, job: dict[str, Any]) -> None:

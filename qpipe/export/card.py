@@ -73,7 +73,7 @@ pip install torch transformers "compressed-tensors>=0.18"
 ```python
 from transformers import {{ auto_class }}
 
-model = {{ auto_class }}.from_pretrained(".")
+model = {{ auto_class }}.from_pretrained("."{{ trust }})
 ```
 
 Versions of compressed-tensors before 0.18 read widths other than 1, 2, 4 and 8 bits wrongly, without an error.
@@ -82,7 +82,7 @@ transformers unpacks the weights at the first forward pass; saving the model aft
 ```python
 from qpipe.export.native import load_native
 
-model = load_native(".")
+model = load_native("."{{ trust }})
 ```
 
 The layout is described by `quantization.json` and qpipe's `docs/format.md`; numpy is enough to read it.
@@ -157,6 +157,7 @@ def render(data: Mapping[str, Any], has_licence_file: bool) -> str:
         dtype=data["dtype"],
         plugins=_plugins(data),
         auto_class=data["auto_class"],
+        trust=", trust_remote_code=True" if data.get("custom_code") else "",
         licence=data.get("licence") or "",
         licence_text=_licence(str(data.get("licence") or ""), has_licence_file),
         number=_number,

@@ -15,6 +15,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import nn
+from transformers.dynamic_module_utils import custom_object_save
 
 import qpipe
 from qpipe.errors import FormatError
@@ -46,6 +47,9 @@ def auto_class(model: nn.Module) -> str:
     Raises:
         FormatError: there is none, so that no stock program could load the export.
     """
+    registered = has_code(model)
+    if registered in AUTO_CLASSES:
+        return registered
     wanted = {base.__name__ for base in type(model).__mro__}
     for name in AUTO_CLASSES:
         offered = getattr(transformers, name)._model_mapping.get(type(model.config), None)
@@ -57,11 +61,18 @@ def auto_class(model: nn.Module) -> str:
     )
 
 
+def has_code(model: nn.Module) -> str:
+    """Name of the auto class for which a model's own Python code was loaded; empty for those of transformers itself."""
+    return getattr(model, "_auto_class", None) or ""
+
+
 def _as_tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def _architecture(model: nn.Module) -> str:
+    if has_code(model):
+        return type(model).__name__
     offered = getattr(transformers, auto_class(model))._model_mapping.get(type(model.config), None)
     names = {c.__name__ for c in _as_tuple(offered)}
     return next(base.__name__ for base in type(model).__mro__ if base.__name__ in names)
@@ -126,6 +137,14 @@ def model_config(record: ExportRecord) -> Any:
     return config
 
 
+def save_config(record: ExportRecord, folder: Path) -> None:
+    """Write `config.json`, and beside it the Python code of a model that transformers does not have."""
+    config = model_config(record)
+    if has_code(record.model):
+        custom_object_save(record.model, folder, config=config)
+    config.save_pretrained(folder)
+
+
 def _cpu_model() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
@@ -174,6 +193,7 @@ def metadata(record: ExportRecord, format_name: str, stored: Mapping[str, tuple[
         "format": format_name,
         "format_version": FORMAT_VERSION,
         "auto_class": auto_class(record.model),
+        **({"custom_code": True} if has_code(record.model) else {}),
         "dtype": dtype_name(record.dtype),
         "environment": {
             **environment(record.dtype),

@@ -13,7 +13,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor, nn
 
 from qpipe.errors import FormatError
-from qpipe.export.companions import companions, model_config, resolve_ties
+from qpipe.export.companions import companions, resolve_ties, save_config
 from qpipe.export.folder import MAX_SHARD, read_json, save_tensors, whole_folder, write_json
 from qpipe.export.record import ExportRecord, PlannedSite
 from qpipe.export.schemes import (
@@ -127,7 +127,7 @@ def write(record: ExportRecord, directory: Path, max_shard: int = MAX_SHARD) -> 
     record = resolve_ties(record)
     schemes, tensors = encode(record)
     with whole_folder(Path(directory), sum(t.nbytes for t in tensors.values())) as folder:
-        model_config(record).save_pretrained(folder)
+        save_config(record, folder)
         config = read_json(folder / "config.json")
         config["quantization_config"] = quantization_config(schemes, record.model)
         write_json(folder / "config.json", config)

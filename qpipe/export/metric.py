@@ -40,12 +40,13 @@ class Prepared:
     reason: str = ""
 
 
-def prepare(about: Mapping[str, Any], target: Path) -> Prepared:
+def prepare(about: Mapping[str, Any], target: Path, trust_remote_code: bool = False) -> Prepared:
     """Write the validation batches of the recorded run to `target`.
 
     Args:
         about: contents of `qpipe.json`; needs `config` and `metrics`.
         target: safetensors file to write.
+        trust_remote_code: let the tokenizer or configuration named in `about` run code of its own, if the run did.
     """
     if not isinstance(about.get("config"), Mapping) or not about.get("metrics"):
         return Prepared(reason="qpipe.json records no run configuration with metrics")
@@ -54,6 +55,8 @@ def prepare(about: Mapping[str, Any], target: Path) -> Prepared:
 
     try:
         config = resolve(about["config"])
+        trusted = trust_remote_code and config.model.trust_remote_code  # what a file says of itself is no permission
+        config = config.model_copy(update={"model": config.model.model_copy(update={"trust_remote_code": trusted})})
         task = find_task(load_plugins(config.plugins).collect("qpipe_tasks"), config.task)
         data = load_data(config, task)
     except (QpipeError, OSError, ImportError) as error:

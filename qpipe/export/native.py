@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qpipe.errors import FormatError
-from qpipe.export.companions import companions, model_config, resolve_ties
+from qpipe.export.companions import companions, resolve_ties, save_config
 from qpipe.export.folder import MAX_SHARD, METADATA, read_json, save_tensors, weight_files, whole_folder, write_json
 from qpipe.export.packing import pack_bits, pack_trits, packed_width, unpack_bits, unpack_trits
 from qpipe.export.record import ExportRecord, PackedWeight, PlannedSite
@@ -104,7 +104,7 @@ def write(record: ExportRecord, directory: Path, max_shard: int = MAX_SHARD) -> 
         entries[name], found = pack(name, weight)
         tensors.update(found)
     with whole_folder(Path(directory), sum(t.nbytes for t in tensors.values())) as folder:
-        model_config(record).save_pretrained(folder)
+        save_config(record, folder)
         save_tensors(folder, tensors, max_shard)
         layout = {
             "format": "qpipe-native",
@@ -194,26 +194,34 @@ def read_native(directory: Path) -> dict[str, Tensor]:
     return {**tensors, **decoded}
 
 
-def load_native(directory: Path | str, attention: str | None = None) -> nn.Module:
+def load_native(directory: Path | str, attention: str | None = None, trust_remote_code: bool = False) -> nn.Module:
     """The model of a native checkpoint with its decoded weights, in evaluation mode. Activations are not quantized.
 
     Args:
         directory: the checkpoint.
         attention: attention implementation of transformers; None takes its default.
+        trust_remote_code: run the Python code that lies in the checkpoint, where its architecture has any.
 
     Raises:
-        FormatError: a file is missing, truncated or damaged, or the weights do not fit the architecture.
+        FormatError: a file is missing, truncated or damaged, the weights do not fit the architecture, or that is code
+            which may not run.
     """
     import transformers
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     directory = Path(directory)
     about = read_json(directory / METADATA)
-    config = transformers.AutoConfig.from_pretrained(directory)
     auto = getattr(transformers, about["auto_class"])
-    made = auto._model_mapping[type(config)]
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise FormatError(f"the configuration in {directory} does not load: {error}") from error
+    own = (getattr(config, "auto_map", None) or {}).get(about["auto_class"]) if trust_remote_code else None
+    made = get_class_from_dynamic_module(own, directory) if own else auto._model_mapping[type(config)]
     if attention is not None and not getattr(made, f"_supports_{attention}", True):
         attention = None  # convolution nets have none to choose
-    model = auto.from_config(config, dtype=getattr(torch, about["dtype"]), attn_implementation=attention)
+    dtype = getattr(torch, about["dtype"])
+    model = auto.from_config(config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code)
     try:
         missing, unexpected = model.load_state_dict(read_native(directory), strict=False)
     except RuntimeError as error:

@@ -78,14 +78,17 @@ class _Case:
     result: VerifyResult
     prepared: Prepared
     outputs: Path
+    trusted: bool
 
 
-def verify(directory: Path | str, check_metric: bool = True) -> VerifyResult:
+def verify(directory: Path | str, check_metric: bool = True, trust_remote_code: bool = False) -> VerifyResult:
     """Check one checkpoint; see `verify_all`."""
-    return verify_all([directory], check_metric)[0]
+    return verify_all([directory], check_metric, trust_remote_code)[0]
 
 
-def verify_all(directories: Sequence[Path | str], check_metric: bool = True) -> list[VerifyResult]:
+def verify_all(
+    directories: Sequence[Path | str], check_metric: bool = True, trust_remote_code: bool = False
+) -> list[VerifyResult]:
     """Check packed checkpoints in one fresh process in which qpipe cannot be imported.
 
     Compared are the checksums of all files; every decoded weight and every other tensor, whose difference must be
@@ -95,6 +98,7 @@ def verify_all(directories: Sequence[Path | str], check_metric: bool = True) -> 
     Args:
         directories: packed checkpoints.
         check_metric: False leaves the metric out, which needs the data.
+        trust_remote_code: let a checkpoint run Python code that lies in it; without that, one that needs it fails.
     """
     results = [VerifyResult(Path(d)) for d in directories]
     with tempfile.TemporaryDirectory(prefix="qpipe-verify-") as scratch:
@@ -104,8 +108,9 @@ def verify_all(directories: Sequence[Path | str], check_metric: bool = True) -> 
             if about is not None:
                 folder = Path(scratch) / str(number)
                 folder.mkdir()
-                prepared = _metric_source(about, folder, check_metric)
-                cases.append(_Case(result.directory.resolve(), about, result, prepared, folder / "outputs.safetensors"))
+                prepared = _metric_source(about, folder, check_metric, trust_remote_code)
+                outputs = folder / "outputs.safetensors"
+                cases.append(_Case(result.directory.resolve(), about, result, prepared, outputs, trust_remote_code))
         for case, found in zip(cases, _run([_job(c) for c in cases], Path(scratch)), strict=True):
             _judge(case, found)
     return results
@@ -137,12 +142,12 @@ def _runs_without_qpipe(about: Mapping[str, Any]) -> bool:
     return about["format"] != "native" or not about["activations"]
 
 
-def _metric_source(about: Mapping[str, Any], folder: Path, wanted: bool) -> Prepared:
+def _metric_source(about: Mapping[str, Any], folder: Path, wanted: bool, trusted: bool) -> Prepared:
     if not wanted:
         return Prepared(reason="not asked for")
     if not _runs_without_qpipe(about):
         return Prepared(reason="activations of native checkpoints are quantized within qpipe only")
-    return prepare(about, folder / "batches.safetensors")
+    return prepare(about, folder / "batches.safetensors", trusted)
 
 
 def _job(case: _Case) -> dict[str, Any]:
@@ -152,6 +157,7 @@ def _job(case: _Case) -> dict[str, Any]:
         "format": about["format"],
         "auto_class": about["auto_class"],
         "attention": about.get("attention"),
+        "trust_remote_code": case.trusted,
         "plain": _runs_without_qpipe(about),
         "num_threads": about["environment"].get("num_threads"),
         "reference": REFERENCE,
@@ -188,7 +194,8 @@ def _run(jobs: list[dict[str, Any]], scratch: Path) -> list[dict[str, Any]]:
 def _judge(case: _Case, found: Mapping[str, Any]) -> None:
     result, about = case.result, case.about
     if "error" in found:
-        result.add("weights", "fail", f"loading without qpipe failed: {found['error']}")
+        advice = "; read that code, then: qpipe verify --trust-remote-code" if needs_trust(case, found["error"]) else ""
+        result.add("weights", "fail", f"loading without qpipe failed: {found['error']}{advice}")
         return
     expected = {**about["weights"], **about["tensors"]}
     wrong = [n for n, entry in expected.items() if found["hashes"].get(n) != entry["sha256"]]
@@ -213,6 +220,11 @@ def _judge(case: _Case, found: Mapping[str, Any]) -> None:
         result.add("metric", "pass" if ok else "fail", detail)
 
 
+def needs_trust(case: _Case, error: str) -> bool:
+    """True if transformers refused to run the code of a checkpoint that nobody has said to trust."""
+    return not case.trusted and "trust_remote_code" in error
+
+
 def _judge_logits(case: _Case) -> None:
     reference = load_file(case.directory / REFERENCE)
     if not _runs_without_qpipe(case.about):
@@ -221,14 +233,16 @@ def _judge_logits(case: _Case) -> None:
             reason = f"activations inside attention ({inside[0]['module']}:{inside[0]['slot']}) run only within qpipe"
             case.result.add("logits", "skip", reason)
             return
-        logits = native_logits(case.directory, case.about, reference)
+        logits = native_logits(case.directory, case.about, reference, case.trusted)
     else:
         logits = load_file(case.outputs)["logits"]
     status, detail = compare_logits(case.about, reference["logits"], logits)
     case.result.add("logits", status, detail)
 
 
-def native_logits(directory: Path, about: Mapping[str, Any], reference: Mapping[str, Tensor]) -> Tensor:
+def native_logits(
+    directory: Path, about: Mapping[str, Any], reference: Mapping[str, Tensor], trusted: bool = False
+) -> Tensor:
     """Logits of a native checkpoint: decoded weights in the plain model, activations quantized by qpipe."""
     from qpipe.export.activations import quantize_activations
     from qpipe.export.native import load_native
@@ -236,7 +250,7 @@ def native_logits(directory: Path, about: Mapping[str, Any], reference: Mapping[
     threads = torch.get_num_threads()
     torch.set_num_threads(about["environment"].get("num_threads") or threads)
     try:
-        model: Any = load_native(directory, about.get("attention"))
+        model: Any = load_native(directory, about.get("attention"), trusted)
         quantize_activations(model, about["activations"])
         inputs = {k.removeprefix("inputs."): v for k, v in reference.items() if k.startswith("inputs.")}
         with torch.inference_mode():

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from qpipe.errors import ConfigError, suggest
-from qpipe.types import Rule
+from qpipe.types import ModelMap, Rule
 
 EMBEDDING = Rule("{embedding}:weight", "uniform", {"bits": 8})
 ACTIVATIONS = Rule("{block}.*:input", "uniform-activation", {"bits": 8})
@@ -23,11 +23,16 @@ PRESETS: dict[str, tuple[Rule, ...]] = {
     "a8": (EMBEDDING, ACTIVATIONS),
 }
 """`wB`: B-bit block weights per channel and an 8-bit embedding; `wBa8`: also 8-bit inputs of every linear map in the
-blocks, range per token; `a8`: without block weights, for plugins that bring their own."""
+blocks, range per token; `a8`: without block weights, for plugins that bring their own. Where a model
+has no such embedding, as those of images, the presets leave it out."""
 
 
-def preset_rules(name: str | None) -> tuple[Rule, ...]:
+def preset_rules(name: str | None, model_map: ModelMap | None = None) -> tuple[Rule, ...]:
     """The rules of a preset; none for None.
+
+    Args:
+        name: of the preset.
+        model_map: the parts of the model; the rule for the embedding is left out where it has none. None: all rules.
 
     Raises:
         ConfigError: no preset has that name.
@@ -38,7 +43,8 @@ def preset_rules(name: str | None) -> tuple[Rule, ...]:
         raise ConfigError(
             f"quantization.preset {name!r} is unknown{suggest(name, PRESETS)}; available: {', '.join(sorted(PRESETS))}"
         )
-    return PRESETS[name]
+    without = model_map is not None and model_map.embedding is None
+    return tuple(rule for rule in PRESETS[name] if not (without and rule is EMBEDDING))
 
 
 def with_fixed_grid(rule: Rule, options: Mapping[str, Any]) -> Rule:

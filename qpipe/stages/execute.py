@@ -159,7 +159,7 @@ def conclude(run: Run, seconds: dict[str, float]) -> None:
         return
     if folder is not None:
         with timed(seconds, "verify"):
-            result = verify(folder)
+            result = verify(folder, trust_remote_code=run.config.model.trust_remote_code)
         run.results["reloaded"] = result.metrics
         run.results["verified"] = result.passed
         run.results["size"] = sizes(folder)

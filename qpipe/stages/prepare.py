@@ -37,7 +37,9 @@ def plan(run: Run) -> None:
     """
     quantization = run.config.quantization
     sites = tuple(run.instruments.sites.values())
-    rules: list[tuple[str, Rule]] = [("preset", rule) for rule in preset_rules(quantization.preset)]
+    rules: list[tuple[str, Rule]] = [
+        ("preset", rule) for rule in preset_rules(quantization.preset, run.instruments.map)
+    ]
     rules += run.host.collect_list("qpipe_quant_rules", run=run, sites=sites)
     rules += [("configuration", Rule(r.site, r.quantizer, r.options)) for r in quantization.rules]
     if quantization.ptq is not None:
