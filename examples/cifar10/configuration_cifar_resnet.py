@@ -16,7 +16,7 @@ class CifarResNetConfig(PretrainedConfig):
 
     Attributes:
         depth: number of layers with weights, 6 n + 2: a convolution, three stages of n blocks, a linear map.
-        widths: channels of the three stages.
+        width: channels of the first stage; the two others have twice and four times as many.
         image_size: pixels of a side, 32 as published; any multiple of 4.
         image_mean: mean of each channel, for values from 0 to 1.
         image_std: standard deviation of each channel.
@@ -27,20 +27,17 @@ class CifarResNetConfig(PretrainedConfig):
     def __init__(
         self,
         depth: int = 20,
-        widths: Sequence[int] = (16, 32, 64),
+        width: int = 16,
         image_size: int = 32,
         image_mean: Sequence[float] = IMAGENET_MEAN,
         image_std: Sequence[float] = IMAGENET_STD,
-        num_labels: int = 10,
         **kwargs: Any,
     ) -> None:
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"depth must be 6 n + 2 with n of at least 1 (8, 14, 20, 32, 56, ...), not {depth}")
-        if len(widths) != 3 or any(2 * a != b for a, b in zip(widths, widths[1:], strict=False)):
-            raise ValueError(f"widths must be those of three stages, each twice the one before, not {list(widths)}")
         self.depth = depth
-        self.widths = list(widths)
+        self.width = width
         self.image_size = image_size
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
-        super().__init__(num_labels=num_labels, **kwargs)
+        super().__init__(**kwargs)

@@ -41,6 +41,12 @@ class CifarResNetBlock(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.added - before))
 
 
+def stage(inputs: int, outputs: int, count: int) -> nn.ModuleList:
+    """`count` blocks; the first one halves the image where the number of channels changes."""
+    first = CifarResNetBlock(inputs, outputs, 1 if inputs == outputs else 2)
+    return nn.ModuleList([first, *(CifarResNetBlock(outputs, outputs, 1) for _ in range(count - 1))])
+
+
 class CifarResNetPreTrainedModel(PreTrainedModel):
     """What the network has in common with other models of transformers."""
 
@@ -63,21 +69,17 @@ class CifarResNetPreTrainedModel(PreTrainedModel):
 
 
 class CifarResNetModel(CifarResNetPreTrainedModel):
-    """From images to features: `[batch, 3, h, w]` to `[batch, widths[2], h / 4, w / 4]`."""
+    """From images to features: `[batch, 3, h, w]` to `[batch, 4 width, h / 4, w / 4]`."""
 
     def __init__(self, config: CifarResNetConfig) -> None:
         super().__init__(config)
-        first, *_ = config.widths
+        first = config.width
         self.conv1 = nn.Conv2d(3, first, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(first)
-        inputs = first
-        for number, width in enumerate(config.widths, 1):
-            blocks = nn.ModuleList()
-            for index in range((config.depth - 2) // 6):
-                stride = 2 if number > 1 and index == 0 else 1
-                blocks.append(CifarResNetBlock(inputs, width, stride))
-                inputs = width
-            self.add_module(f"layer{number}", blocks)
+        count = (config.depth - 2) // 6
+        self.layer1 = stage(first, first, count)
+        self.layer2 = stage(first, 2 * first, count)
+        self.layer3 = stage(2 * first, 4 * first, count)
         self.post_init()
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
@@ -94,7 +96,7 @@ class CifarResNetForImageClassification(CifarResNetPreTrainedModel):
     def __init__(self, config: CifarResNetConfig) -> None:
         super().__init__(config)
         self.resnet = CifarResNetModel(config)
-        self.classifier = nn.Linear(config.widths[-1], config.num_labels)
+        self.classifier = nn.Linear(4 * config.width, config.num_labels)
         self.post_init()
 
     def forward(

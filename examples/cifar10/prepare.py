@@ -1,19 +1,17 @@
-"""Make a model folder of a ResNet checkpoint for CIFAR-10, such as those of github.com/akamaster/pytorch_resnet_cifar10.
+"""Make a model folder of a ResNet checkpoint for CIFAR-10, such as those of akamaster/pytorch_resnet_cifar10 on GitHub.
 
     python examples/cifar10/prepare.py CHECKPOINT FOLDER [--labels FILE]
 
-CHECKPOINT is a safetensors file, or what `torch.save` wrote: a state dict, or a mapping with one under `state_dict`. Any
-depth of 6 n + 2 is taken; the shortcuts must have no weights (option A). FOLDER then loads in transformers and qpipe, with
-`trust_remote_code`.
+CHECKPOINT is a safetensors file, or what `torch.save` wrote: a state dict, or a mapping with one under `state_dict`.
+Any depth of 6 n + 2 is taken; the shortcuts must have no weights (option A). FOLDER then loads in transformers and
+qpipe, with `trust_remote_code`.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import re
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import ViTImageProcessorPil
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 HERE = Path(__file__).resolve().parent
+MODEL = "modeling_cifar_resnet.CifarResNetForImageClassification"
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -60,24 +60,26 @@ def make_model(state: Mapping[str, Tensor], labels: tuple[str, ...]) -> Any:
     Raises:
         SystemExit: the tensors are not those of such a network.
     """
-    sys.path.insert(0, str(HERE.parent))  # the two files import one another as the parts of a package
-    code = importlib.import_module(f"{HERE.name}.modeling_cifar_resnet")
+    classes = len(state.get("linear.weight", labels))
+    if classes != len(labels):
+        raise SystemExit(f"the checkpoint has {classes} classes, but {len(labels)} are named; name them with --labels")
+    made: Any = get_class_from_dynamic_module(MODEL, HERE)
     try:
-        config = code.CifarResNetConfig(
+        config = made.config_class(
             depth=depth_of(state),
-            widths=[state[f"layer{stage}.0.conv1.weight"].shape[0] for stage in (1, 2, 3)],
+            width=state["conv1.weight"].shape[0],
             id2label=dict(enumerate(labels)),
             label2id={name: index for index, name in enumerate(labels)},
         )
-        model = code.CifarResNetForImageClassification(config)
+        model = made(config)
         missing, unexpected = model.load_state_dict(renamed(state), strict=False)
     except (KeyError, ValueError, RuntimeError) as error:
         raise SystemExit(f"this is no ResNet for CIFAR with shortcuts of option A: {error}") from error
     wrong = [name for name in missing if not name.endswith("num_batches_tracked")] + unexpected
     if wrong:
-        raise SystemExit(f"this is no ResNet for CIFAR with shortcuts of option A: {wrong[0]} is missing or too much")
-    code.CifarResNetConfig.register_for_auto_class()
-    code.CifarResNetForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+        raise SystemExit(f"this is no ResNet for CIFAR with shortcuts of option A: {wrong[0]} is missing, or too much")
+    made.config_class.register_for_auto_class()
+    made.register_for_auto_class("AutoModelForImageClassification")
     return model
 
 

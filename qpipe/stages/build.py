@@ -114,8 +114,14 @@ def load_teacher(run: Run, teacher: str | ModelConfig) -> nn.Module:
 
 
 def name_labels(model: nn.Module, data: TaskData) -> None:
-    """Write the label names into the model's configuration, so that the export carries them."""
+    """Write the label names into the model's configuration, so that the export carries them.
+
+    Where the data hold plain integers, the names that the model has for them stay.
+    """
     if data.label_names and hasattr(model, "config"):
         config = cast("PreTrainedModel", model).config
+        unnamed = all(name == f"LABEL_{index}" for index, name in enumerate(data.label_names))
+        if unnamed and len(config.id2label or {}) == len(data.label_names):
+            return
         config.id2label = dict(enumerate(data.label_names))
         config.label2id = {name: index for index, name in enumerate(data.label_names)}
