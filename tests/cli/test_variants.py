@@ -21,7 +21,7 @@ def run(tmp_path_factory):
 
     patch = pytest.MonkeyPatch()
     execute = importlib.import_module("qpipe.stages.execute")
-    patch.setattr(execute, "verify", lambda folder: SimpleNamespace(passed=True, metrics={}, lines=list))
+    patch.setattr(execute, "verify", lambda folder, **_: SimpleNamespace(passed=True, metrics={}, lines=list))
     done = qpipe.execute(tiny_config(tmp_path_factory.mktemp("cli") / "plain", train__max_steps=2))
     patch.undo()
     return done.out
