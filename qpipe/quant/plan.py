@@ -165,6 +165,11 @@ def make_plan(
                     f"rule {rule.site!r} of {source}: quantizer {rule.quantizer!r} serves "
                     f"{', '.join(sorted(allowed))}, not {site.name!r}"
                 )
+            if site.module_type == "Conv2d" and getattr(options, "granularity", None) == "token":
+                raise SiteError(
+                    f"rule {rule.site!r} of {source}: {site.name} is an image, which has no tokens to have ranges of "
+                    "their own; set granularity: tensor there, or leave it out with quantizer: none"
+                )
             chosen[site.name] = PlannedSite(
                 site,
                 rule.quantizer,

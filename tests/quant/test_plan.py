@@ -1,6 +1,7 @@
 """From rules to a plan."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -139,6 +140,24 @@ def test_presets_plan_every_block(name):
     if "a8" in name:
         expected |= {f"{block}:input": 8 for block in blocks}
     assert widths == expected
+
+
+def test_presets_leave_out_an_embedding_that_the_model_lacks():
+    without = replace(MAP, embedding=None)
+    made = plan(*((r.site, r.quantizer, r.options) for r in preset_rules("w3", without)), model_map=without)
+    assert {entry.bits for entry in made.sites.values()} == {3}
+    assert preset_rules("w3", MAP) == preset_rules("w3") != preset_rules("w3", without)
+
+
+def test_images_have_no_ranges_per_token():
+    sites = [Site("conv", "input", "Conv2d")]
+    rule = [
+        ("preset", Rule("conv:input", "uniform-activation", {"granularity": granularity}))
+        for granularity in ("token", "tensor")
+    ]
+    assert list(make_plan(sites, rule[1:], KINDS, MAP).sites) == ["conv:input"]
+    with pytest.raises(SiteError, match="conv:input is an image.*granularity: tensor"):
+        make_plan(sites, rule[:1], KINDS, MAP)
 
 
 def test_unknown_preset_suggests_the_nearest():
