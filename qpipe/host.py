@@ -23,6 +23,8 @@ BUILTINS: Mapping[str, str] = {
     "tasks": "qpipe.builtin.tasks:Tasks",
     "uniform": "qpipe.builtin.uniform:UniformQuantizers",
     "lsq": "qpipe.builtin.lsq:LearnedSteps",
+    "lsq_activation": "qpipe.builtin.lsq_activation:LearnedActivationSteps",
+    "pact": "qpipe.builtin.pact:LearnedClips",
     "dorefa": "qpipe.builtin.dorefa:Dorefa",
     "binary": "qpipe.builtin.binary:FewLevels",
     "static": "qpipe.builtin.static:StaticQuantizers",

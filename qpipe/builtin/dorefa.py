@@ -1,7 +1,7 @@
-"""DoReFa weights: a uniform grid over `tanh(w)`.
+"""DoReFa: weights on a uniform grid over `tanh(w)`, activations on one over [0, 1].
 
 Zhou et al., "DoReFa-Net: Training Low Bitwidth Convolutional Neural Networks with Low Bitwidth Gradients" (2016),
-section 2.3.
+sections 2.3 and 2.4.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from pydantic import Field
 from torch import Tensor
 
 from qpipe.builtin.binary import Sign
+from qpipe.builtin.uniform import ACTIVATION_SLOTS
 from qpipe.plugin import Plugin, hookimpl
 from qpipe.quant.compiled import over_rows
 from qpipe.quant.grid import Grid, GridKernel, GridOptions, GridQuantizer
+from qpipe.quant.learned import GridActivation, GridActivationOptions
+from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.rounding import tanh
 from qpipe.quant.tensor import code_range
 from qpipe.types import QuantizerKind
@@ -143,12 +146,48 @@ def squash_gradient(out: Tensor, rows: Tensor, grad: Tensor, largest: Tensor, at
     return largest
 
 
+class DorefaActivation(GridActivation):
+    """`round(clamp(x, 0, 1) * n) / n` with `n = 2**bits - 1`; the gradient passes where `0 <= x <= 1` (equation 6).
+
+    It has no parameters: the layer before has to keep its output between 0 and 1, as the paper's bounded activation
+    functions and batch normalisations do.
+    """
+
+    needs_data = False
+    top: Tensor
+
+    def __init__(self, options: GridActivationOptions) -> None:
+        super().__init__(options.bits, signed=False)
+        self.register_buffer("top", torch.ones(1), persistent=False)
+
+    def step(self) -> Tensor:
+        """`1 / n`."""
+        return self.top / self.levels[1]
+
+    def inherit(self, trained: Quantizer, value: Tensor | None) -> None:
+        """Nothing was learned."""
+
+    def gradient(
+        self, rows: Tensor, grad: Tensor, out: Tensor, scale: Tensor, zero: Tensor, shape: torch.Size
+    ) -> tuple[Tensor, ...]:
+        """As the class says."""
+        out.copy_(torch.where((rows >= 0) & (rows <= 1), grad, 0.0))
+        return ()
+
+
 class Dorefa(Plugin):
-    """Offers `dorefa`."""
+    """Offers `dorefa` and `dorefa-activation`."""
 
     @hookimpl
     def qpipe_quantizers(self) -> Iterable[QuantizerKind]:
-        """`dorefa`."""
+        """Both."""
         yield QuantizerKind(
             "dorefa", DorefaWeight, DorefaOptions, frozenset({"weight"}), "uniform levels over tanh(w), 1 to 8 bits"
+        )
+        yield QuantizerKind(
+            "dorefa-activation",
+            DorefaActivation,
+            GridActivationOptions,
+            ACTIVATION_SLOTS,
+            "activations clipped to [0, 1], 2 to 8 bits",
         )

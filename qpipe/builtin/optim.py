@@ -19,20 +19,21 @@ class Optim(Plugin):
 
     @hookimpl
     def qpipe_param_groups(self, run: Run) -> Iterable[ParamGroup]:
-        """`no_decay`: every parameter with one dimension; `quantizers`: those of quantizers, by learning rate."""
-        scales = {
-            id(parameter): quantizer.lr_scale
+        """`no_decay`: every parameter with one dimension; `quantizers`: those of quantizers, by their settings."""
+        settings = {
+            id(parameter): (quantizer.lr_scale, quantizer.weight_decay)
             for quantizer in run.instruments.quantizers().values()
             for parameter in quantizer.parameters()
         }
 
         def is_vector(name: str, parameter: nn.Parameter) -> bool:
-            return parameter.ndim <= 1 and id(parameter) not in scales
+            return parameter.ndim <= 1 and id(parameter) not in settings
 
         yield ParamGroup("no_decay", is_vector, weight_decay=0.0)
-        for scale in sorted(set(scales.values())):
-            members = {key for key, value in scales.items() if value == scale}
-            yield ParamGroup(f"quantizers-{scale:g}", _among(members), lr_scale=scale, weight_decay=0.0)
+        for scale, decay in sorted(set(settings.values()), key=str):
+            members = {key for key, value in settings.items() if value == (scale, decay)}
+            suffix = "" if decay == 0 else "-decay" if decay is None else f"-decay-{decay:g}"
+            yield ParamGroup(f"quantizers-{scale:g}{suffix}", _among(members), lr_scale=scale, weight_decay=decay)
 
     @hookimpl(trylast=True)
     def qpipe_optimizer(self, run: Run, groups: list[dict[str, Any]]) -> Optimizer | None:

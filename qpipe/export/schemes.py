@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -242,11 +243,13 @@ def activation_tensors(
 ) -> tuple[tuple[tuple[str, object], ...], dict[str, Tensor]]:
     """Arguments of an activation as sorted pairs, and the tensors of a static range by local name.
 
+    A zero point that is no 8-bit integer is stored as a float, in which the format's own arithmetic adds it too.
+
     Raises:
-        FormatError: a static range lacks its scale, has a zero point that is no 8-bit integer, or does not fit `dtype`.
+        FormatError: a static range lacks its scale or zero point, or its scale does not fit `dtype`.
     """
     name = f"{site.module}:{site.slot}"
-    pairs = (
+    pairs: tuple[tuple[str, object], ...] = (
         ("dynamic", site.dynamic),
         ("num_bits", site.bits),
         ("strategy", site.granularity),
@@ -259,7 +262,11 @@ def activation_tensors(
     found = {f"{site.slot}_scale": exact_cast(name, torch.tensor([site.scale]), dtype)}
     if not site.symmetric:
         zero = float(site.zero_point or 0.0)
-        if zero != round(zero) or not -128 <= zero <= 127:
-            raise FormatError(f"{name}: zero point {zero} is no integer in [-128, 127]; {NATIVE_HINT}")
-        found[f"{site.slot}_zero_point"] = torch.tensor([int(zero)], dtype=torch.int8)
+        if not math.isfinite(zero):
+            raise FormatError(f"{name} has a static range with the zero point {zero}; did the training diverge?")
+        if zero == round(zero) and -128 <= zero <= 127:
+            found[f"{site.slot}_zero_point"] = torch.tensor([int(zero)], dtype=torch.int8)
+        else:
+            pairs = (*pairs, ("zp_dtype", torch.float32))
+            found[f"{site.slot}_zero_point"] = torch.tensor([zero], dtype=torch.float32)
     return pairs, found

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from qpipe.errors import TrainingError
 from qpipe.plugin import Options
+from qpipe.quant.affine import ActivationRange, AffineActivation
 from qpipe.quant.quantizer import Quantizer
-from qpipe.quant.tensor import QTensor, code_range
+from qpipe.quant.tensor import code_range
 
 
 class ActivationOptions(Options):
@@ -43,13 +44,12 @@ class _ClippedStraightThrough(torch.autograd.Function):
         return grads[0] * inside, None, None
 
 
-class UniformActivation(Quantizer):
+class UniformActivation(AffineActivation):
     """Affine quantization of an activation `[batch, tokens, features]` (or any shape, per tensor).
 
-    The order of operations is that of compressed-tensors 0.20 (`calculate_qparams`, `_quantize_dequantize`), all in the
-    activation's dtype, so that the exported model computes the same numbers: symmetric scale `max|x| / 127.5` for
-    8 bits, asymmetric `(max - min) / 255`. Dynamic ranges clip nothing, so their gradient passes unchanged; static
-    ranges block it outside.
+    Scales are those of compressed-tensors 0.20 (`calculate_qparams`): symmetric `max|x| / 127.5` for 8 bits, asymmetric
+    `(max - min) / 255`. Dynamic ranges clip nothing, so their gradient passes unchanged; static ranges block it
+    outside.
     """
 
     low: Tensor
@@ -58,7 +58,7 @@ class UniformActivation(Quantizer):
     zero_point: Tensor
 
     def __init__(self, options: ActivationOptions) -> None:
-        super().__init__()
+        super().__init__(options.bits, options.symmetric)
         self.options = options
         self.observing = False
         if not options.dynamic:
@@ -68,12 +68,12 @@ class UniformActivation(Quantizer):
             self.register_buffer("zero_point", torch.zeros(1))
 
     def observe(self, x: Tensor) -> None:
-        """Widen the calibrated range to include `x`.
+        """Widen the calibrated range to include `x`, without its padding.
 
         Raises:
             TrainingError: `x` holds NaN or infinity.
         """
-        low, high = torch.aminmax(x.detach().float())
+        low, high = torch.aminmax(self.counted(x.detach()).float())
         if not torch.isfinite(high - low):
             raise TrainingError(f"calibration met a non-finite value at {self.site}")
         self.low.copy_(torch.minimum(self.low, low))
@@ -137,24 +137,13 @@ class UniformActivation(Quantizer):
         scale, zero = self._affine(low, high)
         return self.rescaled(scale), zero
 
-    def encode(self, value: Tensor) -> QTensor:
-        """Codes of an activation with the scale and zero point of `parameters_of`."""
-        scale, zero = self.parameters_of(value)
-        bottom, top = code_range(self.options.bits)
-        codes = torch.div(value, scale).add_(zero).clamp_(bottom, top).round_()
-        return QTensor(codes, scale.float(), zero.float(), self.options.bits)
-
-    def quantize(self, value: Tensor, out: Tensor | None = None) -> Tensor:
-        """Quantize and dequantize in the value's dtype."""
-        scale, zero = self.parameters_of(value)
-        bottom, top = code_range(self.options.bits)
-        codes = torch.div(value, scale)
-        if not self.options.symmetric:
-            codes.add_(zero)
-        codes.clamp_(bottom, top).round_()
-        if not self.options.symmetric:
-            codes.sub_(zero)
-        return codes.mul_(scale)
+    def describe(self) -> ActivationRange:
+        """The options, with the calibrated scale and zero point of a static range."""
+        options = self.options
+        settings = (options.bits, options.dynamic, options.granularity, options.symmetric)
+        if options.dynamic:
+            return ActivationRange(*settings)
+        return ActivationRange(*settings, float(self.scale), float(self.zero_point))
 
     def forward(self, value: Tensor) -> Tensor:
         """Quantize, or only observe while calibrating."""

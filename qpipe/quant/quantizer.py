@@ -34,6 +34,7 @@ class QuantContext:
         taps_active: True within a training step; observing and replacing taps do nothing otherwise.
         weight_losses: values of weight penalties met in this forward pass, by `(penalty, module path)`.
         due_weight_losses: names of the weight penalties that act in this micro-batch.
+        kept: tokens that calibration counts, `[batch, tokens]`, true where there is no padding; None counts all.
         visited: by name of the sites whose quantizer has run, whether it changed its value; None while nobody asks.
     """
 
@@ -50,6 +51,7 @@ class QuantContext:
     taps_active: bool = False
     weight_losses: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     due_weight_losses: frozenset[str] = frozenset()
+    kept: Tensor | None = None
     visited: dict[str, bool] | None = None
 
     def weights_changed(self) -> None:
@@ -92,7 +94,10 @@ class Quantizer(nn.Module):
     """True if each row (axis 0) of a weight is quantized from that row alone, so that a part of the rows can be."""
 
     lr_scale = 1.0
-    """Factor on the learning rate of the quantizer's own parameters, which have no weight decay."""
+    """Factor on the learning rate of the quantizer's own parameters."""
+
+    weight_decay: float | None = 0.0
+    """Weight decay of the quantizer's own parameters; None: that of the weights, `train.weight_decay`."""
 
     def __init__(self) -> None:
         super().__init__()

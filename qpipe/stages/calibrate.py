@@ -44,11 +44,14 @@ def calibrate(run: Run) -> None:
         TrainingError: a pass met non-finite values or saw no data.
     """
     passes = run.host.collect("qpipe_calibration", run=run)
+    context = run.instruments.context
     for wanted in passes.values():
         wanted.start()
         with inference(run):
             for batch in calibration_batches(run, wanted.batches):
+                context.kept = batch.get("attention_mask")
                 run.engine.forward(**inputs_of(batch))
+        context.kept = None
         wanted.finish()
 
 

@@ -28,6 +28,7 @@ from qpipe.stages.evaluate import evaluate
 from qpipe.stages.export import export
 from qpipe.stages.initialize import initialize, needs_data, require_targets
 from qpipe.stages.prepare import prepare, wrap
+from qpipe.stages.ranges import initialize_ranges
 from qpipe.stages.self_check import self_check
 from qpipe.stages.teacher import ensure_teacher, is_needed
 from qpipe.stages.train import total_steps, train
@@ -94,9 +95,12 @@ def assemble(config: RunConfig, host: Host, seconds: dict[str, float], resume: b
             run.results["teacher"] = teacher_metrics
         run.total_steps = total_steps(run)
         prepare(run)
-    if needs_data(config.quantization.ptq) and not (resume and checkpoint.steps(run.out)):
-        with timed(seconds, "initialize"):
-            initialize(run)
+    if not (resume and checkpoint.steps(run.out)):
+        if needs_data(config.quantization.ptq):
+            with timed(seconds, "initialize"):
+                initialize(run)
+        with timed(seconds, "calibrate"):
+            initialize_ranges(run)
     with timed(seconds, "build"):
         wrap(run)
     return run

@@ -14,7 +14,7 @@ from qpipe.data.locate import locate
 from qpipe.errors import FormatError
 from qpipe.export.record import ActivationSite, ExportRecord, PackedWeight, tensor_sha256
 from qpipe.files import write_json
-from qpipe.quant.activation import UniformActivation
+from qpipe.quant.affine import AffineActivation
 from qpipe.quant.tensor import QTensor
 from qpipe.report.statistics import weight_statistics
 from qpipe.run import Run
@@ -110,7 +110,7 @@ def on_cpu(lattice: QTensor) -> QTensor:
 
 
 def activation_sites(run: Run) -> list[ActivationSite]:
-    """The quantized activations.
+    """The quantized activations. Collective.
 
     Raises:
         FormatError: a quantizer's parameters cannot be described to an exporter.
@@ -120,21 +120,10 @@ def activation_sites(run: Run) -> list[ActivationSite]:
         path, _, slot = site.rpartition(":")
         if slot == "weight":
             continue
-        if not isinstance(quantizer, UniformActivation):
+        if not isinstance(quantizer, AffineActivation):
             raise FormatError(f"{site}: no exporter can describe activations of {type(quantizer).__name__}")
-        options = quantizer.options
-        found.append(
-            ActivationSite(
-                path,
-                slot,
-                options.bits,
-                options.dynamic,
-                options.granularity,
-                options.symmetric,
-                None if options.dynamic else float(quantizer.scale),
-                None if options.dynamic else float(quantizer.zero_point),
-            )
-        )
+        with run.engine.gathered(quantizer.parameters()), torch.no_grad():
+            found.append(ActivationSite(path, slot, *quantizer.describe()))
     return found
 
 

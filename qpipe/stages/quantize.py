@@ -17,6 +17,7 @@ from qpipe.stages.evaluate import evaluate
 from qpipe.stages.execute import conclude, record_start, refuse_used, report_error, timed
 from qpipe.stages.initialize import initialize
 from qpipe.stages.prepare import cast, prepare
+from qpipe.stages.ranges import initialize_ranges
 from qpipe.stages.self_check import self_check
 from qpipe.stages.trained import alone
 
@@ -91,6 +92,7 @@ def _prepared(config: RunConfig, host: Host, required: bool = True) -> Run:
 
 def _set_up(run: Run) -> None:
     initialize(run)
+    initialize_ranges(run)
     calibrate(run)
     self_check(run)
 

@@ -1,4 +1,4 @@
-"""Runs with every built-in weight quantizer keep the contract of plugins: export, resume, ZeRO-3 on two processes."""
+"""Runs with every built-in quantizer keep the contract of plugins: export, resume, ZeRO-3 on two processes."""
 
 import pytest
 
@@ -30,14 +30,29 @@ SECOND = [
     rule("{embedding}:weight", "binary"),
     rule("{head}:weight", "uniform-static", bits=4, range="lp"),
 ]
+ACTIVATIONS = [
+    rule("{block}.*:weight", "lsq", bits=4),
+    rule("{block}.*query:input", "lsq-activation", bits=4),
+    rule("{block}.*key:input", "lsq+-activation", bits=4),
+    rule("{block}.*value:input", "lsq+-activation", bits=4, signed=False, zero_point="integer"),
+    rule("{block}.attention.output.dense:input", "uniform-activation", granularity="tensor", dynamic=False),
+    rule("{block}.intermediate.dense:input", "lsq-activation", bits=8, init="min-max", lr_scale=0.1),
+    rule("{block}.intermediate.dense:output", "dorefa-activation"),
+    rule("{block}.output.dense:input", "pact", weight_decay=0.1),
+]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("rules", [FIRST, SECOND], ids=["learned", "fixed"])
+@pytest.mark.parametrize("rules", [FIRST, SECOND, ACTIVATIONS], ids=["learned", "fixed", "activations"])
 def test_contract(rules):
     check_rules(rules)
 
 
-def test_every_builtin_weight_quantizer_is_checked():
-    kinds = load_plugins({}).collect("qpipe_quantizers").values()
-    assert {kind.name for kind in kinds if "weight" in kind.slots} == {r["quantizer"] for r in FIRST + SECOND}
+@pytest.mark.distributed
+def test_native_holds_activations_too():
+    check_rules(ACTIVATIONS, zero3=False, export__format="native")
+
+
+def test_every_builtin_quantizer_is_checked():
+    kinds = load_plugins({}).collect("qpipe_quantizers")
+    assert set(kinds) == {r["quantizer"] for r in FIRST + SECOND + ACTIVATIONS}

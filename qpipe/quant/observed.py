@@ -1,0 +1,75 @@
+"""What calibration has seen of an activation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qpipe.errors import TrainingError
+
+
+@dataclass
+class Observed:
+    """Statistics over everything that was added.
+
+    Attributes:
+        low: smallest value; infinity before there is any.
+        high: largest value.
+        magnitudes: sum of |x|, in float64.
+        negative: number of values below 0.
+        count: number of values.
+    """
+
+    low: float = math.inf
+    high: float = -math.inf
+    magnitudes: float = 0.0
+    negative: int = 0
+    count: int = 0
+
+    def add(self, x: Tensor, site: str) -> None:
+        """Take in more values.
+
+        Args:
+            x: float tensor of any shape; empty ones change nothing.
+            site: for the message.
+
+        Raises:
+            TrainingError: `x` holds NaN or infinity.
+        """
+        if x.numel() == 0:
+            return
+        x = x.detach().float()
+        low, high = (float(v) for v in torch.aminmax(x))
+        if not math.isfinite(high - low):
+            raise TrainingError(f"calibration met a non-finite value at {site}")
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.magnitudes += float(x.abs().sum(dtype=torch.float64))
+        self.negative += int((x < 0).sum())
+        self.count += x.numel()
+
+    @property
+    def mean_magnitude(self) -> float:
+        """Mean of |x|."""
+        return self.magnitudes / self.count
+
+    @property
+    def largest(self) -> float:
+        """Largest |x|."""
+        return max(abs(self.low), abs(self.high))
+
+    def require_range(self, site: str) -> None:
+        """Refuse to make a range of nothing, or of a single value.
+
+        Raises:
+            TrainingError: as said.
+        """
+        if self.count == 0:
+            raise TrainingError(f"{site} saw no data in calibration; does the forward pass run this module?")
+        if self.low == self.high:
+            raise TrainingError(
+                f"{site} saw nothing but the value {self.low:g} in calibration, which makes no range; leave it out "
+                "with quantizer: none"
+            )

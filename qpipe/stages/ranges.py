@@ -1,0 +1,81 @@
+"""Ranges that are parameters: set from training data before the engine takes over, and may partition them.
+
+All processes see the same data in the same batches, whatever their number, and take over what process 0 has found; so
+ranges are those of one process, bit for bit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from itertools import islice
+
+from torch import Tensor
+
+from qpipe.data.loader import train_loader
+from qpipe.quant.learned import GridActivation
+from qpipe.quant.observed import Observed
+from qpipe.quant.quantizer import QuantContext
+from qpipe.run import Run
+from qpipe.stages.calibrate import inference, inputs_of, to_device
+from qpipe.stages.prepare import cast
+
+logger = logging.getLogger("qpipe.stages")
+
+
+def initialize_ranges(run: Run) -> None:
+    """Show calibration data to every quantizer whose range is learned, and let it set its parameters. Collective.
+
+    Weights are quantized meanwhile, activations are not: some have no range yet. Padding tokens do not count.
+
+    Args:
+        run: prepared; the engine has not wrapped the student yet.
+
+    Raises:
+        TrainingError: a site saw no data, a non-finite value, or values that make no range.
+    """
+    activations = {s: q for s, q in run.instruments.quantizers().items() if not s.endswith(":weight")}
+    learned = {s: q for s, q in activations.items() if isinstance(q, GridActivation) and q.needs_data}
+    if not learned:
+        return
+    cast(run.student, run)
+    off = QuantContext(enabled=False)
+    seen = {site: Observed() for site in learned}
+    try:
+        for quantizer in activations.values():
+            quantizer.context = off
+        for site, quantizer in learned.items():
+            quantizer.observing = seen[site]
+        with inference(run):
+            for batch in observed_batches(run):
+                off.kept = batch.get("attention_mask")
+                run.student(**inputs_of(batch))
+    finally:
+        for quantizer in learned.values():
+            quantizer.observing = None
+        for other in activations.values():
+            other.context = run.instruments.context
+    for site, quantizer in learned.items():
+        quantizer.calibrated(seen[site])
+        for parameter in quantizer.parameters():
+            run.engine.broadcast_tensor(parameter.data)
+    logger.info("%d learned ranges begin with what calibration has seen", len(learned))
+
+
+def observed_batches(run: Run) -> Iterator[dict[str, Tensor]]:
+    """`quantization.calibration_batches` batches as one process would take them, cut into those of evaluation."""
+    train = run.config.train
+    loader = train_loader(
+        run.data,
+        run.task,
+        batch_size=train.micro_batch_size(1),
+        rank=0,
+        world_size=1,
+        seed=run.config.seed,
+        epoch=0,
+        accumulation=train.accumulation,
+    )
+    for batch in islice(loader, run.config.quantization.calibration_batches):
+        count = len(next(iter(batch.values())))
+        for start in range(0, count, train.eval_batch_size):
+            yield to_device({k: v[start : start + train.eval_batch_size] for k, v in batch.items()}, run)
