@@ -35,7 +35,7 @@ def full_gradients(run: Run) -> dict[str, Tensor]:
 
 
 def trace(config: RunConfig, steps: int) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-    """Train `steps` optimizer steps; gradients of each, and codes and calibrated ranges at the end (on rank 0).
+    """Train `steps` optimizer steps; gradients of each, and codes, calibrated and learned ranges at the end (on rank 0).
 
     Collective.
     """
@@ -60,7 +60,10 @@ def trace(config: RunConfig, steps: int) -> tuple[list[dict[str, Tensor]], dict[
         run.instruments.context.weights_changed()
     packed, _ = packed_weights(run)
     codes = {f"codes/{name}": weight.tensor.integers() for name, weight in packed.items()}
-    codes |= {f"ranges/{name}": value for name, value in quantizer_state(run).items() if ":weight/" not in name}
+    learned = {f"{s}/{n}" for s, q in run.instruments.quantizers().items() for n, _ in q.named_parameters()}
+    for name, value in quantizer_state(run).items():
+        if ":weight/" not in name:
+            codes[f"{'learned' if name in learned else 'ranges'}/{name}"] = value
     run.engine.close()
     return gradients, codes
 
@@ -81,7 +84,7 @@ def compare(
 ) -> None:
     """Compare two traces: gradients within a part of their largest element, codes within one in a thousand.
 
-    Calibrated ranges have to be equal.
+    Calibrated ranges have to be equal; so have learned ones where the weights are.
 
     Gradients of equal weights differ by float rounding only, so let both sides train with a learning rate next to
     nothing. A weight on the border between two codes may fall on either side.
@@ -90,12 +93,13 @@ def compare(
         expected: one trace.
         found: the other.
         tolerance: of the gradients.
-        after_update: of those after the first step, where the weights really change; default: `tolerance`.
+        after_update: of those after the first step, and of learned ranges, where the weights really change; default:
+            `tolerance`, and equal ranges.
 
     Raises:
         AssertionError: they differ; says where and by how much.
     """
-    after_update = tolerance if after_update is None else after_update
+    moved, after_update = after_update or 0.0, tolerance if after_update is None else after_update
     for key in sorted(set(expected) ^ set(found)):
         alone = expected[key] if key in expected else found[key]
         assert not bool(alone.any()), f"only one side has {key}"
@@ -107,6 +111,11 @@ def compare(
             continue
         if key.startswith("ranges/"):
             assert torch.equal(expected[key], found[key]), f"{key}: {found[key]} was calibrated, not {expected[key]}"
+            continue
+        if key.startswith("learned/"):
+            difference = (expected[key] - found[key]).abs()
+            close = bool((difference <= moved * expected[key].abs()).all())
+            assert close, f"{key}: {found[key]} was learned, not {expected[key]}"
             continue
         allowed = tolerance if key.startswith("gradient/0/") else after_update
         largest = max(float(expected[key].abs().max()), 1e-6)

@@ -15,6 +15,8 @@ STATIC = {
     "options": {"granularity": "tensor", "dynamic": False},
 }
 """Ranges that are calibrated, so that calibration on several processes is compared too."""
+LEARNED = {"site": "{block}.*query:input", "quantizer": "lsq+-activation", "options": {"bits": 4}}
+"""Ranges that are parameters, and begin with what calibration has seen."""
 TRAINED = ("zero0", "zero1", "zero2", "zero3", "ddp", "fsdp")
 CASES = ("zero0", "zero1", "zero2", "zero3", "zero3-recomputing", "ddp", "fsdp", "fsdp-recomputing")
 PLUGINS = {"kure": {"skip_above": None}, "ternary-twn": {}, "ti-g": {"fraction": 0.7}}
@@ -30,7 +32,7 @@ def traces(tmp_path_factory):
         PLUGINS,
         teacher__name=str(folder / "teacher"),
         quantization__preset="a8",
-        quantization__rules=[STATIC],
+        quantization__rules=[STATIC, LEARNED],
         train__accumulation=2,
         train__max_steps=4,
         train__learning_rate=1e-12,  # so that every phase is compared on equal weights
@@ -66,6 +68,7 @@ def test_gradients_and_codes_equal_one_process(traces, case):
     assert any(key.startswith("codes/") for key in one)
     compare(one, two)
     assert sum(key.startswith("ranges/") for key in one) == 4 * 4, "low, high, scale and zero point of four inputs"
+    assert sum(key.startswith("learned/") for key in one) == 2 * 2, "step and offset of two inputs"
     for key in one:
         assert not key.startswith("codes/") or bool((one[key] == two[key]).all()), key
 
@@ -77,6 +80,8 @@ def test_two_processes_follow_one_through_updates(traces, case):
     one, two = load_file(traces / "one-trained.safetensors"), load_file(traces / f"{case}-trained.safetensors")
     start = load_file(traces / "one.safetensors")
     assert any(bool((one[k] != start[k]).any()) for k in one if k.startswith("codes/")), "training changes codes"
+    moved = [key for key in one if key.startswith("learned/")]
+    assert moved and all(bool((one[key] != start[key]).any()) for key in moved), "training moves learned ranges"
     compare(one, two, after_update=2e-2)
 
 
@@ -89,3 +94,6 @@ def test_the_comparison_can_fail(traces):
     code = next(k for k in two if k.startswith("codes/"))
     with pytest.raises(AssertionError, match="of the codes differ"):
         compare(one, {**two, code: -two[code]})
+    learned = next(k for k in two if k.startswith("learned/"))
+    with pytest.raises(AssertionError, match="was learned, not"):
+        compare(one, {**two, learned: two[learned] * (1 + 1e-6)})
