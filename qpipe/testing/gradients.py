@@ -35,7 +35,7 @@ def full_gradients(run: Run) -> dict[str, Tensor]:
 
 
 def trace(config: RunConfig, steps: int) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-    """Train `steps` optimizer steps; gradients of each, and codes, calibrated and learned ranges at the end (on rank 0).
+    """Train `steps` optimizer steps; gradients of each, and codes and ranges at the end (on rank 0).
 
     Collective.
     """
