@@ -43,6 +43,11 @@ _PUBLIC = {
     "QuantContext": "qpipe.quant.quantizer",
     "Quantizer": "qpipe.quant.quantizer",
     "straight_through": "qpipe.quant.quantizer",
+    "ActivationRange": "qpipe.quant.affine",
+    "AffineActivation": "qpipe.quant.affine",
+    "GridActivation": "qpipe.quant.learned",
+    "GridActivationOptions": "qpipe.quant.learned",
+    "Observed": "qpipe.quant.observed",
     "Grid": "qpipe.quant.grid",
     "GridKernel": "qpipe.quant.grid",
     "GridOptions": "qpipe.quant.grid",
@@ -65,6 +70,8 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "ActivationRange",
+    "AffineActivation",
     "CalibrationPass",
     "CheckpointError",
     "ConfigError",
@@ -72,6 +79,8 @@ __all__ = [
     "Exporter",
     "FormatError",
     "Grid",
+    "GridActivation",
+    "GridActivationOptions",
     "GridKernel",
     "GridOptions",
     "GridQuantizer",
@@ -80,6 +89,7 @@ __all__ = [
     "Metric",
     "ModelError",
     "ModelMap",
+    "Observed",
     "Options",
     "ParamGroup",
     "Plugin",
@@ -133,9 +143,12 @@ if TYPE_CHECKING:
     )
     from qpipe.model.gradients import Inject, StopGradient
     from qpipe.plugin import Options, Plugin, hookimpl
+    from qpipe.quant.affine import ActivationRange, AffineActivation
     from qpipe.quant.compiled import over_rows
     from qpipe.quant.grid import Grid, GridKernel, GridOptions, GridQuantizer, float64_mean, float64_sum, mean_magnitude
+    from qpipe.quant.learned import GridActivation, GridActivationOptions
     from qpipe.quant.modules import QuantModule
+    from qpipe.quant.observed import Observed
     from qpipe.quant.quantizer import QuantContext, Quantizer, straight_through
     from qpipe.quant.rounding import tanh, visible_nan
     from qpipe.quant.splitting import split_to_binary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import export_builders as builders
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.quantization import QuantizationArgs
 
 from qpipe.builtin.exporters import Exporters
 from qpipe.errors import FormatError
@@ -16,7 +18,7 @@ from qpipe.export import compressed
 from qpipe.export.compressed import targets
 from qpipe.export.packing import pack_bits, pack_trits, packed_width, unpack_bits, unpack_trits
 from qpipe.export.record import ActivationSite, PackedWeight, PlannedSite
-from qpipe.export.schemes import centre, lift, weight_tensors
+from qpipe.export.schemes import activation_tensors, centre, lift, weight_tensors
 from qpipe.export.verify import changed_environment, compare_logits
 from qpipe.quant.tensor import QTensor, code_range
 
@@ -214,3 +216,22 @@ def test_logits_may_differ_by_rounding_only_elsewhere():
     assert "torch 1.0 ->" in detail
     assert compare_logits(about(torch="1.0"), expected, far)[0] == "fail"
     assert compare_logits(about(torch="1.0"), expected, expected * torch.nan)[0] == "fail"
+
+
+@pytest.mark.parametrize(
+    ("zero", "dtype"), [(-8.0, torch.int8), (127.0, torch.int8), (-1.3, torch.float32), (300.0, torch.float32)]
+)
+def test_zero_points_of_activations_are_integers_where_they_can_be(zero, dtype):
+    site = ActivationSite("l", "input", 4, False, "tensor", False, 0.25, zero)
+    pairs, found = activation_tensors(site, torch.bfloat16)
+    assert found["input_zero_point"].dtype == dtype and float(found["input_zero_point"]) == pytest.approx(zero)
+    assert (dict(pairs).get("zp_dtype") == torch.float32) == (dtype == torch.float32)
+    QuantizationArgs(type="int", **dict(pairs))
+
+
+@pytest.mark.parametrize(
+    ("scale", "zero", "message"), [(None, 0.0, "was it calibrated"), (0.25, math.nan, "did the training diverge")]
+)
+def test_activations_without_a_range_are_refused(scale, zero, message):
+    with pytest.raises(FormatError, match=f"l:input .*{message}"):
+        activation_tensors(ActivationSite("l", "input", 4, False, "tensor", False, scale, zero), torch.float32)
