@@ -154,12 +154,14 @@ def affine_gradient(
         high: largest code.
         base: code of the level at the offset.
     """
-    v = rows.float() / scale + zero
-    inside = (v >= low) & (v <= high)
     upstream = grad.float()
-    slope = torch.where(inside, v.round() - v, v.clamp(low, high) - base)
-    out.copy_(torch.where(inside, upstream, 0.0))
-    return torch.stack([(slope * upstream).sum(1), torch.where(inside, 0.0, upstream).sum(1)], dim=1)
+    v = (rows.float() / scale).add_(zero)
+    clamped = v.clamp(low, high)
+    outside = upstream * (v != clamped)
+    out.copy_(upstream - outside)
+    # Inside the clamped value is v itself, outside it is a level, so that the first term has only what is inside.
+    slope = torch.linalg.vecdot(upstream, clamped.round() - clamped) + torch.linalg.vecdot(outside, clamped - base)
+    return torch.stack([slope, outside.sum(1)], dim=1)
 
 
 class LearnedActivationSteps(Plugin):

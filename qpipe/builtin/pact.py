@@ -85,9 +85,9 @@ def clip_gradient(out: Tensor, rows: Tensor, grad: Tensor, clip: Tensor) -> Tens
         clip: float32, `[1, 1]`.
     """
     value, upstream = rows.float(), grad.float()
-    above = value >= clip
-    out.copy_(torch.where((value > 0) & ~above, upstream, 0.0))
-    return torch.where(above, upstream, 0.0).sum(1, keepdim=True)
+    above = upstream * (value >= clip)
+    out.copy_((upstream - above).mul_(value > 0))
+    return above.sum(1, keepdim=True)
 
 
 class LearnedClips(Plugin):
