@@ -20,7 +20,7 @@ from qpipe.stages.build import instrument
 from qpipe.stages.prepare import prepare
 from qpipe.stages.train import collect_losses, micro_step
 
-BATCH, TOKENS = 8, 128
+TOKENS = 128
 LEARNING_RATE = 1e-5
 BLOCK_WEIGHTS = "{block}.*:weight"
 BLOCK_INPUTS = "{block}.*:input"
@@ -36,6 +36,7 @@ class Spec:
         plugins: options by plugin name.
         compile: `quantization.compile`.
         micro_batches: parts that the batch is split into, with one optimizer step at the end.
+        batch: examples of 128 tokens in an optimizer step.
     """
 
     kind: str = "train"
@@ -43,6 +44,7 @@ class Spec:
     plugins: dict[str, dict[str, Any]] = field(default_factory=dict)
     compile: str = "on"
     micro_batches: int = 1
+    batch: int = 8
 
     @property
     def plain(self) -> bool:
@@ -59,13 +61,13 @@ def make_model(dtype: torch.dtype, layers: int) -> nn.Module:
     return BertForSequenceClassification(config).to(dtype)  # type: ignore[arg-type]
 
 
-def make_batches(micro_batches: int) -> list[dict[str, Tensor]]:
-    """The batch of 8 x 128 random tokens, in parts."""
+def make_batches(spec: Spec) -> list[dict[str, Tensor]]:
+    """The batch of random tokens, in parts."""
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(1000, 30000, (BATCH, TOKENS), generator=generator)
-    labels = torch.randint(0, 2, (BATCH,), generator=generator)
+    ids = torch.randint(1000, 30000, (spec.batch, TOKENS), generator=generator)
+    labels = torch.randint(0, 2, (spec.batch,), generator=generator)
     mask = torch.ones_like(ids)
-    parts = zip(*(t.chunk(micro_batches) for t in (ids, mask, labels)), strict=True)
+    parts = zip(*(t.chunk(spec.micro_batches) for t in (ids, mask, labels)), strict=True)
     return [{"input_ids": i, "attention_mask": m, "labels": y} for i, m, y in parts]
 
 
@@ -108,7 +110,7 @@ class OneProcess(Processes):
 
 def plain_side(spec: Spec, dtype: torch.dtype, layers: int) -> Callable[[], None]:
     """The full-precision step, in PyTorch alone."""
-    model, batches = make_model(dtype, layers), make_batches(spec.micro_batches)
+    model, batches = make_model(dtype, layers), make_batches(spec)
     inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
     if spec.kind == "evaluate":
         return lambda: _forward_only(model.eval(), inputs[0])
@@ -139,7 +141,7 @@ def quantized_run(spec: Spec, dtype: torch.dtype, layers: int, out: Path) -> Run
             "model": {"name": "benchmark"},
             "task": "sst2",
             "quantization": {"rules": list(spec.rules), "compile": spec.compile},
-            "train": {"accumulation": spec.micro_batches, "batch_size": BATCH},
+            "train": {"accumulation": spec.micro_batches, "batch_size": spec.batch},
             "plugins": spec.plugins,
             "out": str(out),
         }
@@ -160,7 +162,7 @@ def quantized_run(spec: Spec, dtype: torch.dtype, layers: int, out: Path) -> Run
 def quantized_side(spec: Spec, dtype: torch.dtype, layers: int, out: Path) -> Callable[[], None]:
     """The same step by qpipe's own code: `micro_step`, one optimizer step, quantized weights forgotten once."""
     run = quantized_run(spec, dtype, layers, out)
-    batches = make_batches(spec.micro_batches)
+    batches = make_batches(spec)
     if spec.kind == "evaluate":
         inputs = {k: v for k, v in batches[0].items() if k != "labels"}
         return lambda: _forward_only(run.student.eval(), inputs)

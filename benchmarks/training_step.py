@@ -41,6 +41,7 @@ def four_bits(**options: Any) -> tuple[dict[str, Any], ...]:
 
 
 W4 = Spec(rules=four_bits())
+KURE = replace(W4, plugins={"kure": {}})
 A8 = ({"site": BLOCK_INPUTS, "quantizer": "uniform-activation", "options": {"bits": 8}},)
 EMBEDDING = ({"site": "{embedding}:weight", "quantizer": "uniform", "options": {"bits": 8}},)
 WITH_TEACHER = replace(FULL, kind="train+teacher")
@@ -73,7 +74,9 @@ CASES = (
     Case("sqwq", "4-bit squashed weights (`sqwq`)", Spec(plugins={"sqwq": {}})),
     Case("accumulation", "4-bit weights per channel, 4 micro-batches of 2", replace(W4, micro_batches=4),
          replace(FULL, micro_batches=4), "full precision, 4 micro-batches of 2"),
-    Case("kure", "the same with `kure`", replace(W4, plugins={"kure": {}}), W4, "4-bit weights per channel"),
+    Case("kure", "4-bit weights per channel with `kure`", KURE, W4, "4-bit weights per channel"),
+    Case("kure-32", "4-bit weights per channel with `kure`, batch of 32", replace(KURE, batch=32),
+         replace(W4, batch=32), "4-bit weights per channel, batch of 32"),
     Case("ti-g", "4-bit weights and `ti-g`, first phase", replace(W4, kind="train+teacher", plugins={"ti-g": {}}),
          WITH_TEACHER, "full precision and a teacher's forward pass"),
     Case("evaluate", "evaluation forward, 4-bit weights per channel", replace(W4, kind="evaluate"),

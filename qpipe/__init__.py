@@ -60,6 +60,8 @@ _PUBLIC = {
     "visible_nan": "qpipe.quant.rounding",
     "split_to_binary": "qpipe.quant.splitting",
     "QuantModule": "qpipe.quant.modules",
+    "Moments": "qpipe.quant.moments",
+    "moments": "qpipe.quant.moments",
     "Inject": "qpipe.model.gradients",
     "StopGradient": "qpipe.model.gradients",
     "Run": "qpipe.run",
@@ -89,6 +91,7 @@ __all__ = [
     "Metric",
     "ModelError",
     "ModelMap",
+    "Moments",
     "Observed",
     "Options",
     "ParamGroup",
@@ -120,6 +123,7 @@ __all__ = [
     "float64_sum",
     "hookimpl",
     "mean_magnitude",
+    "moments",
     "over_rows",
     "resolve",
     "split_to_binary",
@@ -148,6 +152,7 @@ if TYPE_CHECKING:
     from qpipe.quant.grid import Grid, GridKernel, GridOptions, GridQuantizer, float64_mean, float64_sum, mean_magnitude
     from qpipe.quant.learned import GridActivation, GridActivationOptions
     from qpipe.quant.modules import QuantModule
+    from qpipe.quant.moments import Moments, moments
     from qpipe.quant.observed import Observed
     from qpipe.quant.quantizer import QuantContext, Quantizer, straight_through
     from qpipe.quant.rounding import tanh, visible_nan

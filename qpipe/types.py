@@ -115,22 +115,26 @@ class WeightLoss:
 
     Attributes:
         name: unique among all plugins; the key in logs.
-        fn: takes one float weight tensor (any shape) and returns a scalar; must be differentiable.
+        fn: takes one float weight tensor (any shape) and returns a scalar; with `moments`, takes the `Moments` of
+            several weights and returns a value for each. Must be differentiable.
         weight: factor in the total loss.
         applies: takes a module path and says whether its weight is penalised.
         reduction: how the values of several weights combine.
         every: evaluate in every n-th optimizer step only, with n times the weight.
         stored: True if `fn` is meant for the form in which a quantizer stores the weight, where that is another tensor
             than the weight (`Quantizer.master`); a penalty on ordinary weights is refused there.
+        moments: True if `fn` is a function of mean and central moments alone. Such a penalty costs one read of a weight
+            and one more term in its gradient.
     """
 
     name: str
-    fn: Callable[[Tensor], Tensor]
+    fn: Callable[[Any], Tensor]
     weight: float
     applies: Callable[[str], bool]
     reduction: Literal["mean", "sum"] = "mean"
     every: int = 1
     stored: bool = False
+    moments: bool = False
 
 
 @dataclass(frozen=True)

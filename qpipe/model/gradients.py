@@ -14,6 +14,19 @@ import torch
 from torch import Tensor
 
 
+def is_owned(grad: Tensor) -> bool:
+    """True if nobody but the caller's backward pass holds this gradient, so that it may be overwritten.
+
+    The test is the one by which autograd decides whether to add into a gradient in place. Where torch does not offer
+    it, nothing is owned.
+    """
+    uses, storage_uses = getattr(grad, "_use_count", None), getattr(torch._C, "_storage_Use_Count", None)
+    if uses is None or storage_uses is None or type(grad) is not Tensor or not grad.is_contiguous():
+        return False
+    storage = grad.untyped_storage()  # itself a use
+    return bool(uses() == 1 and storage_uses(storage._cdata) == 2)
+
+
 class Inject(torch.autograd.Function):
     """`Inject.apply(student, teacher)`: the teacher's value in the student's dtype, zero gradient to the student.
 

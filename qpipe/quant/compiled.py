@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import FunctionType
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -82,27 +82,48 @@ def turn_off(context: QuantContext, reason: str) -> None:
     logger.warning("quantization.compile: %s; weights are quantized in eager mode from here on", reason)
 
 
+@overload
 def over_rows(
     context: QuantContext,
     fn: Callable[..., Tensor],
     out: Tensor,
     tensors: Sequence[Tensor],
     constants: Sequence[Any] = (),
-) -> Tensor:
+) -> Tensor: ...
+
+
+@overload
+def over_rows(
+    context: QuantContext,
+    fn: Callable[..., None],
+    out: Tensor,
+    tensors: Sequence[Tensor],
+    constants: Sequence[Any] = (),
+) -> None: ...
+
+
+def over_rows(
+    context: QuantContext,
+    fn: Callable[..., Tensor | None],
+    out: Tensor,
+    tensors: Sequence[Tensor],
+    constants: Sequence[Any] = (),
+) -> Tensor | None:
     """Call `fn(out, *tensors, *constants)`, which treats every row by itself: compiled, or eager in blocks of rows.
 
     Args:
         context: says whether compiled code may be used.
-        fn: fills `out` and returns some numbers per row, `[rows, k]`; a module-level function.
+        fn: fills `out` and returns some numbers per row, `[rows, k]`, or nothing; a module-level function. A view of
+            `out` is no such number: compiled code would write it once more.
         out: `[rows, width]`.
-        tensors: `[rows, ...]`, or `[1, ...]` for what all rows share.
+        tensors: `[rows, ...]`, or `[1, ...]` for what all rows share. One of them may be `out` itself.
         constants: numbers and the like.
 
     Returns what `fn` returns for all rows.
     """
     if context.compiled and out.device.type == "cpu":
         try:
-            return compiled(fn)(out, *tensors, *constants)
+            return compiled(fn)(out, *tensors, *constants)  # type: ignore[no-any-return]
         except Exception as error:  # The compiler's errors have no common base; the eager path does the same work.
             turn_off(context, f"compiling {fn.__name__} failed ({type(error).__name__}: {str(error)[:200]})")
     count, size = out.shape[0], block_rows(out)
@@ -110,5 +131,9 @@ def over_rows(
     for start in range(0, count, size):
         stop = start + size
         part = [t[start:stop] if t.shape[0] == count else t for t in tensors]
-        parts.append(fn(out[start:stop], *part, *constants))
+        found = fn(out[start:stop], *part, *constants)
+        if found is not None:
+            parts.append(found)
+    if not parts:
+        return None
     return parts[0] if len(parts) == 1 else torch.cat(parts)

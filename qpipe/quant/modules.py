@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qpipe.model.gradients import WithWeightLoss
 from qpipe.model.taps import Tap, run_taps
+from qpipe.quant.moments import WithMoments
 from qpipe.quant.quantizer import QuantContext, Quantizer
 from qpipe.types import Slot, WeightLoss
 
@@ -63,8 +64,24 @@ class QuantModule(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weight as the forward pass uses it."""
-        quantizer = self._modules.get("weight_quantizer")
-        return self.weight if quantizer is None else quantizer(self.weight)
+        quantizer, weight = self._modules.get("weight_quantizer"), self.trained_weight()
+        return weight if quantizer is None else quantizer(weight)
+
+    def trained_weight(self) -> Tensor:
+        """The weight itself, along the node that adds the gradient of penalties on its moments where some are due."""
+        names = [term.name for term in self.due_weight_losses() if term.moments]
+        if not names:
+            return self.weight
+        weight, sums = WithMoments.apply(self.weight, self.qpipe.context)
+        self.qpipe.context.weight_losses.update({(name, self.qpipe.path): sums for name in names})
+        return weight  # type: ignore[no-any-return]
+
+    def due_weight_losses(self) -> list[WeightLoss]:
+        """Penalties on this module's weight that act in this forward pass."""
+        due = self.qpipe.context.due_weight_losses
+        if not (self.qpipe.weight_losses and due and torch.is_grad_enabled()):
+            return []
+        return [term for term in self.qpipe.weight_losses if term.name in due]
 
     def before(self, x: Tensor) -> Tensor:
         """Taps and quantizer at the input."""
@@ -75,8 +92,8 @@ class QuantModule(nn.Module):
     def after(self, y: Tensor) -> Tensor:
         """Weight penalties, then taps and quantizer at the output."""
         context = self.qpipe.context
-        if self.qpipe.weight_losses and context.due_weight_losses and torch.is_grad_enabled():
-            for term in (term for term in self.qpipe.weight_losses if term.name in context.due_weight_losses):
+        for term in self.due_weight_losses():
+            if not term.moments:
                 y, value = WithWeightLoss.apply(y, self.weight, term.fn)
                 context.weight_losses[term.name, self.qpipe.path] = value
         y = run_taps(self.qpipe.taps["output"], y, context)
@@ -85,39 +102,43 @@ class QuantModule(nn.Module):
 
     def apply_weight(self, fn: Callable[[Tensor], Tensor]) -> Tensor:
         """Call `fn` with the quantized weight, so that backward does not keep it where weights are partitioned."""
-        weight = self.quantized_weight()
+        if not (self.qpipe.context.partitioned and torch.is_grad_enabled()):
+            return fn(self.quantized_weight())
         quantizer = self.hosted("weight")
-        recompute = (
-            self.qpipe.context.partitioned
-            and quantizer is not None
-            and torch.is_grad_enabled()
-            and next(quantizer.parameters(), None) is None
-            and not quantizer.is_noisy()
-        )
-        if not recompute:
-            return fn(weight)
-        with quantized_again(weight, lambda: quantizer.quantize(self.weight.detach())):  # type: ignore[union-attr]
+        again: dict[int, Callable[[], Tensor]] = {}
+        if any(term.moments for term in self.due_weight_losses()):
+            again[self.weight.data_ptr()] = lambda: self.weight.detach()
+        with made_again(again):
+            weight = self.quantized_weight()
+        if quantizer is not None and next(quantizer.parameters(), None) is None and not quantizer.is_noisy():
+            again[weight.data_ptr()] = lambda: quantizer.quantize(self.weight.detach())
+        with made_again(again):
             return fn(weight)
 
 
 @contextmanager
-def quantized_again(quantized: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
-    """Within, autograd saves a note in place of `quantized` and calls `again` when backward needs it.
+def made_again(again: Mapping[int, Callable[[], Tensor]]) -> Iterator[None]:
+    """Within, autograd saves a note in place of some tensors and makes them again when backward needs them.
 
-    Under ZeRO-3 the module's weight is gathered at that time, so its quantized form costs time but no memory.
+    Under ZeRO-3 the module's weight is gathered at that time, so what is made of it costs time but no memory.
+
+    Args:
+        again: makes a whole tensor, by the address of its data.
     """
-    storage = quantized.untyped_storage().data_ptr()
+    if not again:
+        yield
+        return
 
     def pack(saved: Tensor) -> Any:
-        if saved.untyped_storage().data_ptr() != storage:
-            return saved
-        return saved.size(), saved.stride(), saved.storage_offset()
+        make = again.get(saved.data_ptr())
+        return saved if make is None else (make, saved.size(), saved.stride())
 
     def unpack(saved: Any) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
+        make, size, stride = saved
         with torch.no_grad():
-            return again().as_strided(*saved)
+            return make().as_strided(size, stride)  # type: ignore[no-any-return]
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
@@ -156,7 +177,7 @@ class QuantEmbedding(QuantModule, nn.Embedding):
 
         if not self._few(ids):
             return self.after(self.apply_weight(look_up))
-        rows = look_up(self.weight)
+        rows = look_up(self.trained_weight())
         quantizer: Any = self.hosted("weight")
         return self.after(quantizer.forward_rows(rows.reshape(-1, rows.shape[-1])).view_as(rows))
 

@@ -32,7 +32,8 @@ class QuantContext:
         micro_batch: number of the micro-batch under way, counted from the start of training.
         compiled: True where quantizers may use compiled code; the result is the same bit for bit.
         taps_active: True within a training step; observing and replacing taps do nothing otherwise.
-        weight_losses: values of weight penalties met in this forward pass, by `(penalty, module path)`.
+        weight_losses: values of weight penalties met in this forward pass, by `(penalty, module path)`; of penalties on
+            moments, what these are formed from.
         due_weight_losses: names of the weight penalties that act in this micro-batch.
         kept: tokens that calibration counts, `[batch, tokens]`, true where there is no padding; None counts all.
         visited: by name of the sites whose quantizer has run, whether it changed its value; None while nobody asks.

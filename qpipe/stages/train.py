@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qpipe.errors import ConfigError, TrainingError, suggest
 from qpipe.host import BUILTIN_PREFIX
+from qpipe.quant.moments import from_sums
 from qpipe.run import Run, Step
 from qpipe.stages import checkpoint
 from qpipe.stages.build import seed_everything
@@ -187,7 +188,8 @@ def weight_loss_parts(run: Run) -> dict[str, Tensor]:
     for term in run.weight_losses:
         if term.name not in run.instruments.context.due_weight_losses:
             continue
-        values = torch.stack([value for (name, _), value in found.items() if name == term.name])
+        own = [value for (name, _), value in found.items() if name == term.name]
+        values = term.fn(from_sums(own)) if term.moments else torch.stack(own)
         combined = values.mean() if term.reduction == "mean" else values.sum()
         parts[term.name] = term.weight * term.every * run.config.train.accumulation * combined
     return parts

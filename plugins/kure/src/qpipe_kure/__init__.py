@@ -1,6 +1,6 @@
 """Kurtosis regularization of weights."""
 
-from qpipe_kure.penalty import KurtosisPenalty, kurtosis
+from qpipe_kure.penalty import kurtosis, kurtosis_penalty
 from qpipe_kure.plugin import Kure, KureOptions
 
-__all__ = ["Kure", "KureOptions", "KurtosisPenalty", "kurtosis"]
+__all__ = ["Kure", "KureOptions", "kurtosis", "kurtosis_penalty"]

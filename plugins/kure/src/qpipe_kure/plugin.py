@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from qpipe import ModelError, Options, Plugin, QuantContext, ReportSection, Run, TrainingError, WeightLoss, hookimpl
-from qpipe_kure.penalty import KurtosisPenalty, kurtosis
+from qpipe import ModelError, Moments, Options, Plugin, ReportSection, Run, TrainingError, WeightLoss, hookimpl
+from qpipe_kure.penalty import kurtosis, kurtosis_penalty
 from qpipe_kure.report import FILE, read, sections
 from qpipe_kure.selection import Candidate, matching, select, table
 
@@ -51,11 +50,9 @@ class Kure(Plugin):
         super().__init__(options)
         self.candidates: tuple[Candidate, ...] = ()
 
-    def penalty(self, weight: Tensor, context: QuantContext | None = None) -> Tensor:
-        """The penalty on one weight of any shape, a float scalar."""
-        options = self.options
-        value: Tensor = KurtosisPenalty.apply(weight, options.target, options.penalty == "squared", context)
-        return value
+    def penalty(self, m: Moments) -> Tensor:
+        """The penalty on each of several weights, `[weights]`."""
+        return kurtosis_penalty(m, self.options.target, self.options.penalty == "squared")
 
     def candidate_names(self, run: Run) -> list[str]:
         """Module paths of the weights that `include` selects: the quantized ones without embeddings if it is empty.
@@ -88,9 +85,15 @@ class Kure(Plugin):
             if run.engine.rank == 0:
                 logger.info("%s", table(self.candidates))
         chosen = frozenset(c.name for c in self.candidates if not c.left_out)
-        penalty = partial(self.penalty, context=run.instruments.context)
+        options = self.options
         yield WeightLoss(
-            "kure", penalty, self.options.weight, chosen.__contains__, self.options.reduction, self.options.every
+            "kure",
+            self.penalty,
+            options.weight,
+            chosen.__contains__,
+            options.reduction,
+            options.every,
+            moments=True,
         )
 
     def _record(self) -> dict[str, Any]:

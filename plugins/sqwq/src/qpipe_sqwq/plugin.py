@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from qpipe import ParamGroup, Plugin, QuantContext, QuantizerKind, Rule, Run, SiteError, WeightLoss, hookimpl
-from qpipe_sqwq.penalty import DistributionPenalty
+from qpipe import ParamGroup, Plugin, QuantizerKind, Rule, Run, SiteError, WeightLoss, hookimpl
+from qpipe_sqwq.penalty import distribution_penalty
 from qpipe_sqwq.quantizer import SqwqOptions, SqwqWeight
 from qpipe_sqwq.stored import take_stored
 
@@ -68,9 +69,9 @@ class Sqwq(Plugin):
             )
         for sigma, members in paths.items() if self.options.weight else ():
             name = NAME if len(paths) == 1 else f"{NAME}-{sigma:g}"
-            fn = _penalty(sigma, run.instruments.context)
+            fn = partial(distribution_penalty, sigma=sigma)
             weight, every = self.options.weight, self.options.every
-            yield WeightLoss(name, fn, weight, members.__contains__, "sum", every, stored=True)
+            yield WeightLoss(name, fn, weight, members.__contains__, "sum", every, stored=True, moments=True)
 
     @hookimpl
     def qpipe_model_prepared(self, run: Run) -> None:
@@ -97,14 +98,6 @@ class Sqwq(Plugin):
 def squashed(run: Run) -> dict[str, SqwqWeight]:
     """The squashed weights of a run, by site."""
     return {site: q for site, q in run.instruments.quantizers().items() if isinstance(q, SqwqWeight)}
-
-
-def _penalty(sigma: float, context: QuantContext) -> Callable[[Tensor], Tensor]:
-    def penalty(p: Tensor) -> Tensor:
-        value: Tensor = DistributionPenalty.apply(p, sigma, context)
-        return value
-
-    return penalty
 
 
 def _among(ids: set[int]) -> Any:
