@@ -95,15 +95,34 @@ class DorefaWeight(GridQuantizer):
         return value if self.bits == 1 else self.with_gradient(value, self._gradient)
 
     def _gradient(self, rows: Tensor, grad: Tensor, out: Tensor) -> tuple[()]:
-        statistics = over_rows(self.context, squash_statistics, out, (rows, grad))
-        largest, dots, ties = statistics.split(1, dim=1)
-        if self.per_tensor:
-            ties = torch.where(largest == largest.max(), ties, 0.0)
-            largest, dots, ties = largest.max().view(1, 1), dots.sum(0, keepdim=True), ties.sum(0, keepdim=True)
         unit = self.options.output == "unit"
-        at_largest = _slope_at_largest(largest, unit) * dots / ties
-        over_rows(self.context, squash_gradient, out, (rows, grad, largest, at_largest), (unit,))
+        if not self.per_tensor:
+            over_rows(self.context, row_gradient, out, (rows, grad), (unit,))
+            return ()
+        peaks = over_rows(self.context, row_peaks, rows, (rows,))
+        largest = peaks.max().view(1, 1)
+        at = (peaks == largest).flatten().nonzero().flatten()  # the few rows that hold the largest magnitude
+        value, before = rows[at].float(), grad[at].float()
+        dot = over_rows(self.context, squash_gradient, out, (rows, grad, largest), (unit,)).sum(0, keepdim=True)
+        out[at] = _with_largest(value, before, largest, dot, (value.abs() == largest).sum(), unit).to(out.dtype)
         return ()
+
+
+def _with_largest(value: Tensor, grad: Tensor, largest: Tensor, dot: Tensor, ties: Tensor, unit: bool) -> Tensor:
+    """Gradient of rows with that of the largest magnitude, which its `ties` elements share.
+
+    Args:
+        value: the weight, float32, `[rows, width]`.
+        grad: gradient of the quantized weight, float32.
+        largest: largest magnitude, `[rows, 1]` or `[1, 1]`.
+        dot: `sum(grad * tanh(w))` over what shares it, of the same shape.
+        ties: how many elements have it.
+        unit: True if the largest level is 1.
+    """
+    at_largest = _slope_at_largest(largest, unit) * dot / ties
+    squashed = tanh(value)
+    extra = torch.where(value.abs() == largest, value.sign() * at_largest, 0.0)
+    return grad * (_steepness(largest, unit) * (1 - squashed * squashed)) + extra
 
 
 def _slope_at_largest(largest: Tensor, unit: bool) -> Tensor:
@@ -114,36 +133,43 @@ def _slope_at_largest(largest: Tensor, unit: bool) -> Tensor:
     return torch.where(largest > 0, slope, 0.0)
 
 
-def squash_statistics(out: Tensor, rows: Tensor, grad: Tensor) -> Tensor:
-    """Of each row: largest magnitude, `sum(grad * tanh(w))`, and how many elements have that magnitude.
-
-    `[rows, 3]`, float32; `out` is left alone.
-    """
-    value = rows.float()
-    largest = value.abs().amax(1, keepdim=True)
-    dots = (grad.float() * tanh(value)).sum(1, keepdim=True)
-    ties = (value.abs() == largest).float().sum(1, keepdim=True)
-    return torch.cat([largest, dots, ties], dim=1)
+def _steepness(largest: Tensor, unit: bool) -> Tensor:
+    """`top / max|tanh(w)|`; 0 where all weights are 0, so that nothing is learned."""
+    top = torch.ones_like(largest) if unit else largest
+    return torch.where(largest > 0, top / tanh(largest), 0.0)
 
 
-def squash_gradient(out: Tensor, rows: Tensor, grad: Tensor, largest: Tensor, at_largest: Tensor, unit: bool) -> Tensor:
-    """Gradient of rows into `out`; returns `largest`.
+def row_peaks(out: Tensor, rows: Tensor) -> Tensor:
+    """Largest magnitude of each row, `[rows, 1]`, float32; `out` is left alone."""
+    return rows.abs().amax(1, keepdim=True).float()
+
+
+def squash_gradient(out: Tensor, rows: Tensor, grad: Tensor, largest: Tensor, unit: bool) -> Tensor:
+    """Gradient of rows into `out`, without that of the largest magnitude; returns `sum(grad * tanh(w))` of each row.
 
     Args:
-        out: `[rows, width]`, overwritten.
+        out: `[rows, width]`, overwritten; may be `grad`.
         rows: the weight, `[rows, width]`.
         grad: gradient of the quantized weight.
-        largest: largest magnitude, `[rows, 1]` or `[1, 1]`.
-        at_largest: what the largest elements get on top, of the same shape.
+        largest: largest magnitude of all rows, `[1, 1]`.
         unit: True if the largest level is 1.
+
+    Returns `[rows, 1]`, float32.
     """
-    value = rows.float()
+    value, slope = rows.float(), grad.float()
     squashed = tanh(value)
-    top = torch.ones_like(largest) if unit else largest
-    steepness = torch.where(largest > 0, top / tanh(largest), 0.0)  # nothing is learned where all weights are 0
-    extra = torch.where(value.abs() == largest, value.sign() * at_largest, 0.0)
-    out.copy_(grad.float() * (steepness * (1 - squashed * squashed)) + extra)
-    return largest
+    dots = (slope * squashed).sum(1, keepdim=True)
+    out.copy_(slope * (_steepness(largest, unit) * (1 - squashed * squashed)))  # last: it may be the memory of grad
+    return dots
+
+
+def row_gradient(out: Tensor, rows: Tensor, grad: Tensor, unit: bool) -> None:
+    """Gradient of rows that each have a scale of their own, into `out`; arguments as in `squash_gradient`."""
+    value, slope = rows.float(), grad.float()
+    largest = value.abs().amax(1, keepdim=True)
+    dots = (slope * tanh(value)).sum(1, keepdim=True)
+    ties = (value.abs() == largest).float().sum(1, keepdim=True)
+    out.copy_(_with_largest(value, slope, largest, dots, ties, unit))
 
 
 class DorefaActivation(GridActivation):

@@ -186,7 +186,7 @@ def step_gradient(
     """Gradient of rows into `out`; returns the unscaled gradient of the step of each row, `[rows, 1]`, float32.
 
     Args:
-        out: `[rows, width]`, overwritten.
+        out: `[rows, width]`, overwritten; may be `grad`.
         rows: the weight, `[rows, width]`.
         grad: gradient of the quantized weight.
         scale: the step in use, float32, `[rows, 1]` or `[1, 1]`.
@@ -198,8 +198,9 @@ def step_gradient(
     inside = (v >= low) & (v <= high)
     level = (v + zero_point).round() - zero_point
     slope = torch.where(inside, level - v, v.clamp(low, high))
-    out.copy_(torch.where(inside, grad, 0.0))
-    return (slope * grad.float()).sum(1, keepdim=True)
+    slopes = (slope * grad.float()).sum(1, keepdim=True)
+    out.copy_(torch.where(inside, grad, 0.0))  # last: it may be the memory of grad
+    return slopes
 
 
 class LearnedSteps(Plugin):

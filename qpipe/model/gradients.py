@@ -15,16 +15,20 @@ from torch import Tensor
 
 
 def is_owned(grad: Tensor) -> bool:
-    """True if nobody but the caller's backward pass holds this gradient, so that it may be overwritten.
+    """True if nobody but the calling backward pass holds this gradient, so that it may be overwritten.
 
-    The test is the one by which autograd decides whether to add into a gradient in place. Where torch does not offer
-    it, nothing is owned.
+    It asks what autograd itself asks before it adds into a gradient in place, and looks through the transposed view in
+    which linear maps return theirs. Where torch does not say, nothing is owned. References from Python are not seen: a
+    function that keeps the gradient it was given must copy it.
     """
     uses, storage_uses = getattr(grad, "_use_count", None), getattr(torch._C, "_storage_Use_Count", None)
     if uses is None or storage_uses is None or type(grad) is not Tensor or not grad.is_contiguous():
         return False
-    storage = grad.untyped_storage()  # itself a use
-    return bool(uses() == 1 and storage_uses(storage._cdata) == 2)
+    base: Any = grad._base
+    if base is not None and base._use_count() != 2:  # the view's own use, and the name here
+        return False
+    storage = grad.untyped_storage()  # a use as well
+    return bool(uses() == 1 and storage_uses(storage._cdata) == (2 if base is None else 3))
 
 
 class Inject(torch.autograd.Function):

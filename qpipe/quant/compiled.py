@@ -123,7 +123,7 @@ def over_rows(
     """
     if context.compiled and out.device.type == "cpu":
         try:
-            return compiled(fn)(out, *tensors, *constants)  # type: ignore[no-any-return]
+            return compiled(fn)(out, *tensors, *constants)
         except Exception as error:  # The compiler's errors have no common base; the eager path does the same work.
             turn_off(context, f"compiling {fn.__name__} failed ({type(error).__name__}: {str(error)[:200]})")
     count, size = out.shape[0], block_rows(out)

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qpipe.model.gradients import is_owned
 from qpipe.plugin import Options
 from qpipe.quant.compiled import compiled, turn_off
 from qpipe.quant.quantizer import Quantizer
@@ -128,8 +129,9 @@ class _WithGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (value,) = ctx.saved_tensors
+        owned = is_owned(grads[0])
         rows, grad = ctx.quantizer.rows_of(value), ctx.quantizer.rows_of(grads[0].contiguous())
-        result = torch.empty_like(grad)
+        result = grad if owned else torch.empty_like(grad)
         rest = ctx.gradient(rows, grad, result)
         return None, None, result.view(value.shape), *rest
 
@@ -218,7 +220,8 @@ class GridQuantizer(Quantizer):
         Args:
             value: the weight.
             gradient: takes rows of the weight, of the incoming gradient, and of the result, which it fills; returns the
-                gradients of the parameters.
+                gradients of the parameters. The result may be the incoming gradient itself: what is read after writing
+                has changed.
             parameters: of the quantizer. They may be partitioned again by the time of the backward pass: what
                 `gradient` needs of their values has to be taken before.
         """

@@ -74,7 +74,7 @@ class QuantModule(nn.Module):
             return self.weight
         weight, sums = WithMoments.apply(self.weight, self.qpipe.context)
         self.qpipe.context.weight_losses.update({(name, self.qpipe.path): sums for name in names})
-        return weight  # type: ignore[no-any-return]
+        return weight
 
     def due_weight_losses(self) -> list[WeightLoss]:
         """Penalties on this module's weight that act in this forward pass."""
@@ -138,7 +138,7 @@ def made_again(again: Mapping[int, Callable[[], Tensor]]) -> Iterator[None]:
             return saved
         make, size, stride = saved
         with torch.no_grad():
-            return make().as_strided(size, stride)  # type: ignore[no-any-return]
+            return make().as_strided(size, stride)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

@@ -26,9 +26,9 @@ SUMS = 6
 
 
 class Moments(NamedTuple):
-    """Mean and population moments about the mean of several weights; each field is float64, `[weights]`."""
+    """Number of elements, mean, and population moments about the mean of several weights: float64, `[weights]` each."""
 
-    count: Tensor
+    number: Tensor
     mean: Tensor
     second: Tensor
     third: Tensor

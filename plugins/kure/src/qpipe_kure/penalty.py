@@ -23,7 +23,7 @@ def _is_constant(m: Moments) -> Tensor:
 
 def _kurtosis(m: Moments) -> Tensor:
     """Of constant tensors a number without a meaning."""
-    bessel = ((m.count - 1) / m.count).square()  # by which the unbiased deviation lowers the kurtosis
+    bessel = ((m.number - 1) / m.number).square()  # by which the unbiased deviation lowers the kurtosis
     return m.fourth / torch.where(_is_constant(m), 1.0, m.second).square() * bessel
 
 

@@ -129,7 +129,7 @@ def squash_gradient(
     """Gradient of P into `out`; returns that of the gain for each row, `[rows, 1]`, float32.
 
     Args:
-        out: `[rows, width]`, overwritten.
+        out: `[rows, width]`, overwritten; may be `grad`.
         rows: P, `[rows, width]`.
         grad: gradient of the quantized weight.
         factor: `e**g`, float32, `[rows, 1]` or `[1, 1]`.
@@ -140,5 +140,6 @@ def squash_gradient(
     squashed = tanh(rows.float())
     quantized = (squashed_codes(squashed, low, high) + 0.5) * scale
     slope = grad.float()
-    out.copy_(slope * factor * (1 - squashed * squashed))
-    return (slope * quantized).sum(1, keepdim=True)
+    slopes = (slope * quantized).sum(1, keepdim=True)
+    out.copy_(slope * factor * (1 - squashed * squashed))  # last: it may be the memory of grad
+    return slopes
