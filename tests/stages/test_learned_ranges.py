@@ -12,7 +12,7 @@ import qpipe
 from qpipe import FormatError
 from qpipe.stages import checkpoint
 from qpipe.stages.calibrate import inputs_of
-from qpipe.stages.prepare import parameter_groups
+from qpipe.stages.param_groups import parameter_groups
 from qpipe.stages.quantize import quantize
 from qpipe.stages.ranges import observed_batches
 from qpipe.stages.trained import restore

@@ -22,7 +22,7 @@ from qpipe import (
     hookimpl,
 )
 from qpipe.stages import checkpoint
-from qpipe.stages.prepare import parameter_groups
+from qpipe.stages.param_groups import parameter_groups
 from qpipe.stages.train import collect_losses, total_steps
 from qpipe.testing import tiny_config
 from qpipe.testing.gradients import trace

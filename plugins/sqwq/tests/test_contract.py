@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 import qpipe
 from qpipe import ConfigError, SiteError
 from qpipe.stages import evaluate_run, export_run, plan_run
-from qpipe.stages.prepare import parameter_groups
+from qpipe.stages.param_groups import parameter_groups
 from qpipe.testing import check_plugin, check_rules, tiny_config
 
 
