@@ -195,9 +195,10 @@ def step_gradient(
         zero_point: 0, or -1/2 for mid-rise levels.
     """
     v = rows.float() / scale
-    inside = (v >= low) & (v <= high)
-    level = (v + zero_point).round() - zero_point
-    slope = torch.where(inside, level - v, v.clamp(low, high))
+    clipped = v.clamp(low, high)
+    inside = v == clipped
+    level = v.round() if zero_point == 0 else (v + zero_point).round() - zero_point
+    slope = torch.where(inside, level - v, clipped)
     slopes = (slope * grad.float()).sum(1, keepdim=True)
     out.copy_(torch.where(inside, grad, 0.0))  # last: it may be the memory of grad
     return slopes

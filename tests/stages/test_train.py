@@ -117,16 +117,24 @@ def test_factors_of_terms_and_their_sum(tmp_path, use, fast):
 # --- weight losses and accumulation -----------------------------------------------------------------------------------
 
 
-def penalty(reduction="sum", weight=7.0, every=1):
-    return WeightLoss("squares", squares, weight, lambda path: path.endswith("intermediate.dense"), reduction, every)
+def squares_of_moments(m):
+    """`squares` of each weight."""
+    return m.second + m.mean.square()
+
+
+def penalty(reduction="sum", weight=7.0, every=1, moments=False):
+    fn = squares_of_moments if moments else squares
+    applies = lambda path: path.endswith("intermediate.dense")  # noqa: E731
+    return WeightLoss("squares", fn, weight, applies, reduction, every, moments=moments)
 
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
 
-def test_micro_batches_have_the_gradients_of_one_batch(tmp_path, use):
+@pytest.mark.parametrize("moments", [False, True])
+def test_micro_batches_have_the_gradients_of_one_batch(moments, tmp_path, use):
     """Weight penalties act once per optimizer step, whatever the number of micro-batches."""
-    use(Offer(weight_losses=[penalty()]))
+    use(Offer(weight_losses=[penalty(moments=moments)]))
     common = {"quantization__preset": "w4", "train__batch_size": 16, "train__clip": 0}
     (one, two), _ = trace(tiny_config(tmp_path, **common), 2)
     (one_again, two_again), _ = trace(tiny_config(tmp_path, train__accumulation=2, **common), 2)
@@ -137,12 +145,12 @@ def test_micro_batches_have_the_gradients_of_one_batch(tmp_path, use):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_weight_loss_adds_its_own_gradient(reduction, accumulation, tmp_path, use):
+@pytest.mark.parametrize(("reduction", "moments"), [("sum", False), ("mean", False), ("sum", True), ("mean", True)])
+def test_weight_loss_adds_its_own_gradient(reduction, moments, accumulation, tmp_path, use):
     changes = {"quantization__preset": "w4", "train__accumulation": accumulation}
     use()
     ((without,), _) = trace(tiny_config(tmp_path, **changes), 1)
-    use(Offer(weight_losses=[penalty(reduction)]))
+    use(Offer(weight_losses=[penalty(reduction, moments=moments)]))
     ((with_penalty,), _) = trace(tiny_config(tmp_path, **changes), 1)
     model = qpipe.stages.plan_run(tiny_config(tmp_path)).student
     share = 2 if reduction == "mean" else 1  # two blocks
@@ -167,10 +175,11 @@ def test_a_weight_loss_of_every_second_step_counts_twice(tmp_path, use):
         torch.testing.assert_close(lazy[1][name], double[1][name], **CLOSE)
 
 
+@pytest.mark.parametrize("moments", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_logged_weight_loss_is_that_of_the_step(accumulation, tmp_path, use, fast):
+def test_logged_weight_loss_is_that_of_the_step(accumulation, moments, tmp_path, use, fast):
     recorder = Recorder()
-    use(recorder, Offer(weight_losses=[penalty()]))
+    use(recorder, Offer(weight_losses=[penalty(moments=moments)]))
     config = tiny_config(tmp_path, train__max_steps=1, train__accumulation=accumulation)
     model = qpipe.stages.plan_run(config).student
     expected = sum(
@@ -187,8 +196,9 @@ def test_a_weight_loss_that_applies_to_nothing(tmp_path, assembled):
         assembled(tiny_config(tmp_path), Offer(weight_losses=[idle]))
 
 
-def test_activation_checkpointing_has_the_same_gradients(tmp_path, use):
-    use(Offer(weight_losses=[penalty()]))
+@pytest.mark.parametrize("moments", [False, True])
+def test_activation_checkpointing_has_the_same_gradients(moments, tmp_path, use):
+    use(Offer(weight_losses=[penalty(moments=moments)]))
     ((plain,), _) = trace(tiny_config(tmp_path), 1)
     calls = []
     original = torch.utils.checkpoint.checkpoint
