@@ -12,6 +12,7 @@ from typing import Any
 from reference_text import anchor, repository_plugins
 
 from qpipe import hookspecs, run, types
+from qpipe.data import loading, text
 from qpipe.host import BUILTINS
 from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.tensor import QTensor
@@ -30,6 +31,8 @@ CONTRIBUTIONS = (
     types.Task,
     types.Exporter,
     types.ReportSection,
+    loading.TaskData,
+    text.Texts,
     run.Run,
     run.Step,
     QTensor,

@@ -39,6 +39,10 @@ _PUBLIC = {
     "TapStage": "qpipe.types",
     "Task": "qpipe.types",
     "WeightLoss": "qpipe.types",
+    "TaskData": "qpipe.data.loading",
+    "Texts": "qpipe.data.text",
+    "locate": "qpipe.data.locate",
+    "Engine": "qpipe.engine.base",
     "QTensor": "qpipe.quant.tensor",
     "QuantContext": "qpipe.quant.quantizer",
     "Quantizer": "qpipe.quant.quantizer",
@@ -78,6 +82,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "Engine",
     "Exporter",
     "FormatError",
     "Grid",
@@ -115,6 +120,8 @@ __all__ = [
     "StopGradient",
     "TapStage",
     "Task",
+    "TaskData",
+    "Texts",
     "TrainingError",
     "WeightLoss",
     "__version__",
@@ -122,6 +129,7 @@ __all__ = [
     "float64_mean",
     "float64_sum",
     "hookimpl",
+    "locate",
     "mean_magnitude",
     "moments",
     "over_rows",
@@ -134,6 +142,10 @@ __all__ = [
 
 if TYPE_CHECKING:
     from qpipe.config import RunConfig, resolve
+    from qpipe.data.loading import TaskData
+    from qpipe.data.locate import locate
+    from qpipe.data.text import Texts
+    from qpipe.engine.base import Engine
     from qpipe.errors import (
         CheckpointError,
         ConfigError,

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
     from qpipe import types
-    from qpipe.config import ModelConfig
+    from qpipe.config import ModelConfig, RunConfig
+    from qpipe.data.loading import TaskData
+    from qpipe.engine.base import Engine
     from qpipe.run import Run, Step
 
 
@@ -52,6 +54,23 @@ class Specs:
     @hookspec
     def qpipe_tasks(self) -> Iterable[types.Task]:  # type: ignore[empty-body]
         """Offer tasks (all)."""
+
+    @hookspec(firstresult=True)
+    def qpipe_training_data(
+        self, config: RunConfig, task: types.Task, data: TaskData, engine: Engine
+    ) -> TaskData | None:
+        """Change what is trained on, and for how long (first). Collective, before the student is built.
+
+        It is called again when a run resumes and must then give the same data. A teacher is fine-tuned on what the
+        configuration names, and finished runs are evaluated and exported without it.
+
+        Args:
+            config: the resolved configuration.
+            task: what is learned.
+            data: the processed splits, and the training texts where there are any. Return
+                `dataclasses.replace(data, train=data.text.encode(rows, labels), steps=optimizer_steps)`.
+            engine: the processes, their device, and how they talk to each other.
+        """
 
     # --- prepare ----------------------------------------------------------------------------------------------------
 

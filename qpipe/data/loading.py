@@ -17,6 +17,7 @@ from qpipe.data.masking import Masking, number_rows
 from qpipe.data.sources import Split, read_splits
 from qpipe.data.text import (
     Collate,
+    Texts,
     chunk,
     chunk_collate,
     load_tokenizer,
@@ -41,6 +42,8 @@ class TaskData:
         label_names: names of the classes in the order of their ids; empty unless classes are predicted.
         train_collate: takes seed and epoch, and gives what makes the batches of that epoch; None: `collate` does.
         decode: turns arrays of predictions and references into those that the metrics take; None: they are the same.
+        text: the training examples before tokenization; None where they are no labelled texts.
+        steps: optimizer steps of the training, where the data decide it; None: `train.epochs` does.
     """
 
     train: datasets.Dataset
@@ -51,6 +54,8 @@ class TaskData:
     label_names: tuple[str, ...]
     train_collate: Callable[[int, int], Collate] | None = None
     decode: Callable[[Any, Any], tuple[Any, Any]] | None = None
+    text: Texts | None = None
+    steps: int | None = None
 
 
 def find_task(tasks: Mapping[str, Task], name: str) -> Task:
@@ -105,13 +110,15 @@ def load_data(config: RunConfig, task: Task) -> TaskData:
     length = config.data.max_length
     tokenizer = load_tokenizer(config.model, length)
     require_padding(tokenizer)
+    text = Texts(train, inputs, train_labels, tokenizer, length)
     return TaskData(
-        tokenize(train, inputs, tokenizer, length, train_labels),
+        text.encode(train.data, train_labels),
         tokenize(validation, inputs, tokenizer, length, validation_labels),
         padding_collate(tokenizer, length if config.data.pad_to_max_length else None),
         tokenizer,
         num_labels,
         names,
+        text=text,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -98,6 +99,35 @@ def tokenize(
         return dict(tokenizer(*(batch[column] for column in columns), truncation=True, max_length=max_length))
 
     return _with_labels(map_rows(split.data.select_columns(list(columns)), encode), labels)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Labelled training examples before tokenization.
+
+    Attributes:
+        split: the rows, with every column of their source.
+        columns: names of the one or two columns of text.
+        labels: class ids, or numbers, `[rows]`.
+        tokenizer: of the model.
+        max_length: tokens to which an example is truncated.
+    """
+
+    split: Split
+    columns: tuple[str, ...]
+    labels: np.ndarray[Any, Any]
+    tokenizer: Any
+    max_length: int
+
+    def encode(self, rows: datasets.Dataset, labels: np.ndarray[Any, Any]) -> datasets.Dataset:
+        """Other rows with the same columns of text, as model inputs beside `labels` `[rows]`.
+
+        Raises:
+            DataError: a text is missing or is no text.
+        """
+        split = Split(rows, self.split.source, np.arange(len(rows)))
+        split = self.split if rows is self.split.data else split
+        return tokenize(split, self.columns, self.tokenizer, self.max_length, labels)
 
 
 def _with_labels(data: datasets.Dataset, labels: np.ndarray[Any, Any]) -> datasets.Dataset:

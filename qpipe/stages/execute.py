@@ -83,12 +83,18 @@ def assemble(config: RunConfig, host: Host, seconds: dict[str, float], resume: b
     with timed(seconds, "build"):
         engine = connect(config.engine)
         refuse_used(config, engine, resume)
-        data = load_data(config, find_task(host.collect("qpipe_tasks"), config.task))
+        original = load_data(config, find_task(host.collect("qpipe_tasks"), config.task))
+    data = original
+    if host.is_used("qpipe_training_data"):
+        with timed(seconds, "data"):
+            data = training_data(config, host, engine, original)
     teacher: str | None = None
     teacher_metrics: dict[str, float] = {}
     if is_needed(config, host):
         with timed(seconds, "teacher"):
-            teacher, teacher_metrics = ensure_teacher(config, host, data, lambda: rehearse(config, engine, data))
+            teacher, teacher_metrics = ensure_teacher(
+                config, host, original, lambda: rehearse(config, engine, original)
+            )
     with timed(seconds, "build"):
         run = build(config, host, engine, teacher, data)
         if teacher_metrics:
@@ -104,6 +110,19 @@ def assemble(config: RunConfig, host: Host, seconds: dict[str, float], resume: b
     with timed(seconds, "build"):
         wrap(run)
     return run
+
+
+def training_data(config: RunConfig, host: Host, engine: Engine, data: TaskData) -> TaskData:
+    """What a plugin makes of the data; the data as they are if none makes anything of them. Collective.
+
+    Raises:
+        QpipeError: a plugin cannot do with these data what it was asked to, or, found before it begins, the rest of
+            the configuration does not fit.
+    """
+    rehearse(config, engine, data)
+    task = find_task(host.collect("qpipe_tasks"), config.task)
+    changed = host.hook.qpipe_training_data(config=config, task=task, data=data, engine=engine)
+    return data if changed is None else changed
 
 
 def refuse_used(config: RunConfig, engine: Engine, resume: bool) -> None:
@@ -133,7 +152,8 @@ def rehearse(config: RunConfig, engine: Engine, data: TaskData) -> None:
     level = log.level
     log.setLevel(logging.WARNING)  # plugins tell what they do when it is done
     try:
-        run = build(config, load_plugins(config.plugins), engine, config.model, data)
+        host = load_plugins(config.plugins)
+        run = build(config, host, engine, config.model if is_needed(config, host) else None, data)
         run.total_steps = total_steps(run)
         prepare(run)
         require_targets(run)

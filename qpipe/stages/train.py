@@ -68,9 +68,9 @@ def steps_per_epoch(run: Run) -> int:
 
 
 def total_steps(run: Run) -> int:
-    """Optimizer steps of the whole training."""
+    """Optimizer steps of the whole training: `train.max_steps`, else what the data say, else `train.epochs`."""
     train = run.config.train
-    return train.max_steps or max(1, math.ceil(train.epochs * steps_per_epoch(run)))
+    return train.max_steps or run.data.steps or max(1, math.ceil(train.epochs * steps_per_epoch(run)))
 
 
 def collect_losses(run: Run) -> list[Loss]:

@@ -1,0 +1,83 @@
+"""The plugin `data-augmentation`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from qpipe import ConfigError, Engine, Options, Plugin, RunConfig, Task, TaskData, hookimpl
+from qpipe_data_augmentation.augment import Source, augment
+from qpipe_data_augmentation.blocks import EXAMPLE
+from qpipe_data_augmentation.budgets import BUDGETS, trials_of
+from qpipe_data_augmentation.options import DataAugmentationOptions
+
+logger = logging.getLogger("qpipe.data-augmentation")
+
+
+class DataAugmentation(Plugin):
+    """Trains for a named budget: longer on the original data, or on sentences with some words replaced."""
+
+    Options: ClassVar[type[Options]] = DataAugmentationOptions
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self._spent: dict[str, Any] = {}
+
+    @hookimpl
+    def qpipe_training_data(self, config: RunConfig, task: Task, data: TaskData, engine: Engine) -> TaskData:
+        """Augment where the budget says so, and set the length of the training.
+
+        Raises:
+            ConfigError: the task has no texts to augment, or no source of candidates is named.
+            ModelError: the masked language model is none.
+            DataError: the file of neighbours is missing or damaged, or the disk is full.
+        """
+        budget = BUDGETS[self.options.budget]
+        if budget.augmented:
+            data = self._augmented(config, task, data, engine)
+        steps = budget.steps(len(data.train), config.train.epochs, config.train.batch_size)
+        self._spent = {"examples": len(data.train), "steps": config.train.max_steps or steps}
+        if engine.rank == 0:
+            unit = "augmented examples" if budget.augmented else "examples"
+            logger.info("budget %s: %d steps on %d %s", self.options.budget, steps, len(data.train), unit)
+        return replace(data, steps=steps)
+
+    def _augmented(self, config: RunConfig, task: Task, data: TaskData, engine: Engine) -> TaskData:
+        text = data.text
+        if text is None:
+            raise ConfigError(
+                f"task {task.name!r} has no labelled texts to augment: choose data-augmentation.budget O, O2 or O4"
+            )
+        rows = text.split.data.select_columns(list(text.columns))
+        model, hub = self._model(config)
+        source = Source(
+            columns=text.columns,
+            texts=lambda examples: list(zip(*(rows[examples].values()), strict=True)),
+            examples=len(rows),
+            options=self.options,
+            trials=trials_of(task.name, self.options.trials),
+            model=model,
+            hub=hub,
+        )
+        folder = Path(self.options.folder or Path(config.out) / "augmented")
+        new = augment(source, folder, engine).read()
+        labels = text.labels[np.asarray(new[EXAMPLE])]
+        return replace(data, train=text.encode(new, labels))
+
+    def _model(self, config: RunConfig) -> tuple[str, dict[str, Any]]:
+        """The model that predicts words, or whose tokenizer finds them, and how to get it from the hub."""
+        if self.options.model is not None:
+            return self.options.model, {}
+        own = config.model
+        hub = {"revision": own.revision, "trust_remote_code": own.trust_remote_code}
+        return (own.tokenizer or own.name) if self.options.one_piece == "neighbours" else own.name, hub
+
+    @hookimpl
+    def qpipe_export_metadata(self) -> Mapping[str, Any]:
+        """The options, and what the budget came to."""
+        return {"options": self.options.model_dump(mode="json"), **self._spent}

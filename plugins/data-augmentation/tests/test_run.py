@@ -1,0 +1,142 @@
+"""Whole runs: budgets, labels, the folder, other tasks; and what is refused."""
+
+from itertools import groupby
+
+import pytest
+from qpipe_data_augmentation import DataAugmentation, DataAugmentationOptions
+
+from qpipe import ConfigError, ModelError, PluginError, resolve
+from qpipe.data.loading import find_task, load_data
+from qpipe.engine import connect
+from qpipe.host import build_plugin, load_plugins
+from qpipe.testing import tiny_config, tiny_model
+
+EXAMPLES = 128
+
+
+@pytest.fixture
+def change(tmp_path, masked_lm):
+    """`change(epochs=..., **options)`: the data of the tiny run as the plugin leaves them, and the tiny run's own."""
+
+    def make(config=None, epochs=3.0, **options):
+        if "budget" not in options or options["budget"] in "AC":
+            options = {"model": str(masked_lm), "neighbours": "none", "trials": 3, **options}
+        if config is None:
+            config = tiny_config(tmp_path, train__max_steps=None, train__epochs=epochs)
+        task = find_task(load_plugins({}).collect("qpipe_tasks"), config.task)
+        data = load_data(config, task)
+        plugin = DataAugmentation(DataAugmentationOptions(**options))
+        return plugin.qpipe_training_data(config, task, data, connect(config.engine)), data
+
+    return make
+
+
+@pytest.mark.parametrize(("budget", "steps"), [("O", 24), ("O2", 48), ("O4", 96)])
+def test_longer_budgets_need_no_model(change, budget, steps):
+    changed, data = change(budget=budget)
+    assert changed.train is data.train and changed.steps == steps == steps * 16 * EXAMPLES // (EXAMPLES * 16)
+
+
+def test_rows_follow_their_examples(change, tmp_path):
+    """Labels and order, from the files on disk: every example begins with itself."""
+    import pyarrow.parquet as pq
+
+    changed, data = change(block=50)
+    files = sorted((tmp_path / "run" / "augmented").glob("*/part-*.parquet"))
+    assert [file.name for file in files] == [f"part-0000{i}.parquet" for i in range(3)]
+    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    assert [list(pq.read_table(file)["example"].to_numpy()[[0, -1]]) for file in files] == [
+        [0, 49],
+        [50, 99],
+        [100, 127],
+    ]
+    assert [row["example"] for row in rows] == sorted(row["example"] for row in rows)
+    for example, group in groupby(rows, key=lambda row: row["example"]):
+        sentences = [row["sentence"] for row in group]
+        original = data.text.split.data["sentence"][example]
+        assert sentences[0] == original and len(set(sentences)) == len(sentences) <= 4
+        for sentence in sentences:
+            assert len(sentence.split()) == len(original.split())
+            stops = [
+                (a, b) for a, b in zip(original.split(), sentence.split(), strict=True) if a in ("the", "is", "not")
+            ]
+            assert all(a == b for a, b in stops), "stop words stay"
+    assert changed.train["labels"] == [data.train["labels"][row["example"]] for row in rows]
+    assert changed.steps == len(rows) // 16 and EXAMPLES * 2 < len(rows) <= EXAMPLES * 4, "budget A is one pass"
+    encoded = data.tokenizer([row["sentence"] for row in rows], truncation=True, max_length=16)["input_ids"]
+    assert changed.train["input_ids"][:] == encoded
+
+
+def test_rows_are_made_once_and_by_what_decides_them(change, tmp_path, monkeypatch):
+    first, _ = change(folder=str(tmp_path / "kept"))
+    monkeypatch.setattr("qpipe_data_augmentation.augment.load_masked_lm", None)  # would fail if it were called
+    again, _ = change(folder=str(tmp_path / "kept"), budget="C")
+    assert again.train["input_ids"][:] == first.train["input_ids"][:]
+    assert again.steps == 12 * len(first.train) // 16
+    with pytest.raises(TypeError):
+        change(folder=str(tmp_path / "kept"), seed=1)
+
+
+def test_a_seed_gives_other_rows(change, tmp_path):
+    first, second = (change(folder=str(tmp_path / "kept"), seed=seed)[0] for seed in (0, 1))
+    assert first.train["input_ids"][:] != second.train["input_ids"][:]
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_pairs_of_sentences_come_from_a_column_each(change, tmp_path, masked_lm):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"sentence1": "the movie", "sentence2": "great fun", "label": 0}\n' * 4 +
+                    '{"sentence1": "bad plot", "sentence2": "the actor", "label": 1}\n' * 4)  # fmt: skip
+    config = tiny_config(tmp_path, task="rte", data__train=str(data), data__validation_fraction=0.25)
+    changed, original = change(config, trials=2)
+    one = original.text.split.data["sentence1"][0].split()[-1]
+    kinds = {tuple(ids) for ids in changed.train["token_type_ids"]}
+    assert len(kinds) == 1 and one in ("movie", "plot")
+    first, second = (original.train["input_ids"][0][1:3], original.train["input_ids"][0][4:6])
+    rows = [row for row in changed.train["input_ids"] if row[1] == first[0] or row[2] == first[1]]
+    assert any(row[4:6] != second for row in rows), "sentence 2 varies"
+    assert all(row[1:3] == first or row[4:6] == second for row in rows[:3]), "one sentence at a time"
+
+
+def test_the_runs_own_model_without_a_head_names_the_option(change):
+    with pytest.raises(
+        ModelError, match=r"no head for masked.*Name a masked language model with data-augmentation.model"
+    ):
+        change(model=None)
+
+
+def test_the_runs_own_model_with_a_head_is_used(change, tmp_path, masked_lm):
+    config = tiny_config(tmp_path, model__name=str(masked_lm))
+    changed, _ = change(config, model=None)
+    assert len(changed.train) > EXAMPLES
+
+
+def test_no_source_of_neighbours_is_refused(change):
+    with pytest.raises(ConfigError, match=r"neighbours_from names no file"):
+        change(neighbours="vectors")
+
+
+def test_tasks_without_labelled_texts(change, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the movie was great fun\n" * 40)
+    source = {"model": {"name": str(tiny_model(tmp_path / "lm", "llama"))}, "task": "causal-lm"}
+    source |= {"data": {"train": str(text), "max_length": 8}, "engine": {"name": "accelerate", "cpu": True}}
+    config = resolve({**source, "out": str(tmp_path / "lm-run")})
+    with pytest.raises(ConfigError, match=r"'causal-lm' has no labelled texts to augment: choose .*budget O, O2 or O4"):
+        change(config)
+    changed, data = change(config, budget="O2")
+    assert changed.steps == 6 * len(data.train) // 32 and changed.steps > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": "B"}, "budget = 'B': Input should be 'O', 'O2', 'O4', 'A' or 'C'"),
+        ({"probability": 1.5}, "probability = 1.5"),
+        ({"neighbours": "none", "one_piece": "neighbours"}, "no word would get a candidate"),
+        ({"neighbours": "none", "neighbours_from": "x"}, "say what kind of file it is"),
+    ],
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(PluginError, match=message):
+        build_plugin("data-augmentation", DataAugmentation, options)
