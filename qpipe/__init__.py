@@ -24,6 +24,7 @@ _PUBLIC = {
     "TrainingError": "qpipe.errors",
     "CheckpointError": "qpipe.errors",
     "FormatError": "qpipe.errors",
+    "ACTIVATION_SLOTS": "qpipe.types",
     "CalibrationPass": "qpipe.types",
     "Exporter": "qpipe.types",
     "Loss": "qpipe.types",
@@ -76,6 +77,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "ACTIVATION_SLOTS",
     "ActivationRange",
     "AffineActivation",
     "CalibrationPass",
@@ -173,6 +175,7 @@ if TYPE_CHECKING:
     from qpipe.run import Run, Step
     from qpipe.stages.execute import execute
     from qpipe.types import (
+        ACTIVATION_SLOTS,
         CalibrationPass,
         Exporter,
         Loss,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from qpipe.plugin import Options
 
@@ -20,8 +20,29 @@ if TYPE_CHECKING:
 Json = Any
 """Anything that `json.dumps` accepts."""
 
-Slot = Literal["weight", "input", "output", "query", "key", "value", "scores", "probs", "context"]
-"""A place at a module where a tensor passes: its weight, its input or output, or a stage of attention."""
+Slot = Literal[
+    "weight",
+    "input",
+    "output",
+    "sum",
+    "stream",
+    "query",
+    "key",
+    "value",
+    "raw_scores",
+    "scores",
+    "probs",
+    "context",
+]
+"""A place at a module where a tensor passes.
+
+`weight`, `input` and `output` are the module's own. `sum`, at an embedding, is the sum of its output and of those added
+before it. `stream`, at a normalisation, is the residual stream that enters it, changed for the residual connection too
+(`input` changes what the normalisation alone receives). The others are stages of attention.
+"""
+
+ACTIVATION_SLOTS: frozenset[str] = frozenset(get_args(Slot)) - {"weight"}
+"""What a quantizer that can serve any activation gives as its slots."""
 
 SignalKind = Literal["logits", "hidden_states", "scores", "probs", "context", "attention_output"]
 """What can be captured of student and teacher; see `Signals`."""
@@ -44,12 +65,15 @@ class Site:
         slot: which tensor at that module.
         module_type: class name of the module before qpipe changed it, such as `Linear`.
         shape: shape of the weight for slot `weight`, else empty.
+        by_name: True at normalisations, activation functions and whole blocks: patterns select them only if they spell
+            the module's own name, so that `{block}.*:input` stays the inputs of linear maps.
     """
 
     path: str
     slot: Slot
     module_type: str
     shape: tuple[int, ...] = ()
+    by_name: bool = False
 
     @property
     def name(self) -> str:
@@ -62,8 +86,10 @@ class Rule:
     """Quantize every site that matches a pattern; of several matching rules the last one wins.
 
     Attributes:
-        site: `fnmatch` pattern over `path:slot`. `{block}` stands for every transformer block, `{embedding}` for the
-            input embedding, `{head}` for the output head.
+        site: `fnmatch` pattern over `path:slot`. `{block}` stands for every transformer block's path, `{embedding}` for
+            the input embedding, `{head}` for the output head, `{norm}` for every normalisation; the role of an
+            activation, such as `{ffn_sum}`, for its whole sites, and `{outputs}` for those of all roles. `{block[0]}`
+            and `{ffn_sum[-1]}` are the first and the last of them.
         quantizer: name of a quantizer, or `none` to leave matching sites in full precision.
         options: options of that quantizer.
     """
@@ -198,7 +224,14 @@ class ModelMap:
         attention_inputs: per block, the paths of the query, key and value projections.
         attention_output: per block, the path of the attention's output projection.
         embedding: path of the input embedding, or None.
-        head: paths of the output head's modules.
+        head: paths of the output head's modules, without normalisations.
+        norms: paths of all normalisations, in order.
+        embeddings: tables whose outputs are added up, in the order of addition; the first is `embedding`. Each between
+            the first and the last has a site `sum`.
+        sites: names of the sites where an operation's output passes, by role and, within a role, in order. In every
+            model with blocks, `ffn_input`, `ffn_output` and `ffn_sum` have one site for each block: what the
+            feed-forward network receives, what it returns, and its sum with the residual. docs/sites.md lists the
+            roles.
     """
 
     blocks: tuple[str, ...] = ()
@@ -207,6 +240,13 @@ class ModelMap:
     attention_output: tuple[str, ...] = ()
     embedding: str | None = None
     head: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
+    sites: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def role(self, site: str) -> str:
+        """The role of a site `path:slot`; its slot if it has none."""
+        return next((role for role, names in self.sites.items() if site in names), site.rpartition(":")[2])
 
 
 @dataclass(frozen=True)

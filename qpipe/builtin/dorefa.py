@@ -15,7 +15,6 @@ from pydantic import Field
 from torch import Tensor
 
 from qpipe.builtin.binary import Sign
-from qpipe.builtin.uniform import ACTIVATION_SLOTS
 from qpipe.plugin import Plugin, hookimpl
 from qpipe.quant.compiled import over_rows
 from qpipe.quant.grid import Grid, GridKernel, GridOptions, GridQuantizer
@@ -23,7 +22,7 @@ from qpipe.quant.learned import GridActivation, GridActivationOptions
 from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.rounding import tanh
 from qpipe.quant.tensor import code_range
-from qpipe.types import QuantizerKind
+from qpipe.types import ACTIVATION_SLOTS, QuantizerKind
 
 Output = Literal["max-abs", "unit"]
 TINY = 1e-30

@@ -13,13 +13,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from qpipe.builtin.uniform import ACTIVATION_SLOTS
 from qpipe.plugin import Plugin, hookimpl
 from qpipe.quant.compiled import over_rows
 from qpipe.quant.learned import GridActivation, GridActivationOptions, total
 from qpipe.quant.observed import Observed
 from qpipe.quant.quantizer import Quantizer
-from qpipe.types import QuantizerKind
+from qpipe.types import ACTIVATION_SLOTS, QuantizerKind
 
 
 class LsqActivationOptions(GridActivationOptions):

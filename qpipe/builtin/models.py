@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import nn
 
+from qpipe.builtin.roles import added_embeddings, with_sites
 from qpipe.config import ModelConfig
 from qpipe.data.locate import locate
 from qpipe.errors import ModelError
 from qpipe.model.attention import attention_paths, recorded_paths
 from qpipe.plugin import Plugin, hookimpl
+from qpipe.quant.hosts import is_norm
 from qpipe.types import ModelMap, Task
 
 PROJECTIONS = (
@@ -70,15 +72,20 @@ class Models(Plugin):
         prefix = f"{model.base_model_prefix}."
         modules = dict(model.named_modules())
         head = tuple(n for n, m in modules.items() if n and not m._modules and not (n + ".").startswith(prefix))
-        embedding = _input_embedding(model)
-        return ModelMap(
+        words = _input_embedding(model)
+        embedding = next((n for n, m in modules.items() if m is words and isinstance(m, nn.Embedding)), None)
+        norms = tuple(n for n, m in modules.items() if is_norm(m))
+        found = ModelMap(
             blocks=recorded_paths(model, "hidden_states"),
             attention=attention,
             attention_inputs=inputs,
             attention_output=outputs,
-            embedding=next((n for n, m in modules.items() if m is embedding and isinstance(m, nn.Embedding)), None),
-            head=tuple(n for n in head if next(modules[n].parameters(), None) is not None),
+            embedding=embedding,
+            head=tuple(n for n in head if n not in norms and next(modules[n].parameters(), None) is not None),
+            norms=norms,
+            embeddings=added_embeddings(model, embedding),
         )
+        return with_sites(model, found)
 
 
 def refuse_untrained(name: str, model: Any, missing: list[str], num_labels: int) -> None:

@@ -13,9 +13,7 @@ from qpipe.quant.activation import ActivationOptions, UniformActivation
 from qpipe.quant.grid import Grid, GridKernel, GridOptions, GridQuantizer
 from qpipe.quant.rounding import min_max_grid
 from qpipe.quant.tensor import code_range
-from qpipe.types import QuantizerKind
-
-ACTIVATION_SLOTS = frozenset({"input", "output", "query", "key", "value", "scores", "probs", "context"})
+from qpipe.types import ACTIVATION_SLOTS, QuantizerKind
 
 
 class UniformOptions(GridOptions):

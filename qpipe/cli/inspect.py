@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +24,7 @@ def plan(
     show_sites: Annotated[bool, typer.Option("--sites", help="List every site that a rule could name.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Print what would be quantized, and how. Trains nothing."""
+    """Print what would be quantized, and how, and count the activations by their role. Trains nothing."""
     from qpipe.config import dump, resolve
     from qpipe.launching.worker import quiet_libraries
 
@@ -36,8 +37,9 @@ def plan(
 
         _print_sites(sites_of(resolved), as_json)
         return
-    sites = plan_run(resolved).plan.sites
-    rows = [{"site": name, **_site(site)} for name, site in sites.items()]
+    run = plan_run(resolved)
+    role = run.instruments.map.role
+    rows = [{"site": name, "role": role(name), **_site(site)} for name, site in run.plan.sites.items()]
     if as_json:
         print_json({"config": resolved.model_dump(mode="json"), "sites": rows} if show_config else rows)
         return
@@ -45,7 +47,12 @@ def plan(
         typer.echo(dump(resolved))
     columns = ("site", "quantizer", "bits", "granularity", "options")
     print_table(columns, [[*(row[c] for c in columns[:-1]), _pairs(row["options"])] for row in rows])
-    typer.echo(f"{len(rows)} sites")
+    counts = Counter(row["role"] for row in rows)
+    weights = counts.pop("weight", 0)
+    typer.echo(f"{len(rows)} sites: {weights} weights, {counts.total()} activations")
+    if counts:
+        typer.echo("")
+        print_table(("activation", "sites"), counts.items())
 
 
 def _print_sites(sites: Mapping[str, Any], as_json: bool) -> None:

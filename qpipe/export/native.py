@@ -95,7 +95,7 @@ def write(record: ExportRecord, directory: Path, max_shard: int = MAX_SHARD) -> 
         FormatError: a weight has more than 8 bits, or `directory` holds other files.
         CheckpointError: the disk is full.
     """
-    if not record.weights:
+    if not record.weights and not record.activations:
         raise FormatError("nothing is quantized, so there is nothing to pack; save the model with save_pretrained")
     record = resolve_ties(record)
     entries: dict[str, Any] = {}

@@ -224,7 +224,7 @@ def unsupported_activation(slot: str, bits: int, granularity: str, dynamic: bool
         host: type of the module if its weight is quantized too, else None.
     """
     if slot not in ("input", "output"):
-        return f"the format has no place for activations inside attention (slot {slot!r}); {NATIVE_HINT}"
+        return f"the format has no place for activations inside attention or sums (slot {slot!r}); {NATIVE_HINT}"
     if host not in STORED_AS:
         return (
             f"the format quantizes activations only at a Linear or Embedding whose weight is quantized; {NATIVE_HINT}"

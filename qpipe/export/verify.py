@@ -230,7 +230,8 @@ def _judge_logits(case: _Case) -> None:
     if not _runs_without_qpipe(case.about):
         inside = [a for a in case.about["activations"] if a["slot"] not in ("input", "output")]
         if inside:
-            reason = f"activations inside attention ({inside[0]['module']}:{inside[0]['slot']}) run only within qpipe"
+            site = f"{inside[0]['module']}:{inside[0]['slot']}"
+            reason = f"activations inside attention and inside sums ({site}) run only within qpipe"
             case.result.add("logits", "skip", reason)
             return
         logits = native_logits(case.directory, case.about, reference, case.trusted)

@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "qpipe"
-SLOTS: tuple[Slot, ...] = ("query", "key", "value", "scores", "probs", "context")
-MAP_SLOTS = ("scores", "probs")
+SLOTS: tuple[Slot, ...] = ("query", "key", "value", "raw_scores", "scores", "probs", "context")
+MAP_SLOTS = ("raw_scores", "scores", "probs")
 UNSUPPORTED = ("softcap", "position_bias", "s_aux")
 
 
 class AttentionSites(nn.Module):
     """Taps and quantizers within one attention call; a child of the attention module it serves.
 
-    Shapes: query `[B, H, T, d]`, key and value `[B, Hkv, T, d]`, scores and probs `[B, H, T, T]`, context
-    `[B, T, H, d]`.
+    Shapes: query `[B, H, T, d]`, key and value `[B, Hkv, T, d]`, raw_scores (query times key), scores (scaled), probs
+    `[B, H, T, T]`, context `[B, T, H, d]`.
     """
 
     def __init__(self, path: str, context: QuantContext) -> None:
@@ -86,7 +86,8 @@ class AttentionSites(nn.Module):
         if groups > 1:
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        scores = self.at("scores", torch.matmul(query, key.transpose(-1, -2)) * scaling)
+        raw = self.at("raw_scores", torch.matmul(query, key.transpose(-1, -2)))
+        scores = self.at("scores", raw * scaling)
         scores = masked(scores, attention_mask, self._is_causal(module, kwargs))
         probs = self.at("probs", torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype))
         dropped = nn.functional.dropout(probs, dropout, module.training)

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from qpipe.errors import ModelError, SiteError, suggest
 from qpipe.model.attention import SLOTS, AttentionSites, install
 from qpipe.model.taps import Tap, add_sorted, always
-from qpipe.quant.modules import QuantModule
+from qpipe.quant.hosts import QuantPart, host_class
+from qpipe.quant.modules import QuantEmbedding, QuantModule
 from qpipe.quant.quantizer import QuantContext, Quantizer
-from qpipe.types import ModelMap, SignalKind, Site, TapStage
+from qpipe.quant.sums import EmbeddingSums
+from qpipe.types import ModelMap, SignalKind, Site, Slot, TapStage
 
 HostClass = Callable[[nn.Module], "type[nn.Module] | None"]
 
@@ -33,6 +35,7 @@ class Instruments:
         self.context = QuantContext()
         self._host_class = host_class
         self._attention: dict[str, AttentionSites] = {}
+        self._sums: EmbeddingSums | None = None
         self._wanted: frozenset[SignalKind] = frozenset()
         self._store: dict[tuple[str, int], Tensor] = {}
         self._capturing = False
@@ -47,14 +50,35 @@ class Instruments:
             if not issubclass(cls, QuantModule):
                 raise ModelError(f"{cls.__name__} is offered to host {path} but does not derive from qpipe.QuantModule")
             for slot in cls.slots:
-                shape = tuple(module.weight.shape) if slot == "weight" else ()
-                site = Site(path, slot, type(module).__name__, shape)
+                weight = module._parameters.get("weight")
+                if slot == "weight" and weight is None:
+                    continue
+                shape = tuple(weight.shape) if slot == "weight" and weight is not None else ()
+                site = Site(path, slot, type(module).__name__, shape, cls.by_name)
                 found[site.name] = site
         for path in self.map.attention:
             for slot in SLOTS:
                 site = Site(path, slot, type(self.model.get_submodule(path)).__name__)
                 found[site.name] = site
-        return found
+        mapped = [name for names in self.map.sites.values() for name in names if name not in found]
+        return found | {name: self._mapped_site(name) for name in mapped}
+
+    def _mapped_site(self, name: str) -> Site:
+        """A site that only the map can tell: a sum of embeddings, a residual stream, the output of a whole part."""
+        path, _, slot = name.rpartition(":")
+        places: dict[str, tuple[tuple[str, ...], Slot]] = {
+            "sum": (self.map.embeddings[1:-1], "sum"),
+            "stream": (self.map.norms, "stream"),
+            "output": (tuple(n for n, m in self.model.named_modules() if m._modules), "output"),
+        }
+        paths, known = places.get(slot, ((), "output"))
+        if path not in paths:
+            raise ModelError(
+                f"the model map names a site {name!r} that {type(self.model).__name__} does not have; it can name "
+                "`sum` between the first and last of its embeddings, `stream` at its norms, `output` of parts, and the "
+                "sites of modules that host quantizers"
+            )
+        return Site(path, known, type(self.model.get_submodule(path)).__name__, (), known != "sum")
 
     def site(self, name: str) -> Site:
         """The site of that name.
@@ -70,11 +94,27 @@ class Instruments:
         """The hosting module of a site; makes it one if it is not yet."""
         if site.slot in SLOTS:
             return self.attention(site.path)
-        module = self.model.get_submodule(site.path)
+        if site.slot == "sum":
+            return self._summed(site.path)
+        return self._adopted(site.path)
+
+    def _adopted(self, path: str) -> QuantModule:
+        module = self.model.get_submodule(path)
         if not isinstance(module, QuantModule):
-            cls: Any = self._host_class(module)
-            cls.adopt(module, site.path, self.context)
+            cls: Any = self._host_class(module) or host_class(QuantPart, type(module))
+            cls.adopt(module, path, self.context)
         return module  # type: ignore[return-value]
+
+    def _summed(self, path: str) -> QuantModule:
+        """The embedding at a sum; the first call takes the additions over from the model."""
+        if self._sums is None:
+            tables = [self._adopted(table) for table in self.map.embeddings]
+            parent = self.model.get_submodule(path.rpartition(".")[0])
+            self._sums = EmbeddingSums(parent, [t for t in tables if isinstance(t, QuantEmbedding)])
+        table = self._adopted(path)
+        assert isinstance(table, QuantEmbedding)
+        self._sums.use(table)
+        return table
 
     def attention(self, path: str) -> AttentionSites:
         """The sites within an attention module; the first call switches the model to qpipe's attention function."""

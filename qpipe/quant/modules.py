@@ -1,11 +1,15 @@
-"""Modules that host quantizers. They keep the names and Parameter objects of the modules they stand in for."""
+"""The base of all modules that host quantizers; linear maps, convolutions and embeddings.
+
+They keep the names and Parameter objects of the modules they stand in for.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +20,9 @@ from qpipe.quant.moments import WithMoments
 from qpipe.quant.quantizer import QuantContext, Quantizer
 from qpipe.types import Slot, WeightLoss
 
+if TYPE_CHECKING:
+    from qpipe.quant.sums import EmbeddingSums
+
 
 @dataclass
 class ModuleState:
@@ -24,23 +31,30 @@ class ModuleState:
     Attributes:
         path: qualified name in the model.
         context: shared by all quantizers of the model.
-        taps: functions at `input` and `output`, in stage order.
+        taps: functions by slot of an activation, in stage order.
         weight_losses: penalties on this module's weight.
+        sums: at an embedding whose output others are added to, what keeps the sum; else None.
     """
 
     path: str
     context: QuantContext
-    taps: dict[str, list[Tap]] = field(default_factory=lambda: {"input": [], "output": []})
+    taps: dict[str, list[Tap]] = field(default_factory=lambda: defaultdict(list))
     weight_losses: tuple[WeightLoss, ...] = ()
+    sums: EmbeddingSums | None = None
 
 
 class QuantModule(nn.Module):
-    """Mixin for modules with a `weight` that host quantizers at their `weight`, `input` and `output`.
+    """Mixin for modules that host quantizers at their `weight`, `input` and `output`, or some of them.
 
     A module becomes one by a change of class (`adopt`), which keeps identity, parameter names, ties and hooks.
+
+    Attributes:
+        slots: what such a module hosts.
+        by_name: True if patterns must spell the module's name to select its sites (`Site.by_name`).
     """
 
     slots: ClassVar[tuple[Slot, ...]] = ("weight", "input", "output")
+    by_name: ClassVar[bool] = False
     qpipe: ModuleState
     weight: Tensor  # a Parameter; annotated as in torch's own modules, which subclasses also derive from
 
@@ -59,7 +73,7 @@ class QuantModule(nn.Module):
         return self._modules.get(f"{slot}_quantizer")  # type: ignore[return-value]
 
     def taps_at(self, slot: str) -> list[Tap]:
-        """The taps at `input` or `output`, in stage order; the list itself."""
+        """The taps at a slot of an activation, in stage order; the list itself."""
         return self.qpipe.taps[slot]
 
     def quantized_weight(self) -> Tensor:
@@ -83,11 +97,15 @@ class QuantModule(nn.Module):
             return []
         return [term for term in self.qpipe.weight_losses if term.name in due]
 
+    def at(self, slot: str, x: Tensor) -> Tensor:
+        """Taps and quantizer at a slot."""
+        x = run_taps(self.qpipe.taps[slot], x, self.qpipe.context)
+        quantizer = self._modules.get(f"{slot}_quantizer")
+        return x if quantizer is None else quantizer(x)
+
     def before(self, x: Tensor) -> Tensor:
         """Taps and quantizer at the input."""
-        x = run_taps(self.qpipe.taps["input"], x, self.qpipe.context)
-        quantizer = self._modules.get("input_quantizer")
-        return x if quantizer is None else quantizer(x)
+        return self.at("input", x)
 
     def after(self, y: Tensor) -> Tensor:
         """Weight penalties, then taps and quantizer at the output."""
@@ -96,9 +114,7 @@ class QuantModule(nn.Module):
             if not term.moments:
                 y, value = WithWeightLoss.apply(y, self.weight, term.fn)
                 context.weight_losses[term.name, self.qpipe.path] = value
-        y = run_taps(self.qpipe.taps["output"], y, context)
-        quantizer = self._modules.get("output_quantizer")
-        return y if quantizer is None else quantizer(y)
+        return self.at("output", y)
 
     def apply_weight(self, fn: Callable[[Tensor], Tensor]) -> Tensor:
         """Call `fn` with the quantized weight, so that backward does not keep it where weights are partitioned."""
@@ -163,7 +179,7 @@ class QuantConv2d(QuantModule, nn.Conv2d):
 
 
 class QuantEmbedding(QuantModule, nn.Embedding):
-    """`nn.Embedding` that hosts quantizers at its `weight` and `output`. Input: integer ids of any shape."""
+    """`nn.Embedding` that hosts quantizers at its `weight`, `output` and `sum`. Input: integer ids of any shape."""
 
     slots: ClassVar[tuple[Slot, ...]] = ("weight", "output")
 
@@ -180,6 +196,11 @@ class QuantEmbedding(QuantModule, nn.Embedding):
         rows = look_up(self.trained_weight())
         quantizer: Any = self.hosted("weight")
         return self.after(quantizer.forward_rows(rows.reshape(-1, rows.shape[-1])).view_as(rows))
+
+    def after(self, y: Tensor) -> Tensor:
+        """What every module does at its output; then the sum of embeddings, where it is taken over."""
+        y = super().after(y)
+        return y if self.qpipe.sums is None else self.qpipe.sums.add(self, y)
 
     def _few(self, ids: Tensor) -> bool:
         """True if quantizing the rows that are looked up saves quantizing the table: in training steps, mostly."""

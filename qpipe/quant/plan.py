@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from qpipe.errors import SiteError, suggest
 from qpipe.host import describe
+from qpipe.model.roles import ROLES
 from qpipe.quant.tensor import QTensor
 from qpipe.types import Json, ModelMap, QuantizerKind, Rule, Site
 
@@ -71,29 +72,54 @@ class Plan:
         return json.dumps(self.to_json(), indent=1)
 
 
+def placeholders(model_map: ModelMap) -> dict[str, tuple[str, ...]]:
+    """What a pattern can name in braces, and the paths or sites that it stands for in this model."""
+    return {
+        "block": model_map.blocks,
+        "embedding": (model_map.embedding,) if model_map.embedding else (),
+        "head": model_map.head,
+        "norm": model_map.norms,
+        "outputs": tuple(name for names in model_map.sites.values() for name in names),
+        **model_map.sites,
+    }
+
+
 def expand(pattern: str, model_map: ModelMap) -> list[str]:
-    """Replace `{block}`, `{embedding}` and `{head}` by the paths they stand for.
+    """Replace `{block}`, `{ffn_sum}`, `{head[0]}` and the like by what they stand for.
 
     Raises:
-        SiteError: the model has no such part, or another word is in braces.
+        SiteError: the model has no such part, or not so many, or another word is in braces.
     """
-    parts = {"{block}": model_map.blocks, "{head}": model_map.head}
-    parts["{embedding}"] = (model_map.embedding,) if model_map.embedding else ()
-    for placeholder, paths in parts.items():
-        if placeholder in pattern:
-            if not paths:
-                raise SiteError(
-                    f"rule {pattern!r}: this model has no {placeholder[1:-1]} that qpipe knows; "
-                    "write module paths instead, as `qpipe inspect plan --sites` lists them"
-                )
-            return [p for path in paths for p in expand(pattern.replace(placeholder, path), model_map)]
-    unknown = re.search(r"\{\w*\}", pattern)
-    if unknown:
+    found = re.search(r"\{(\w*)(?:\[(-?\d+)\])?\}", pattern)
+    if found is None:
+        return [pattern]
+    parts, word, index = placeholders(model_map), found[1], found[2]
+    if word not in parts and word not in ROLES:
+        names = [f"{{{part}}}" for part in (*parts, *(r for r in ROLES if r not in parts))]
         raise SiteError(
-            f"rule {pattern!r}: {unknown[0]} stands for nothing{suggest(unknown[0], parts)}; "
-            f"there are {', '.join(parts)}"
+            f"rule {pattern!r}: {found[0]} stands for nothing{suggest(found[0], names)}; there are {', '.join(names)}"
         )
-    return [pattern]
+    values = parts.get(word, ())
+    if not values:
+        raise SiteError(
+            f"rule {pattern!r}: this model has no {word} that qpipe knows; "
+            "write module paths instead, as `qpipe inspect plan --sites` lists them"
+        )
+    if index is not None:
+        if not -len(values) <= int(index) < len(values):
+            raise SiteError(f"rule {pattern!r}: this model has {len(values)} of {word}, counted from 0")
+        values = (values[int(index)],)
+    return [p for value in values for p in expand(pattern.replace(found[0], value), model_map)]
+
+
+def selects(pattern: str, site: Site) -> bool:
+    """True if a pattern without placeholders selects a site; see `Site.by_name`."""
+    if not fnmatchcase(site.name, pattern):
+        return False
+    if not site.by_name:
+        return True
+    own = pattern.rpartition(":")[0].rpartition(".")[2]
+    return bool(own.strip("*?")) and fnmatchcase(site.path.rpartition(".")[2], own)
 
 
 def matches(rule: Rule, sites: Sequence[Site], model_map: ModelMap) -> list[Site]:
@@ -103,7 +129,7 @@ def matches(rule: Rule, sites: Sequence[Site], model_map: ModelMap) -> list[Site
         SiteError: none matches; names the nearest site and what slots exist.
     """
     patterns = expand(rule.site, model_map)
-    found = [site for site in sites if any(fnmatchcase(site.name, p) for p in patterns)]
+    found = [site for site in sites if any(selects(p, site) for p in patterns)]
     if not found:
         slots = sorted({site.slot for site in sites})
         near = suggest(patterns[0], [site.name for site in sites])

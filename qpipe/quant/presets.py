@@ -13,6 +13,24 @@ EMBEDDING = Rule("{embedding}:weight", "uniform", {"bits": 8})
 ACTIVATIONS = Rule("{block}.*:input", "uniform-activation", {"bits": 8})
 
 
+EVERY_WEIGHT = (
+    Rule("*:weight", "uniform", {"bits": 8, "granularity": "tensor"}),
+    Rule("{norm}:weight", "uniform", {"bits": 8, "granularity": "tensor"}),
+)
+INPUTS = tuple(
+    Rule(f"{{block}}.*:{slot}", "uniform-activation", {"bits": 8, "granularity": "tensor"})
+    for slot in ("input", "query", "key", "value", "probs")
+)
+"""Operands of the products in the blocks. Zhang et al. (EMNLP 2020, arXiv:2009.12812), whose code quantizes the
+probabilities after dropout, clips at 2.5 and has the pooler's input too."""
+OUTPUTS = Rule(
+    "{outputs}",
+    "uniform-activation",
+    {"bits": 8, "granularity": "tensor", "dynamic": False, "symmetric": False},
+)
+"""What every operation returns: 161 tensors in BERT-base. Bondarenko et al. (EMNLP 2021), section 4."""
+
+
 def _weights(bits: int) -> tuple[Rule, ...]:
     return Rule("{block}.*:weight", "uniform", {"bits": bits}), EMBEDDING
 
@@ -21,10 +39,18 @@ PRESETS: dict[str, tuple[Rule, ...]] = {
     **{f"w{bits}": _weights(bits) for bits in (8, 4, 3, 2)},
     **{f"w{bits}a8": (*_weights(bits), ACTIVATIONS) for bits in (8, 4, 3, 2)},
     "a8": (EMBEDDING, ACTIVATIONS),
+    "a8-inputs": INPUTS,
+    "w8a8-inputs": (*_weights(8), *INPUTS),
+    "a8-outputs": (OUTPUTS,),
+    "w8a8-outputs": (*EVERY_WEIGHT, OUTPUTS),
 }
 """`wB`: B-bit block weights per channel and an 8-bit embedding; `wBa8`: also 8-bit inputs of every linear map in the
-blocks, range per token; `a8`: without block weights, for plugins that bring their own. Where a model
-has no such embedding, as those of images, the presets leave it out."""
+blocks, range per token; `a8`: without block weights, for plugins that bring their own. Where a model has no such
+embedding, as those of images, the presets leave it out.
+
+`-inputs`: 8-bit operands of every product in the blocks, symmetric, range of each batch per tensor. `-outputs`: 8 bits
+for what every operation in the model returns, asymmetric, calibrated range per tensor; `w8a8-outputs` also has every
+weight, those of normalisations included, symmetric per tensor, as the paper does."""
 
 
 def preset_rules(name: str | None, model_map: ModelMap | None = None) -> tuple[Rule, ...]:

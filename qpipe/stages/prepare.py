@@ -45,24 +45,29 @@ def plan(run: Run) -> None:
         fixed = quantization.ptq.model_dump(include={"range", "percentile", "p"})
         rules = [(source, with_fixed_grid(rule, fixed)) for source, rule in rules]
     kinds = run.host.collect("qpipe_quantizers")
-    run.plan = make_plan(sites, rules, kinds, run.instruments.map)
-    refuse_shared(run.student, run.plan)
+    run.plan = without_repeats(run.student, make_plan(sites, rules, kinds, run.instruments.map))
 
 
-def refuse_shared(model: nn.Module, made: Plan) -> None:
-    """Refuse two plans for one tied parameter.
+def without_repeats(model: nn.Module, made: Plan) -> Plan:
+    """The plan with one site for each tied parameter: its quantizer serves the others too.
 
     Raises:
-        SiteError: two planned weights are the same Parameter.
+        SiteError: two planned weights are the same Parameter, and their plans differ.
     """
     owners: dict[int, str] = {}
+    repeated: set[str] = set()
     for name, entry in made.sites.items():
         if entry.site.slot != "weight":
             continue
         parameter = model.get_parameter(f"{entry.site.path}.weight")
         other = owners.setdefault(id(parameter), name)
-        if other != name:
+        if other == name:
+            continue
+        first = made.sites[other]
+        if (first.quantizer, first.options) != (entry.quantizer, entry.options):
             raise SiteError(f"{name} and {other} are one tied parameter; exclude one of them with quantizer: none")
+        repeated.add(name)
+    return Plan({name: entry for name, entry in made.sites.items() if name not in repeated})
 
 
 def insert_quantizers(run: Run, trained: Mapping[str, Tensor] | None = None) -> None:
@@ -198,8 +203,9 @@ def attach_weight_losses(run: Run) -> None:
         SiteError: a penalty applies to no weight, or to one that is stored in a form which it is not meant for.
     """
     terms = run.host.collect("qpipe_weight_losses", run=run)
+    weights = [s.path for s in run.instruments.sites.values() if s.slot == "weight" and not s.by_name]  # of maps
     for term in terms.values():
-        paths = [s.path for s in run.instruments.sites.values() if s.slot == "weight" and term.applies(s.path)]
+        paths = [path for path in weights if term.applies(path)]
         if not paths:
             raise SiteError(f"weight loss {term.name!r} applies to no weight of this model")
         for path in paths:

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from qpipe import ModelMap, Options
 from qpipe.launching import failures
-from qpipe.plugin import Options
 
 
 class Grid(Options):
@@ -24,7 +24,9 @@ def stages(monkeypatch):
         "block.0.query:weight": SimpleNamespace(quantizer="uniform", bits=4, granularity="channel", options=Grid())
     }
     module = types.ModuleType("qpipe.stages")
-    module.plan_run = lambda config: calls.append(config) or SimpleNamespace(plan=SimpleNamespace(sites=sites))
+    instruments = SimpleNamespace(map=ModelMap())
+    run = SimpleNamespace(plan=SimpleNamespace(sites=sites), instruments=instruments)
+    module.plan_run = lambda config: calls.append(config) or run
     module.evaluate_run = lambda run: calls.append(run) or {"accuracy": 0.875}
     module.export_run = lambda run, format, out: calls.append((run, format, out)) or out
     monkeypatch.setitem(sys.modules, "qpipe.stages", module)
@@ -37,7 +39,7 @@ def test_plan(cli, stages, config_file):
     header, row, count = (line.split() for line in result.out.splitlines())
     assert header == ["SITE", "QUANTIZER", "BITS", "GRANULARITY", "OPTIONS"]
     assert row == ["block.0.query:weight", "uniform", "4", "channel", "symmetric=True"]
-    assert count == ["1", "sites"]
+    assert " ".join(count) == "1 sites: 1 weights, 0 activations"
 
 
 def test_plan_as_json_with_the_configuration(cli, stages, config_file):
@@ -59,6 +61,23 @@ def test_plan_and_sites_of_a_real_model(cli, tmp_path):
     sites = json.loads(cli("inspect", "plan", path, "--sites", "--json", "--set", "quantization.preset=no-such").out)
     assert {"bert.encoder.layer.0.attention.self:probs", "classifier:input"} <= {row["site"] for row in sites}
     assert {row["site"] for row in plan} < {row["site"] for row in sites}
+
+
+def test_the_plan_counts_activations_by_role(cli, tmp_path):
+    from qpipe.config import dump
+    from qpipe.testing import tiny_config
+
+    path = tmp_path / "tiny.yaml"
+    config = tiny_config(tmp_path, quantization__preset="w8a8-outputs", export__format="native")
+    path.write_text(dump(config))
+    rows = json.loads(cli("inspect", "plan", path, "--json").out)
+    roles = [row["role"] for row in rows]
+    # Two blocks with 13 sites each; three at the embeddings, pooler and logits. Weights: 17 maps, 5 normalisations.
+    assert len(roles) - roles.count("weight") == 2 * 13 + 3 + 2 and roles.count("weight") == 17 + 5
+    assert roles.count("ffn_sum") == roles.count("scores") == roles.count("embedding_sum") == 2
+    lines = [line.split() for line in cli("inspect", "plan", path).out.splitlines()]
+    assert ["53", "sites:", "22", "weights,", "31", "activations"] in lines
+    assert ["ffn_sum", "2"] in lines and ["logits", "1"] in lines and ["weight", "22"] not in lines
 
 
 def test_evaluate_and_export(cli, stages, tmp_path):

@@ -125,6 +125,7 @@ def test_shapes_of_all_sites_with_grouped_queries(family_model, batch_of, switch
         "query": (2, 4, 9, 8),
         "key": (2, 2, 9, 8),
         "value": (2, 2, 9, 8),
+        "raw_scores": (2, 4, 9, 9),
         "scores": (2, 4, 9, 9),
         "probs": (2, 4, 9, 9),
         "context": (2, 9, 4, 8),
@@ -135,10 +136,11 @@ def test_scores_are_before_the_mask_and_probs_after(family_model, batch_of, swit
     model = family_model("llama")
     found, seen = switched(model), {}
     path = found.map.attention[0]
-    for slot in ("query", "key", "scores", "probs"):
+    for slot in ("query", "key", "raw_scores", "scores", "probs"):
         found.add_tap(f"{path}:{slot}", TapStage.OBSERVE, lambda x, s=slot: seen.setdefault(s, x))
     model(**batch_of("llama", False))
     key = seen["key"].repeat_interleave(2, 1)
+    torch.testing.assert_close(seen["raw_scores"], seen["query"] @ key.transpose(-1, -2))
     torch.testing.assert_close(seen["scores"], seen["query"] @ key.transpose(-1, -2) * 8**-0.5)
     assert seen["probs"].detach().triu(1).abs().max() == 0
     torch.testing.assert_close(seen["probs"].sum(-1), torch.ones(2, 4, 9))

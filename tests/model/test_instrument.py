@@ -5,6 +5,7 @@ import torch
 
 from qpipe import ModelError, ModelMap, QuantModule, SiteError, TapStage
 from qpipe.builtin.uniform import UniformOptions, UniformWeight
+from qpipe.model.attention import SLOTS
 from qpipe.model.instrument import Instruments
 from qpipe.model.taps import Tap, add_sorted, run_taps
 from qpipe.quant.activation import ActivationOptions, UniformActivation
@@ -12,15 +13,16 @@ from qpipe.quant.quantizer import QuantContext
 from qpipe.testing.tiny import FAMILIES
 
 EXPECTED = {
-    # hosting modules, embeddings among them, blocks, attention modules, modules of the head
-    "bert": (17, 3, 2, 2, 1),
-    "roberta": (17, 3, 2, 2, 2),
-    "ernie": (17, 3, 2, 2, 1),
-    "distilbert": (16, 2, 2, 2, 2),
-    "vit": (14, 0, 2, 2, 1),
-    "llama": (16, 1, 2, 2, 1),
-    "qwen3": (16, 1, 2, 2, 1),
-    "resnet": (7, 0, 0, 0, 1),
+    # maps (linear, convolutional, embeddings), embeddings among them, blocks, attention modules, modules of the head,
+    # normalisations, activation functions, sites that only the map tells: sums; streams and outputs of parts
+    "bert": (17, 3, 2, 2, 1, 5, 3, 1),
+    "roberta": (17, 3, 2, 2, 2, 5, 2, 1),
+    "ernie": (17, 3, 2, 2, 1, 5, 3, 1),
+    "distilbert": (16, 2, 2, 2, 2, 5, 2, 0),
+    "vit": (14, 0, 2, 2, 1, 5, 2, 2 * 2 + 1),
+    "llama": (16, 1, 2, 2, 1, 5, 2, 2 * 2),
+    "qwen3": (16, 1, 2, 2, 1, 5 + 2 * 2, 2, 2 * 2),
+    "resnet": (7, 0, 0, 0, 1, 0, 5, 0),
 }
 
 
@@ -32,14 +34,16 @@ def test_every_family_is_counted():
 def test_sites(family, family_model, instrumented):
     model = family_model(family)
     found = instrumented(model)
-    hosts, embeddings, blocks, attention, head = EXPECTED[family]
+    hosts, embeddings, blocks, attention, head, norms, functions, mapped = EXPECTED[family]
     kinds = [type(m).__name__ for m in model.modules() if type(m).__name__ in ("Linear", "Conv2d", "Embedding")]
     assert len(kinds) == hosts and kinds.count("Embedding") == embeddings
     slots = [site.slot for site in found.sites.values()]
-    assert slots.count("weight") == slots.count("output") == hosts
-    assert slots.count("input") == hosts - embeddings
-    assert all(slots.count(slot) == attention for slot in ("query", "key", "value", "scores", "probs", "context"))
-    assert len(slots) == 3 * hosts - embeddings + 6 * attention
+    plain = [site.slot for site in found.sites.values() if not site.by_name]
+    assert plain.count("weight") == plain.count("output") == hosts
+    assert plain.count("input") == hosts - embeddings
+    assert all(slots.count(slot) == attention for slot in SLOTS)
+    assert slots.count("weight") == hosts + norms and slots.count("input") == hosts - embeddings + norms
+    assert len(slots) == 3 * hosts - embeddings + 7 * attention + 3 * norms + functions + mapped
     assert (len(found.map.blocks), len(found.map.attention), len(found.map.head)) == (blocks, attention, head)
     for name, site in found.sites.items():
         module = model.get_submodule(site.path)
@@ -129,6 +133,12 @@ def test_a_host_class_must_be_a_quant_module():
             ModelMap(),
             lambda m: torch.nn.Linear if not m._modules else None,
         )
+
+
+@pytest.mark.parametrize("name", ["0:stream", "1:output", "0:sum", "0:probs"])
+def test_a_map_that_names_sites_the_model_lacks(name):
+    with pytest.raises(ModelError, match=f"the model map names a site '{name}' that Sequential does not have"):
+        Instruments(torch.nn.Sequential(torch.nn.Linear(1, 1)), ModelMap(sites={"logits": (name,)}), lambda m: None)
 
 
 # --- taps -------------------------------------------------------------------------------------------------------------

@@ -11,13 +11,25 @@ from qpipe.quant.plan import expand, make_plan
 from qpipe.quant.presets import PRESETS, preset_rules
 
 KINDS = {kind.name: kind for kind in UniformQuantizers().qpipe_quantizers()}
-MAP = ModelMap(blocks=("enc.0", "enc.1"), embedding="words", head=("pool", "classifier"))
+MAP = ModelMap(
+    blocks=("enc.0", "enc.1"),
+    embedding="words",
+    head=("pool", "classifier"),
+    norms=("enc.0.norm", "enc.1.norm"),
+    sites={"ffn_output": ("enc.0.out:output", "enc.1.out:output"), "ffn_sum": ("enc.0.norm:input", "enc.1.norm:input")},
+)
 PATHS = ("words", "enc.0.q", "enc.0.out", "enc.1.q", "enc.1.out", "pool", "classifier")
 SITES = [
     Site(path, slot, "Embedding" if path == "words" else "Linear", (8, 8) if slot == "weight" else ())
     for path in PATHS
     for slot in (("weight", "output") if path == "words" else ("weight", "input", "output"))
 ]
+WITHIN = [
+    *SITES,
+    *(Site(f"enc.{i}.norm", slot, "LayerNorm", (), by_name=True) for i in (0, 1) for slot in ("weight", "input")),
+    *(Site(f"enc.{i}.attention", slot, "Attention") for i in (0, 1) for slot in ("query", "key", "value", "probs")),
+]
+"""With normalisations, and with sites inside attention."""
 
 
 def plan(*rules, model_map=MAP):
@@ -129,7 +141,51 @@ def test_json_of_a_plan():
     assert options["bits"] == 4 and options["symmetric"] is True
 
 
-@pytest.mark.parametrize("name", PRESETS)
+def selected(*patterns):
+    rules = [("configuration", Rule(pattern, "uniform-activation")) for pattern in patterns]
+    return list(make_plan(WITHIN, rules, KINDS, MAP).sites)
+
+
+def test_roles_stand_for_whole_sites():
+    assert selected("{ffn_sum}") == ["enc.0.norm:input", "enc.1.norm:input"]
+    assert selected("{outputs}") == ["enc.0.out:output", "enc.1.out:output", "enc.0.norm:input", "enc.1.norm:input"]
+    assert selected("{ffn_sum[1]}", "{ffn_output[-2]}") == ["enc.0.out:output", "enc.1.norm:input"]
+    assert selected("{block[-1]}.*:input") == ["enc.1.q:input", "enc.1.out:input"]
+
+
+def test_wildcards_alone_select_no_normalisation():
+    """So that `{block}.*:weight` is what it was before normalisations had sites."""
+    everything = [site.name for site in SITES if site.slot == "input"]
+    assert selected("*:input") == everything
+    assert selected("enc.?.*:input") == selected("{block}.*:input") == everything[:4]
+    named = ["enc.0.norm:input", "enc.1.norm:input"]
+    for pattern in ("{norm}:input", "*.norm:input", "enc.?.n*m:input", "*norm:input"):
+        assert selected(pattern) == named, pattern
+    assert selected("enc.1.norm:input") == named[1:]
+    with pytest.raises(SiteError, match="rule '{norm}:probs' .*matches no site"):
+        selected("{norm}:probs")
+    # A word that stands for another module does not reach the normalisation behind a wildcard.
+    assert selected("enc*:input") == everything[:4]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("{ffn_sum[2]}", "this model has 2 of ffn_sum, counted from 0"),
+        ("{block[-3]}.q:input", "this model has 2 of block"),
+        ("{pooler}", "this model has no pooler that qpipe knows"),
+        ("{ffn_smu}", r"\{ffn_smu\} stands for nothing; did you mean '\{ffn_sum\}'"),
+    ],
+)
+def test_roles_that_the_model_lacks(pattern, message):
+    with pytest.raises(SiteError, match=message):
+        selected(pattern)
+
+
+SCHEMES = [name for name in PRESETS if name.endswith("puts")]
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in SCHEMES])
 def test_presets_plan_every_block(name):
     made = make_plan(SITES, [("preset", rule) for rule in preset_rules(name)], KINDS, MAP)
     widths = {site: entry.bits for site, entry in made.sites.items()}
@@ -160,8 +216,26 @@ def test_images_have_no_ranges_per_token():
         make_plan(sites, rule[:1], KINDS, MAP)
 
 
+@pytest.mark.parametrize("name", SCHEMES)
+def test_presets_of_inputs_and_outputs(name):
+    made = make_plan(WITHIN, [("preset", rule) for rule in preset_rules(name)], KINDS, MAP)
+    weights = {site for site, entry in made.sites.items() if entry.site.slot == "weight"}
+    blocks = {f"enc.{i}.{n}" for i in (0, 1) for n in ("q", "out")}
+    slots = ("query", "key", "value", "probs")
+    if name.endswith("inputs"):
+        expected = {f"{path}:input" for path in blocks}
+        expected |= {f"enc.{i}.attention:{slot}" for i in (0, 1) for slot in slots}
+        expected_weights = {"words:weight", *(f"{path}:weight" for path in blocks)}
+    else:
+        expected = {site for sites in MAP.sites.values() for site in sites}
+        expected_weights = {site.name for site in WITHIN if site.slot == "weight"}
+    assert made.sites.keys() - weights == expected
+    assert weights == (expected_weights if name.startswith("w8") else set())
+    assert {entry.bits for entry in made.sites.values()} == {8}
+
+
 def test_unknown_preset_suggests_the_nearest():
-    with pytest.raises(ConfigError, match="'w4a4' is unknown; did you mean 'w4a?8?'.*available: a8, w2"):
+    with pytest.raises(ConfigError, match="'w4a4' is unknown; did you mean 'w4a?8?'.*available: a8, a8-inputs"):
         preset_rules("w4a4")
     assert preset_rules(None) == ()
 

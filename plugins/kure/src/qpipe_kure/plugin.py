@@ -61,9 +61,11 @@ class Kure(Plugin):
             SiteError: a pattern matches nothing.
         """
         if self.options.include:
-            named = [site.path for site in run.instruments.sites.values() if site.slot == "weight"]
+            sites = run.instruments.sites.values()
+            named = [site.path for site in sites if site.slot == "weight" and not site.by_name]
             return matching(named, self.options.include, "include")
-        planned = [entry.site.path for entry in run.plan.sites.values() if entry.site.slot == "weight"]
+        chosen = (entry.site for entry in run.plan.sites.values())
+        planned = [site.path for site in chosen if site.slot == "weight" and not site.by_name]
         return [path for path in planned if not isinstance(run.student.get_submodule(path), nn.Embedding)]
 
     @hookimpl

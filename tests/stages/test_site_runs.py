@@ -1,0 +1,83 @@
+"""Runs whose activations are quantized at every site, from plan to verified export."""
+
+import json
+
+import pytest
+
+import qpipe
+from qpipe import FormatError
+from qpipe.config import resolve
+from qpipe.stages import evaluate_run, plan_run
+from qpipe.stages.self_check import self_check
+from qpipe.testing import tiny_config, tiny_model
+
+from .test_families import config_of
+
+
+def outputs(folder, family, preset="w8a8-outputs", **changes):
+    config = config_of(family, folder).model_dump(mode="json")
+    quantization = {"preset": preset, "calibration_batches": 2}
+    return resolve({**config, "quantization": quantization, "export": {"format": "native"}, **changes})
+
+
+# 13 sites (gated: 15) in each of two blocks, and those around them; weights of maps and normalisations.
+@pytest.mark.parametrize(
+    ("family", "activations", "weights"),
+    [("bert", 2 * 13 + 5, 17 + 5), ("vit", 2 * 13 + 4, 14 + 5), ("llama-tied", 2 * 15 + 3, 15 + 5)],
+)
+def test_trains_exports_and_verifies(family, activations, weights, tmp_path):
+    """In the tied model the embedding and the head are one weight."""
+    run = qpipe.execute(outputs(tmp_path, family))
+    slots = [entry.site.slot for entry in run.plan.sites.values()]
+    assert (len(slots) - slots.count("weight"), slots.count("weight")) == (activations, weights)
+    assert run.results["verified"] and run.results["self_check"]["max_logit_change"][0] > 0
+    assert evaluate_run(run.out) == run.results["evaluation"]
+    layout = json.loads((run.out / "export" / "quantization.json").read_text())
+    assert len(layout["activations"]) == activations and len(layout["weights"]) == weights + ("tied" in family)
+    norms = [entry for name, entry in layout["weights"].items() if entry["shape"] == [32]]
+    assert len(norms) == 5 and {entry["granularity"] for entry in norms} == {"tensor"}
+
+
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_operands_of_products(family, tmp_path, fast):
+    run = qpipe.execute(outputs(tmp_path, family, "a8-inputs" if family == "vit" else "w8a8-inputs"))
+    slots = [entry.site.slot for entry in run.plan.sites.values()]
+    assert {slot: slots.count(slot) for slot in set(slots) - {"weight"}} == {
+        "input": 12,
+        **dict.fromkeys(("query", "key", "value", "probs"), 2),
+    }
+
+
+def test_weights_in_full_precision(tmp_path):
+    """A plan of activations alone goes the whole way too."""
+    run = qpipe.execute(outputs(tmp_path, "bert", "a8-outputs"))
+    assert run.results["verified"] and evaluate_run(run.out) == run.results["evaluation"]
+    layout = json.loads((run.out / "export" / "quantization.json").read_text())
+    assert len(layout["activations"]) == 31 and not layout["weights"]
+
+
+def test_a_format_without_room_for_sums_says_so(tmp_path):
+    config = tiny_config(tmp_path, quantization__preset="w8a8-outputs")
+    with pytest.raises(FormatError, match=r"'compressed-tensors' cannot hold this plan: .*export.format: native"):
+        plan_run(config)
+
+
+def test_post_training_quantization_of_every_weight(tmp_path, fast):
+    config = tiny_config(tmp_path, quantization__preset="w8a8-outputs", export__format="native")
+    changed = {**config.model_dump(mode="json"), "out": str(tmp_path / "ptq")}
+    changed["quantization"]["ptq"] = {"examples": 32, "batch_size": 16, "weights": "adaround", "iterations": 2}
+    changed["model"]["name"] = str(tiny_model(tmp_path / "whole"))
+    run = qpipe.execute(resolve(changed))
+    norms = [n for n in run.plan.sites if n.endswith("LayerNorm:weight")]
+    assert len(norms) == 5 and {run.plan.sites[n].quantizer for n in norms} == {"uniform-static"}
+
+
+def test_a_site_that_never_runs_is_an_error(tmp_path, assembled):
+    """The pooler of a model whose forward pass goes around it."""
+    rules = [{"site": "{pooler}", "quantizer": "uniform-activation", "options": {"granularity": "tensor"}}]
+    config = tiny_config(tmp_path, quantization__rules=rules, export__format="native")
+    run = assembled(config)
+    self_check(run)
+    run.student.bert.pooler.forward = lambda hidden: hidden[:, 0]
+    with pytest.raises(qpipe.TrainingError, match="planned sites never ran.*bert.pooler.activation:output"):
+        self_check(run)
