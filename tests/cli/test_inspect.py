@@ -90,7 +90,8 @@ def test_evaluate_and_export(cli, stages, tmp_path):
 @pytest.mark.parametrize("passed", [True, False])
 def test_verify_exit_code(cli, monkeypatch, tmp_path, passed):
     module = types.ModuleType("qpipe.export.verify")
-    module.verify = lambda directory: SimpleNamespace(passed=passed, lines=lambda: ["weights: difference 0"])
+    verdict = SimpleNamespace(passed=passed, lines=lambda: ["weights: difference 0"])
+    module.verify = lambda directory, trust_remote_code: verdict
     monkeypatch.setitem(sys.modules, "qpipe.export.verify", module)
     result = cli("verify", tmp_path)
     assert (result.code, result.out) == (0 if passed else 1, "weights: difference 0\n")
