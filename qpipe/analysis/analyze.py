@@ -20,6 +20,9 @@ from qpipe.report.inputs import ANALYSIS_FOLDER, read_json
 from qpipe.run import Run
 from qpipe.types import Json
 
+PER_TOKEN = ("input", "output", "sum", "stream")
+"""Slots whose tensors may be `[batch, tokens, features]`."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -36,7 +39,7 @@ class Request:
     """
 
     parts: tuple[str, ...]
-    by: By = "kind"
+    by: By = "role"
     sites: tuple[str, ...] = ()
     examples: int | None = None
     sequences: int = 10
@@ -70,7 +73,7 @@ def _ablation(run: Run, request: Request, told: Told) -> dict[str, Json]:
     limited(run, request.examples)
     weights, activations = quantized(run)
     groups = {WEIGHTS: weights} if weights and not request.sites else {}
-    groups |= grouped(select(run, activations, request.sites), request.by)
+    groups |= grouped(select(run, activations, request.sites), request.by, run.instruments.map.sites)
 
     def effect(found: Effect) -> None:
         told(f"{found.group}: without {found.without:.4f}, alone {found.alone:.4f}")
@@ -92,9 +95,10 @@ def _ablation(run: Run, request: Request, told: Told) -> dict[str, Json]:
 def _sequences(run: Run, request: Request) -> tuple[list[Example], dict[str, list[Any]]]:
     """Examples, and the values `[tokens, features]` at every activation site of that form."""
     sample = examples(run, request.sequences)
-    every = [name for name, site in run.instruments.sites.items() if site.slot in ("input", "output")]
-    planned = [name for name in every if name in run.plan.sites]
-    names = select(run, every if request.sites or not planned else planned, request.sites)
+    every = [name for name, site in run.instruments.sites.items() if site.slot in PER_TOKEN]
+    with_role = {name for names in run.instruments.map.sites.values() for name in names}
+    first = [name for name in every if name in run.plan.sites] or [name for name in every if name in with_role]
+    names = select(run, every if request.sites or not first else first, request.sites)
     lengths = [len(next(iter(example.batch.values()))[0]) for example in sample]
     values = collect(run, names, sample)
     fitting = {

@@ -1,9 +1,9 @@
-"""Sites in groups: of one kind over all blocks, of one block, or each by itself."""
+"""Sites in groups: of one role or kind over all blocks, of one block, or each by itself."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -11,7 +11,7 @@ from qpipe.errors import ConfigError, SiteError, suggest
 from qpipe.quant.plan import expand
 from qpipe.run import Run
 
-By = Literal["kind", "block", "site"]
+By = Literal["role", "kind", "block", "site"]
 _BLOCK = re.compile(r"(?<=\.)\d+(?=[.:])")
 
 
@@ -26,12 +26,19 @@ def block_of(site: str) -> str:
     return f"block {found.group()}" if found else "outside blocks"
 
 
-def grouped(sites: Iterable[str], by: By) -> dict[str, list[str]]:
-    """Sites by the name of their group, in model order."""
+def grouped(sites: Iterable[str], by: By, roles: Mapping[str, Iterable[str]] | None = None) -> dict[str, list[str]]:
+    """Sites by the name of their group, in model order.
+
+    Args:
+        sites: names.
+        by: `role` groups sites without one by kind.
+        roles: names of sites by role, as `ModelMap.sites`.
+    """
+    role_of = {site: role for role, names in (roles or {}).items() for site in names}
     groups: dict[str, list[str]] = {}
     for site in sites:
-        name = kind_of(site) if by == "kind" else block_of(site) if by == "block" else site
-        groups.setdefault(name, []).append(site)
+        kinds = {"role": role_of.get(site) or kind_of(site), "kind": kind_of(site), "block": block_of(site)}
+        groups.setdefault(kinds.get(by, site), []).append(site)
     return groups
 
 

@@ -21,7 +21,8 @@ ModelArgument = Annotated[
     str, typer.Argument(metavar="RUN|MODEL", help="Run directory, or a fine-tuned model: folder or hub name.")
 ]
 By = Annotated[
-    Literal["kind", "block", "site"], typer.Option(help="Groups of the ablation: sites of a kind, a block, or each.")
+    Literal["role", "kind", "block", "site"],
+    typer.Option(help="Groups of the ablation: sites of a role, a name with any block, a block, or each."),
 ]
 Sites = Annotated[
     list[str] | None, typer.Option("--sites", metavar="PATTERN", help="Activation sites to look at. Default: all.")
@@ -44,7 +45,7 @@ def analyze(
     plugins: PluginsOption = "",
     set_: SetOption = None,
     parts: Annotated[str, typer.Option(help="What to measure, with commas.")] = ALL,
-    by: By = "kind",
+    by: By = "role",
     sites: Sites = None,
     examples: Examples = None,
     sequences: Sequences = 10,

@@ -39,6 +39,8 @@ def test_sites_are_grouped_by_kind_block_and_name():
     assert grouped(sites, "kind") == {"a.layer.*.b:input": sites[:2], "a.pooler:output": sites[2:]}
     assert grouped(sites, "block") == {"block 0": sites[:1], "block 11": sites[1:2], "outside blocks": sites[2:]}
     assert list(grouped(sites, "site")) == sites
+    roles = {"ffn_input": sites[:2], "elsewhere": ["x:output"]}
+    assert grouped(sites, "role", roles) == {"ffn_input": sites[:2], "a.pooler:output": sites[2:]}
 
 
 def test_outliers_name_dimension_and_token():
@@ -179,7 +181,7 @@ def test_parts_are_kept_and_not_measured_twice(run, tmp_path, monkeypatch):
     request = Request(("ablation", "outliers", "ranges", "attention", "noise"), examples=16, sequences=2)
     told = []
     first = analyze(run, request, told=told.append)
-    assert len(first["ablation"]["groups"]) == 1 + len(grouped(quantized(run)[1], "kind"))
+    assert len(first["ablation"]["groups"]) == 1 + len(grouped(quantized(run)[1], "role", run.instruments.map.sites))
     assert len(first["attention"]["maps"]) == 2
     monkeypatch.setattr(ablation_module, "evaluate", lambda run: pytest.fail("measured again"))
     assert analyze(run, request) == first
