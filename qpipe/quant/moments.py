@@ -21,6 +21,9 @@ from qpipe.model.gradients import is_owned
 from qpipe.quant.compiled import over_rows
 from qpipe.quant.quantizer import QuantContext
 
+LONG_ROWS = 64
+"""Rows in which compiled code sums a weight: adding up the lanes of a row costs as much as some of its elements."""
+
 SUMS = 6
 """What is kept of a weight: its number of elements, a pilot, and four sums of powers of the difference to it."""
 
@@ -100,6 +103,8 @@ class WithMoments(torch.autograd.Function):
         if weight.numel() == 0:
             raise ValueError("moments of an empty tensor are not defined; leave the tensor out")
         rows = _rows(weight)
+        if context.compiled and weight.is_contiguous() and weight.numel() % LONG_ROWS == 0:
+            rows = weight.view(LONG_ROWS, -1)
         pilot = rows[:1, :1].double()
         sums = over_rows(context, power_sums, rows, (rows, pilot)).sum(0)
         count = torch.full((1,), float(weight.numel()), dtype=torch.float64, device=weight.device)

@@ -13,7 +13,7 @@ from qpipe.model.gradients import is_owned
 from qpipe.quant import compiled
 from qpipe.quant.moments import WithMoments, from_sums
 
-SHAPES = [(7,), (5, 9), (4, 3, 2, 2)]
+SHAPES = [(7,), (5, 9), (4, 3, 2, 2), (32, 6)]  # the last one has rows that compiled code rearranges
 COMPILERS = [False, pytest.param(True, marks=pytest.mark.skipif(compiled.compiler() is None, reason="no compiler"))]
 
 
@@ -35,10 +35,10 @@ def function(mean, second, third, fourth):
 def test_moments_and_gradients_of_several_weights(compile):
     weights = [weight(shape).requires_grad_() for shape in SHAPES]
     found = moments(weights, QuantContext(compiled=compile))
-    assert found.number.tolist() == [7, 45, 48]
+    assert found.number.tolist() == [7, 45, 48, 192]
     for i, w in enumerate(weights):
         torch.testing.assert_close(torch.stack([m[i] for m in found[1:]]), torch.stack(central(w)), rtol=1e-12, atol=0)
-    factors = torch.tensor([1.0, -2.0, 0.5])
+    factors = torch.tensor([1.0, -2.0, 0.5, 3.0])
     gradients = torch.autograd.grad((factors * function(*found[1:])).sum(), weights)
     for factor, w, gradient in zip(factors, weights, gradients, strict=True):
         (expected,) = torch.autograd.grad(factor * function(*central(w)), w)
