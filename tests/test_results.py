@@ -125,6 +125,17 @@ def test_commands_say_what_the_row_says(small_table, tmp_path):
     assert all(a == "--set" for a, b in pairwise(words) if b.startswith(("seed=", "teacher.name=", "train.epochs=")))
 
 
+def test_a_quantized_row_takes_the_model_it_starts_from(small_table, tmp_path):
+    rows = {**small_table.rows, "second": small_table.rows["second"].model_copy(update={"command": "quantize"})}
+    setting = small_table.settings["here"].model_copy(update={"overrides": ("model.name={small}", "train.epochs=2")})
+    table = small_table.model_copy(update={"rows": rows, "settings": {"here": setting}})
+    words = Cell(table, "second", "here", 0).command(tmp_path, {"small": tmp_path})
+    first = Cell(table, "first", "here", 0)
+    assert words[words.index("quantize") + 1] == str(first.folder(tmp_path) / "model")
+    assert not [word for word in words if word.startswith("model.name")], "it would take the place of that model"
+    assert f"model.name={tmp_path}" in first.command(tmp_path, {"small": tmp_path})
+
+
 def test_a_page_without_the_marker_is_an_error(small_table, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# Results\n")

@@ -65,6 +65,7 @@ class Cell:
         values = [filled(text, folders) for text in self.overrides]
         if row.command == "quantize":
             assert start is not None, f"{self.row} quantizes no model: give it `start`"
+            values = [value for value in values if not value.startswith("model.name=")]  # it is the one quantized
             words = ["quantize", str(start.folder(runs) / "model"), recipe, "--out", str(out)]
         else:
             words = ["launch", recipe, "--out", str(out)]

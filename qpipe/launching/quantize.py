@@ -31,8 +31,15 @@ def configuration(
         out: run directory to write; default: the file's `out`, else `runs/quantized`.
 
     Raises:
-        ConfigError: a file is missing, a key or value is not allowed, or the result would lie in the model's own run.
+        ConfigError: a file is missing, a key or value is not allowed, an override names another model, or the result
+            would lie in the model's own run.
     """
+    overrides = list(overrides)
+    named = next((text for text in overrides if text.partition("=")[0].strip() == "model.name"), None)
+    if named is not None:
+        raise ConfigError(
+            f"--set {named}: the model to quantize is {model!r}, the first argument; leave the option out"
+        )
     folder = model_folder(Path(model))
     recipe = _mapping(source, folder)
     section = {**(recipe.get("model") or {}), "name": str(folder) if folder else model}

@@ -57,6 +57,11 @@ def test_other_models_take_the_built_in_recipe(tmp_path):
     assert model_folder(tmp_path / "nothing") is None
 
 
+def test_an_override_cannot_name_another_model(tmp_path):
+    with pytest.raises(ConfigError, match="the model to quantize is 'some/hub-model', the first argument"):
+        configuration("some/hub-model", None, ["seed=1", "model.name=other"], [], None)
+
+
 def test_the_models_own_run_is_not_written_to(tmp_path):
     run = made_by_a_run(tmp_path / "mine")
     with pytest.raises(ConfigError, match="holds the model that is to be quantized; choose another --out"):
