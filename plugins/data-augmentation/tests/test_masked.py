@@ -10,6 +10,7 @@ from qpipe_data_augmentation.masked import Request
 from qpipe_data_augmentation.sentences import Candidates
 from qpipe_data_augmentation.words import Splitter, encode
 
+import qpipe
 from qpipe import ConfigError, ModelError
 from qpipe.testing import tiny_model
 
@@ -90,6 +91,18 @@ def test_byte_level_tokens_become_words(tmp_path):
     assert words.words == ["movie", "bad", "Movie"], "its words keep their case"
     assert sorted(words.candidates[0]) == ["a", "b", "m", "mov", "movie"], "tokens that begin words, without Ġ"
     assert words.candidates[1] == ["not bad"] and words.candidates[2] == ["not Movie"]
+
+
+def test_a_model_that_a_run_trained_for_masked_words(tmp_path):
+    """The README's way to a masked language model."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(SENTENCES * 20))
+    source = {"model": {"name": str(tiny_model(tmp_path / "model"))}, "task": "masked-lm", "out": str(tmp_path / "run")}
+    source |= {"data": {"train": str(text), "max_length": 16}, "train": {"max_steps": 1, "batch_size": 2}}
+    qpipe.execute(qpipe.resolve({**source, "engine": {"name": "accelerate", "cpu": True}}))
+    model = load(tmp_path / "run" / "model")
+    encoded = encode(model.tokenizer, SENTENCES[0].split(), model.limit)
+    assert len(model.candidates([Request(encoded, 2)], 5)[0]) > 0
 
 
 def test_a_model_without_a_head_is_refused(tmp_path):
