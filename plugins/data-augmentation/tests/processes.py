@@ -1,6 +1,5 @@
 """What several processes do in `test_determinism.py`."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ def rows(source: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
 
     Blocks.write = noted  # type: ignore[method-assign]
     try:
-        data = plugin.qpipe_training_data(config, task, replace(load_data(config, task)), engine)
+        data = plugin.qpipe_training_data(config, task, load_data(config, task), engine)
     finally:
         Blocks.write = write  # type: ignore[method-assign]
     seen = engine.gather_objects([data.train["input_ids"][:], data.train["labels"][:], data.steps])
