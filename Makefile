@@ -63,7 +63,7 @@ format: install ## ruff, changing files
 	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format .
 
 typecheck: install ## mypy, strict
-	$(VENV)/bin/mypy qpipe $(patsubst %/pyproject.toml,%/src,$(PLUGINS))
+	$(VENV)/bin/mypy qpipe benchmarks $(patsubst %/pyproject.toml,%/src,$(PLUGINS))
 
 docs: install ## write the generated references
 	$(PY) docs/generate.py

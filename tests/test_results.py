@@ -1,6 +1,7 @@
 """The tables of docs/results.md: their recipes resolve, and the page shows what was measured with them."""
 
 import json
+import re
 from itertools import pairwise
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 
 from benchmarks.results.__main__ import with_starts
 from benchmarks.results.cell import Cell, filled
+from benchmarks.results.figures import FIGURES, draw
 from benchmarks.results.fill import fill
 from benchmarks.results.record import Measured, differences, measure, read_expected, write_expected
 from benchmarks.results.render import DOCUMENT, STALE, is_stale, render, start_marker, write
@@ -32,6 +34,14 @@ def test_page_shows_what_is_recorded(table):
     text = DOCUMENT.read_text()
     shown = text.partition(start_marker(table))[2].partition("<!-- end of table -->")[0].strip()
     assert shown == render(table)
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_page_shows_figures_that_are_there(table, tmp_path):
+    draw(table, tmp_path)
+    for figure in re.findall(r"\(figures/([^)]*)\)", render(table)):
+        assert (tmp_path / figure).stat().st_size > 0
+        assert (FIGURES / figure).is_file(), "run `make results RESULTS=--render-only`"
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)

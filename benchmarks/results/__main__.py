@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from benchmarks.results.cell import Cell
+from benchmarks.results.figures import draw
 from benchmarks.results.fill import fill
 from benchmarks.results.record import differences, measure, read_expected, write_expected
 from benchmarks.results.render import write
@@ -129,6 +130,8 @@ def main() -> None:
         for entry in asked:
             differs |= dict.fromkeys(take(*entry, options))
     write(tables())
+    for table in tables():
+        draw(table)
     for text in [*failures, *differs]:
         print(text, file=sys.stderr)
     raise SystemExit(1 if failures or differs else 0)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.results.cell import Cell
+from benchmarks.results.figures import figure_name
 from benchmarks.results.record import Measured, read_expected
 from benchmarks.results.table import ROOT, Table
 
@@ -41,8 +42,7 @@ def render(table: Table) -> str:
     if not settings:
         return "Not measured yet."
     if table.sweep is not None:
-        parts = [f"{table.settings[s].title}:\n\n{_lines(_sweep_rows(table, s, recorded))}" for s in settings]
-        return "\n\n".join(parts)
+        return "\n\n".join(_sweep_part(table, setting, recorded) for setting in settings)
     return f"{_lines(_metric_rows(table, settings, recorded))}\n\n{_packed(recorded)}"
 
 
@@ -109,6 +109,12 @@ def _packed(recorded: dict[str, dict[str, Measured]]) -> str:
         f"Packed checkpoints, loaded in a fresh process without qpipe: {len(pairs)} values compared with those above, "
         f"largest difference {max(pairs):.5f}."
     )
+
+
+def _sweep_part(table: Table, setting: str, recorded: dict[str, dict[str, Measured]]) -> str:
+    title = table.settings[setting].title
+    figure = f"![{title}](figures/{figure_name(table, setting)})"
+    return f"{title}:\n\n{_lines(_sweep_rows(table, setting, recorded))}\n\n{figure}"
 
 
 def _sweep_rows(table: Table, setting: str, recorded: dict[str, dict[str, Measured]]) -> list[list[str]]:
