@@ -50,6 +50,8 @@ _PUBLIC = {
     "straight_through": "qpipe.quant.quantizer",
     "ActivationRange": "qpipe.quant.affine",
     "AffineActivation": "qpipe.quant.affine",
+    "FixedActivation": "qpipe.quant.affine",
+    "by_feature": "qpipe.quant.affine",
     "GridActivation": "qpipe.quant.learned",
     "GridActivationOptions": "qpipe.quant.learned",
     "Observed": "qpipe.quant.observed",
@@ -69,6 +71,8 @@ _PUBLIC = {
     "moments": "qpipe.quant.moments",
     "Inject": "qpipe.model.gradients",
     "StopGradient": "qpipe.model.gradients",
+    "load_native": "qpipe.export.native",
+    "quantize_activations": "qpipe.export.activations",
     "Run": "qpipe.run",
     "Step": "qpipe.run",
     "RunConfig": "qpipe.config",
@@ -86,6 +90,7 @@ __all__ = [
     "DataError",
     "Engine",
     "Exporter",
+    "FixedActivation",
     "FormatError",
     "Grid",
     "GridActivation",
@@ -127,14 +132,17 @@ __all__ = [
     "TrainingError",
     "WeightLoss",
     "__version__",
+    "by_feature",
     "execute",
     "float64_mean",
     "float64_sum",
     "hookimpl",
+    "load_native",
     "locate",
     "mean_magnitude",
     "moments",
     "over_rows",
+    "quantize_activations",
     "resolve",
     "split_to_binary",
     "straight_through",
@@ -159,9 +167,11 @@ if TYPE_CHECKING:
         SiteError,
         TrainingError,
     )
+    from qpipe.export.activations import quantize_activations
+    from qpipe.export.native import load_native
     from qpipe.model.gradients import Inject, StopGradient
     from qpipe.plugin import Options, Plugin, hookimpl
-    from qpipe.quant.affine import ActivationRange, AffineActivation
+    from qpipe.quant.affine import ActivationRange, AffineActivation, FixedActivation, by_feature
     from qpipe.quant.compiled import over_rows
     from qpipe.quant.grid import Grid, GridKernel, GridOptions, GridQuantizer, float64_mean, float64_sum, mean_magnitude
     from qpipe.quant.learned import GridActivation, GridActivationOptions

@@ -26,7 +26,7 @@ class PlannedSite:
         slot: `weight`, or the slot of an activation.
         module_type: class name of the module, such as `Linear`.
         bits: width of a code.
-        granularity: `tensor`, `channel`, `group` for weights; `tensor`, `token` for activations.
+        granularity: `tensor`, `channel`, `group` for weights; `tensor`, `token`, `group` for activations.
         group_size: elements per group, None unless per group.
         dynamic: True if an activation's range is taken from each batch; meaningless for weights.
         zero_point: `none` (symmetric), `integer` or `half` (mid-rise); `float` for anything else.
@@ -73,10 +73,11 @@ class ActivationSite:
         slot: `input`, `output`, or a slot of attention.
         bits: width of a code.
         dynamic: True if the range is taken from each batch.
-        granularity: `token` (dynamic only) or `tensor`.
+        granularity: `token` (dynamic only), `tensor`, or `group` (static only) of features, the last axis.
         symmetric: True if the zero point is 0.
-        scale: of a static range, else None.
-        zero_point: of a static range, else None.
+        scale: of a static range, else None; of each group, where there are groups.
+        zero_point: likewise.
+        order: with groups, all features: as many neighbours in it as there are features to a group form a group.
     """
 
     module: str
@@ -85,8 +86,9 @@ class ActivationSite:
     dynamic: bool
     granularity: str
     symmetric: bool
-    scale: float | None = None
-    zero_point: float | None = None
+    scale: float | Sequence[float] | None = None
+    zero_point: float | Sequence[float] | None = None
+    order: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -219,7 +219,7 @@ def unsupported_activation(slot: str, bits: int, granularity: str, dynamic: bool
     Args:
         slot: of the site.
         bits: width of a code.
-        granularity: `token` or `tensor`.
+        granularity: `token`, `tensor` or `group`.
         dynamic: True if the range is taken from each batch.
         host: type of the module if its weight is quantized too, else None.
     """
@@ -246,7 +246,7 @@ def activation_tensors(
     A zero point that is no 8-bit integer is stored as a float, in which the format's own arithmetic adds it too.
 
     Raises:
-        FormatError: a static range lacks its scale or zero point, or its scale does not fit `dtype`.
+        FormatError: a static range lacks its scale or zero point, is one of groups, or its scale does not fit `dtype`.
     """
     name = f"{site.module}:{site.slot}"
     pairs: tuple[tuple[str, object], ...] = (
@@ -257,6 +257,8 @@ def activation_tensors(
     )
     if site.dynamic:
         return pairs, {}
+    if isinstance(site.scale, Sequence) or isinstance(site.zero_point, Sequence):
+        raise FormatError(f"{name}: static activation ranges per {site.granularity} do not fit; {NATIVE_HINT}")
     if site.scale is None or not site.scale > 0:
         raise FormatError(f"{name} has a static range without a scale ({site.scale}); was it calibrated?")
     found = {f"{site.slot}_scale": exact_cast(name, torch.tensor([site.scale]), dtype)}

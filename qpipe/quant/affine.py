@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from qpipe.errors import FormatError
 from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.tensor import QTensor, code_range
 
@@ -22,18 +25,20 @@ class ActivationRange(NamedTuple):
     Attributes:
         bits: width of a code.
         dynamic: True if the range is taken from each batch.
-        granularity: `token` (dynamic only) or `tensor`.
+        granularity: `token` (dynamic only), `tensor`, or `group` (not dynamic) of features, the last axis.
         symmetric: True if the zero point is 0.
-        scale: of a range that is not dynamic, else None.
+        scale: of a range that is not dynamic, else None; of each group, where there are groups.
         zero_point: likewise.
+        order: with groups, all features: as many neighbours in it as there are features to a group form a group.
     """
 
     bits: int
     dynamic: bool
     granularity: str
     symmetric: bool
-    scale: float | None = None
-    zero_point: float | None = None
+    scale: float | Sequence[float] | None = None
+    zero_point: float | Sequence[float] | None = None
+    order: Sequence[int] | None = None
 
 
 class AffineActivation(Quantizer):
@@ -53,7 +58,10 @@ class AffineActivation(Quantizer):
         self.symmetric = symmetric
 
     def parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point for this input, in its dtype; `[batch, tokens, 1]` per token, else `[1]`."""
+        """Scale and zero point for this input, in its dtype.
+
+        `[batch, tokens, 1]` per token, `[features]` in groups of features, else `[1]`.
+        """
         raise NotImplementedError(f"{type(self).__name__} must implement parameters_of")
 
     def describe(self) -> ActivationRange:
@@ -80,6 +88,60 @@ class AffineActivation(Quantizer):
     def counted(self, x: Tensor) -> Tensor:
         """The values that calibration counts, of any shape: those of padding tokens are left out."""
         return without_padding(x, self.context.kept, self.site.rpartition(":")[2])
+
+
+class FixedActivation(AffineActivation):
+    """An activation on a range that is given, such as one read from a file.
+
+    Args:
+        given: not dynamic; without a zero point it is 0.
+
+    Raises:
+        FormatError: the scale is missing, or groups do not fit the order of features.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, given: ActivationRange) -> None:
+        super().__init__(given.bits, given.symmetric)
+        if given.dynamic or given.scale is None:
+            raise FormatError(f"a range that is not dynamic needs a scale, got {given}")
+        self.given = given
+        zero = [0.0] * np.size(given.scale) if given.zero_point is None else given.zero_point
+        for name, value in (("scale", given.scale), ("zero_point", zero)):
+            values = torch.tensor(value, dtype=torch.float32).reshape(-1)
+            self.register_buffer(name, values if given.order is None else by_feature(values, _checked(given, values)))
+
+    def parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As given, in the dtype of the input."""
+        return self.scale.to(x.dtype), self.zero_point.to(x.dtype)
+
+    def describe(self) -> ActivationRange:
+        """As given."""
+        return self.given
+
+
+def _checked(given: ActivationRange, values: Tensor) -> Tensor:
+    order = torch.tensor(given.order)
+    if not len(values) or len(order) % len(values) or order.sort().values.tolist() != list(range(len(order))):
+        raise FormatError(
+            f"{len(values)} groups do not fit an order of {len(order)} features; it has to name each feature once, and "
+            "the groups have to divide them"
+        )
+    return order
+
+
+def by_feature(values: Tensor, order: Tensor) -> Tensor:
+    """What each feature gets of values that are given by group.
+
+    Args:
+        values: `[groups]`.
+        order: every feature's number once, `[features]`; neighbours form groups, all of one size.
+    """
+    result = values.new_empty(len(order))
+    result[order] = values.repeat_interleave(len(order) // len(values))
+    return result
 
 
 def without_padding(x: Tensor, kept: Tensor | None, slot: str) -> Tensor:

@@ -55,7 +55,7 @@ class _WithGradient(torch.autograd.Function):
         width = max(1, value.shape[-1]) if value.ndim else 1
         rows, grad = value.reshape(-1, width), grads[0].reshape(-1, width)
         result = torch.empty_like(grad, memory_format=torch.contiguous_format)
-        rest = ctx.quantizer.gradient(rows, grad, result, scale.view(1, 1), zero.view(1, 1), value.shape)
+        rest = ctx.quantizer.gradient(rows, grad, result, scale.view(1, -1), zero.view(1, -1), value.shape)
         gradients = (g.to(dtype) for g, dtype in zip(rest, ctx.dtypes, strict=True))
         return None, result.view(value.shape), None, None, *gradients
 
@@ -64,7 +64,8 @@ class GridActivation(AffineActivation):
     """An activation of any shape on one grid, whose levels are `(code - zero_point) * scale` with codes of `bits`.
 
     Subclasses implement `step` and `gradient`, and `set_range` where the grid begins with what calibration has seen.
-    Parameters are made in the constructor, one element each, and are NaN until then.
+    Parameters are made in the constructor and are NaN until then; usually of one element each. With a scale for each
+    feature, `step` and `zero_point` give one value for each, and `gradient` gets and returns what fits the parameters.
 
     Attributes:
         base: code of the level that is 0 steps above the offset: 0 for signed levels, the smallest code for unsigned
@@ -84,9 +85,9 @@ class GridActivation(AffineActivation):
         self.base = 0 if signed else self.low
         self.observing: Observed | None = None
 
-    def new_parameter(self) -> nn.Parameter:
-        """A parameter that calibration will set."""
-        return nn.Parameter(torch.full((1,), torch.nan))
+    def new_parameter(self, count: int = 1) -> nn.Parameter:
+        """A parameter of `count` elements that calibration will set."""
+        return nn.Parameter(torch.full((count,), torch.nan))
 
     @property
     def levels(self) -> tuple[int, int]:
@@ -94,7 +95,7 @@ class GridActivation(AffineActivation):
         return self.low - self.base, self.high - self.base
 
     def step(self) -> Tensor:
-        """Distance of two levels, float32 `[1]`, before it is rounded to its export type."""
+        """Distance of two levels, float32 `[1]` or `[features]`, before it is rounded to its export type."""
         raise NotImplementedError(f"{type(self).__name__} must implement step")
 
     def zero_point(self, scale: Tensor) -> Tensor:
@@ -112,14 +113,18 @@ class GridActivation(AffineActivation):
             rows: the activation, `[rows, features]`.
             grad: gradient of the quantized activation.
             out: of the same shape.
-            scale: in use, float32 `[1, 1]`.
-            zero: zero point in use, float32 `[1, 1]`.
+            scale: in use, float32 `[1, 1]`; `[1, features]` with a scale for each.
+            zero: zero point in use, of the same shape.
             shape: of the activation.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement gradient")
 
+    def observer(self) -> Observed:
+        """What is to keep count of the values in calibration; more than `Observed` where `set_range` needs more."""
+        return Observed()
+
     def set_range(self, seen: Observed) -> None:
-        """Set the parameters from calibration; called once, before the engine takes over.
+        """Set parameters and buffers from calibration; called once, before the engine takes over.
 
         Raises:
             TrainingError: what was seen makes no range.
@@ -143,7 +148,7 @@ class GridActivation(AffineActivation):
             self.set_range(seen)
 
     def grid(self) -> tuple[Tensor, Tensor]:
-        """Scale, as exported and after `rescale`, and zero point, float32 `[1]`. NaN before calibration."""
+        """Scale, as exported and after `rescale`, and zero point, float32, as `step` gives it. NaN before calibration."""
         step = self.step().float()
         smallest = max(SMALLEST_STEP, torch.finfo(self.context.scale_dtype).smallest_normal)
         positive = step.clamp_min(smallest)

@@ -1,4 +1,4 @@
-"""Ranges that are parameters: set from training data before the engine takes over, and may partition them.
+"""Ranges that are parameters, or come with some: set from training data before the engine may partition them.
 
 All processes see the same data in the same batches, whatever their number, and take over what process 0 has found; so
 ranges are those of one process, bit for bit.
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from qpipe.data.loader import train_loader
 from qpipe.quant.learned import GridActivation
-from qpipe.quant.observed import Observed
 from qpipe.quant.quantizer import QuantContext
 from qpipe.run import Run
 from qpipe.stages.calibrate import inference, inputs_of, to_device
@@ -24,7 +23,7 @@ logger = logging.getLogger("qpipe.stages")
 
 
 def initialize_ranges(run: Run) -> None:
-    """Show calibration data to every quantizer whose range is learned, and let it set its parameters. Collective.
+    """Show calibration data to every `GridActivation` that needs them, and let it set its grid. Collective.
 
     Weights are quantized meanwhile, activations are not: some have no range yet. Padding tokens do not count.
 
@@ -40,7 +39,7 @@ def initialize_ranges(run: Run) -> None:
         return
     cast(run.student, run)
     off = QuantContext(enabled=False)
-    seen = {site: Observed() for site in learned}
+    seen = {site: quantizer.observer() for site, quantizer in learned.items()}
     try:
         for quantizer in activations.values():
             quantizer.context = off
@@ -57,9 +56,9 @@ def initialize_ranges(run: Run) -> None:
             other.context = run.instruments.context
     for site, quantizer in learned.items():
         quantizer.calibrated(seen[site])
-        for parameter in quantizer.parameters():
-            run.engine.broadcast_tensor(parameter.data)
-    logger.info("%d learned ranges begin with what calibration has seen", len(learned))
+        for tensor in (*quantizer.parameters(), *quantizer.buffers()):
+            run.engine.broadcast_tensor(tensor.data)
+    logger.info("%d ranges begin with what calibration has seen", len(learned))
 
 
 def observed_batches(run: Run) -> Iterator[dict[str, Tensor]]:

@@ -1,0 +1,8 @@
+"""Per-embedding-group quantization of activations."""
+
+from qpipe_peg.observed import ObservedFeatures, RunningRange
+from qpipe_peg.plugin import Peg, PegPluginOptions
+from qpipe_peg.quantizer import PegActivation, PegOptions
+from qpipe_peg.rewriting import rewrite
+
+__all__ = ["ObservedFeatures", "Peg", "PegActivation", "PegOptions", "PegPluginOptions", "RunningRange", "rewrite"]
