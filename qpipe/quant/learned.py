@@ -148,7 +148,7 @@ class GridActivation(AffineActivation):
             self.set_range(seen)
 
     def grid(self) -> tuple[Tensor, Tensor]:
-        """Scale, as exported and after `rescale`, and zero point, float32, as `step` gives it. NaN before calibration."""
+        """Scale, as exported and after `rescale`, and zero point; float32, shaped as `step`. NaN before calibration."""
         step = self.step().float()
         smallest = max(SMALLEST_STEP, torch.finfo(self.context.scale_dtype).smallest_normal)
         positive = step.clamp_min(smallest)

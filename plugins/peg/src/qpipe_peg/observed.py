@@ -18,8 +18,8 @@ class RunningRange:
     """Smallest and largest value of each feature, over batches.
 
     Attributes:
-        statistic: `last`: of the last batch; `max`: of all batches; `ema`: an average that keeps `momentum` of its value
-            with each further batch, and begins with the first one.
+        statistic: `last`: of the last batch; `max`: of all batches; `ema`: an average that begins with the first batch
+            and keeps `momentum` of its value with each further one.
         momentum: of `ema`.
         low: smallest values, float32 `[features]`; None before the first batch.
         high: largest values.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pydantic import Field
 from torch import nn
 
-from qpipe import ModelMap, Plugin, QuantizerKind, Rule, Run, SiteError, hookimpl
+from qpipe import ModelMap, Plugin, QuantizerKind, Rule, Run, Site, SiteError, hookimpl
 from qpipe_peg.quantizer import PegActivation, PegOptions
 
 NAME = "peg"
@@ -44,7 +44,7 @@ class PegPluginOptions(PegOptions):
 
 
 class Peg(Plugin):
-    """Gives groups of features of an activation their own scale, so that outliers do not cost the others their levels."""
+    """Gives groups of features of an activation their own scale, so that outliers do not take the others' levels."""
 
     Options = PegPluginOptions
 
@@ -83,7 +83,7 @@ class Peg(Plugin):
                 "quantizer: peg, or leave the plugin out"
             )
         for site, quantizer in found.items():
-            quantizer.set_width(width_of(run.student, run.instruments.map, site))
+            quantizer.set_width(width_of(run.student, run.instruments.map, run.instruments.sites[site]))
         share(found, run.instruments.map.sites)
 
 
@@ -101,30 +101,29 @@ def share(found: Mapping[str, PegActivation], roles: Mapping[str, tuple[str, ...
                 member.shared_with = (members[0],)
 
 
-def width_of(model: nn.Module, parts: ModelMap, site: str) -> int:
+def width_of(model: nn.Module, parts: ModelMap, site: Site) -> int:
     """How many features an activation has.
 
     Args:
         model: the student.
         parts: its map.
-        site: `path:slot`.
+        site: of the activation.
 
     Raises:
         SiteError: the module does not tell.
     """
-    path, _, slot = site.rpartition(":")
-    module = model.get_submodule(path)
+    module = model.get_submodule(site.path)
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.Linear):
-        return module.in_features if slot == "input" else module.out_features
-    if path in parts.norms and weight is not None:
+        return module.in_features if site.slot == "input" else module.out_features
+    if site.path in parts.norms and weight is not None:
         return int(weight.shape[-1])
     if isinstance(module, nn.Embedding):
         return module.embedding_dim
     hidden = getattr(getattr(model, "config", None), "hidden_size", None)
-    if slot == "output" and site in {n for role in WIDE for n in parts.sites.get(role, ())} and hidden:
+    if hidden and site.name in {name for role in WIDE for name in parts.sites.get(role, ())}:
         return int(hidden)
     raise SiteError(
-        f"{site}: groups of features are for inputs and outputs of linear maps, normalisations, embeddings and blocks; "
-        f"how many features a {type(module).__name__} has is not known. Leave it out with quantizer: none"
+        f"{site.name}: groups of features are for inputs and outputs of linear maps, normalisations, embeddings and "
+        f"blocks; how many features a {site.module_type} has is not known. Leave it out with quantizer: none"
     )

@@ -49,7 +49,12 @@ class PegOptions(GridActivationOptions):
     range: Statistic = Field("max", description="range that a group's levels cover; the same choices")
     momentum: float = Field(0.9, ge=0, lt=1, description="part that `ema` keeps of its value with each batch")
     learned: bool = Field(False, description="train scales and zero points; false: they stay as calibrated")
-    lr_scale: float = Field(1.0, gt=0, description="factor on their learning rate")
+    lr_scale: float = Field(
+        1.0,
+        gt=0,
+        description="factor on their learning rate; Adam moves a scale by about the learning rate in each step, so "
+        "lower it where that is much beside the scales",
+    )
 
     @property
     def granularity(self) -> str:
@@ -68,7 +73,8 @@ class PegActivation(GridActivation):
 
         dq/ds = round(v) - v inside, bound - z outside;  dq/dz = 0 inside, -s outside,
 
-    summed over a group. There is no gradient scale. The gradient to x is 1 inside and 0 outside.
+    summed over a group. There is no gradient scale. The gradient to x is 1 inside and 0 outside. Inside is what rounds
+    to a code, up to half a step beyond the outermost levels.
 
     Attributes:
         steps: s of each group, float32 `[groups]`: a parameter if learned, else a buffer.
@@ -196,17 +202,16 @@ class PegActivation(GridActivation):
         """As the class says."""
         upstream = grad.float()
         v = (rows.float() / scale).add_(zero)
-        clamped = v.clamp(self.low, self.high)
-        outside = upstream * (v != clamped)
-        out.copy_(upstream - outside)
+        code = v.round()
+        level = code.clamp(self.low, self.high)
+        outside = upstream * (code != level)
+        inside = upstream - outside
+        out.copy_(inside)
         if not self.options.learned:
             return ()
-        # Inside the clamped value is v itself, outside it is a level, so that the first term has only what is inside.
-        slope = (upstream * (clamped.round() - clamped)).sum(0) + (outside * (clamped - zero)).sum(0)
+        slope = (inside * (code - v) + outside * (level - zero)).sum(0)
         return self._by_group(slope), self._by_group(-outside.sum(0) * scale[0])
 
     def _by_group(self, values: Tensor) -> Tensor:
         groups = self.options.groups or len(values)
         return values[self.order].view(groups, -1).sum(1)
-
-

@@ -78,7 +78,7 @@ class SplitInputs(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]`, in order, to `[..., out_features]`."""
         parts = x.chunk(len(self.maps), dim=-1)
-        total: Tensor = sum(part_map(part) for part_map, part in zip(self.maps, parts, strict=True))  # type: ignore[assignment]
+        total: Tensor = sum(part_map(part) for part_map, part in zip(self.maps, parts, strict=True))
         return total if self.bias is None else total + self.bias
 
 
@@ -114,8 +114,8 @@ def rewrite(model: nn.Module, activations: Iterable[Record]) -> list[Record]:
     is quantized to the same integer as before; sums are formed in another order.
 
     Args:
-        model: as `qpipe.load_native` gives it, of a family that normalises after the residual sum (BERT, RoBERTa, ERNIE,
-            DistilBERT). It is changed.
+        model: as `qpipe.load_native` gives it, of a family that normalises after the residual sum (BERT, RoBERTa,
+            ERNIE, DistilBERT). It is changed.
         activations: the `activations` of its `quantization.json`.
 
     Returns:
@@ -147,8 +147,8 @@ def _layers(model: nn.Module, grouped: list[Record]) -> list[FeedForward]:
         if len(members) != 3 or set(kinds) != set(wanted):
             names = ", ".join(f"{r['module']}:{r['slot']}" for r in members)
             raise FormatError(
-                f"{block} has groups at {names}; what can be rewritten has them at the output of the LayerNorm before the "
-                "feed-forward network, the output of its last Linear, and the input of the LayerNorm after it "
+                f"{block} has groups at {names}; what can be rewritten has them at the output of the LayerNorm before "
+                "the feed-forward network, the output of its last Linear, and the input of the LayerNorm after it "
                 "(peg.sites as it is by default, in models that normalise after the residual sum)"
             )
         layer = FeedForward(*(kinds[kind] for kind in wanted))
