@@ -171,6 +171,13 @@ def test_attention_activation_is_refused(tmp_path):
     refused(linear_record(activations=[site]), tmp_path, "inside attention")
 
 
+def test_groups_of_features_are_refused(tmp_path):
+    site = ActivationSite("bert.pooler.dense", "input", 8, False, "group", False, (0.1, 0.2), (0.0, 1.0), (1, 0))
+    refused(linear_record(activations=[site]), tmp_path, "static activation ranges per group do not fit; .*native")
+    with pytest.raises(FormatError, match="static activation ranges per group do not fit; use export.format: native"):
+        activation_tensors(site, torch.float32)
+
+
 def test_uncalibrated_static_range_is_refused(tmp_path):
     site = ActivationSite("bert.pooler.dense", "input", 8, False, "tensor", True)
     refused(linear_record(activations=[site]), tmp_path, "calibrated")
