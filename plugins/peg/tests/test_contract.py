@@ -8,6 +8,7 @@ from qpipe_peg import Peg, PegActivation
 
 import qpipe
 from qpipe.stages import evaluate_run
+from qpipe.stages.quantize import quantize
 from qpipe.stages.trained import restore
 from qpipe.testing import check_plugin, check_rules, tiny_config
 
@@ -41,6 +42,13 @@ def test_resumed_finished_and_exported_runs_carry_order_and_ranges(learned, tmp_
     layout = json.loads((run.out / "export" / "quantization.json").read_text())
     found = {f"{a.pop('module')}:{a.pop('slot')}": qpipe.ActivationRange(**a) for a in layout["activations"]}
     assert found == expected
+
+
+def test_post_training_quantization(tmp_path):
+    settings = {**NATIVE, "quantization__preset": "w8a8-outputs", "quantization__calibration_batches": 1}
+    run = quantize(tiny_config(tmp_path, {"peg": {"groups": 4, "statistics": "last"}}, **settings))
+    assert run.results["verified"] and run.results["steps"] == 0
+    assert {len(r.scale) for r in described(run).values()} == {4}
 
 
 def test_learning_moves_ranges_and_not_orders(tmp_path):
