@@ -200,17 +200,16 @@ class PegActivation(GridActivation):
         self, rows: Tensor, grad: Tensor, out: Tensor, scale: Tensor, zero: Tensor, shape: torch.Size
     ) -> tuple[Tensor, ...]:
         """As the class says."""
-        upstream = grad.float()
         v = (rows.float() / scale).add_(zero)
         code = v.round()
-        level = code.clamp(self.low, self.high)
-        outside = upstream * (code != level)
-        inside = upstream - outside
-        out.copy_(inside)
+        inside = (code >= self.low) & (code <= self.high)
+        torch.mul(grad, inside, out=out)
         if not self.options.learned:
             return ()
-        slope = (inside * (code - v) + outside * (level - zero)).sum(0)
-        return self._by_group(slope), self._by_group(-outside.sum(0) * scale[0])
+        code.clamp_(self.low, self.high).sub_(torch.where(inside, v, zero))
+        slope = code.mul_(grad).sum(0)
+        outside = grad.float().mul(inside.logical_not_()).sum(0)
+        return self._by_group(slope), self._by_group(-outside * scale[0])
 
     def _by_group(self, values: Tensor) -> Tensor:
         groups = self.options.groups or len(values)
