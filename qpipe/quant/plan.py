@@ -164,7 +164,11 @@ def make_plan(
     kinds: Mapping[str, QuantizerKind],
     model_map: ModelMap,
 ) -> Plan:
-    """Apply rules in order; the last one that matches a site decides.
+    """Apply rules in order; the last one that matches a site decides, unless an earlier one is more specific.
+
+    A rule is more specific than another of the same source if it selects some of the other's sites and no further ones:
+    where the general one comes later, it would leave nothing to the specific one, which nobody can have meant. Across
+    sources (preset, each plugin, configuration) only the order counts, so that whoever comes last can undo everything.
 
     Args:
         sites: every site of the model.
@@ -177,10 +181,18 @@ def make_plan(
             it cannot work.
     """
     chosen: dict[str, PlannedSite] = {}
+    earlier: dict[tuple[str, str], list[frozenset[Site]]] = {}
     for source, rule in rules:
         found = matches(rule, sites, model_map)
+        selected = frozenset(found)
+        deciding = set()
+        for site in found:
+            others = earlier.setdefault((source, site.name), [])
+            if not any(other < selected for other in others):
+                deciding.add(site)
+            others.append(selected)
         if rule.quantizer == NONE:
-            for site in found:
+            for site in deciding:
                 chosen.pop(site.name, None)
             continue
         options = validated(rule, source, kinds)
@@ -196,13 +208,14 @@ def make_plan(
                     f"rule {rule.site!r} of {source}: {site.name} is an image, which has no tokens to have ranges of "
                     "their own; set granularity: tensor there, or leave it out with quantizer: none"
                 )
-            chosen[site.name] = PlannedSite(
-                site,
-                rule.quantizer,
-                options,
-                source,
-                bits=getattr(options, "bits", None),
-                granularity=getattr(options, "granularity", None),
-                zero_point="none" if getattr(options, "symmetric", True) else "integer",
-            )
+            if site in deciding:
+                chosen[site.name] = PlannedSite(
+                    site,
+                    rule.quantizer,
+                    options,
+                    source,
+                    bits=getattr(options, "bits", None),
+                    granularity=getattr(options, "granularity", None),
+                    zero_point="none" if getattr(options, "symmetric", True) else "integer",
+                )
     return Plan({site.name: chosen[site.name] for site in sites if site.name in chosen})

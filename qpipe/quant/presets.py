@@ -31,6 +31,17 @@ OUTPUTS = Rule(
 """What every operation returns: 161 tensors in BERT-base. Bondarenko et al. (EMNLP 2021), section 4."""
 
 
+def _outputs(sites: str, **options: Any) -> Rule:
+    return replace(OUTPUTS, site=sites, options={**OUTPUTS.options, "bits": 16, **options})
+
+
+W8A8 = (*EVERY_WEIGHT, OUTPUTS)
+SUM = (_outputs("{ffn_sum}"),)
+FFN = (_outputs("{ffn_input}"), _outputs("{ffn_output}"), *SUM)
+LOGITS = (_outputs("{logits}", range="mse-golden"),)
+"""16 bits where 8 cost most: Bondarenko et al. (EMNLP 2021), table 4. 36 of 161 activations are `FFN`."""
+
+
 def _weights(bits: int) -> tuple[Rule, ...]:
     return Rule("{block}.*:weight", "uniform", {"bits": bits}), EMBEDDING
 
@@ -42,7 +53,10 @@ PRESETS: dict[str, tuple[Rule, ...]] = {
     "a8-inputs": INPUTS,
     "w8a8-inputs": (*_weights(8), *INPUTS),
     "a8-outputs": (OUTPUTS,),
-    "w8a8-outputs": (*EVERY_WEIGHT, OUTPUTS),
+    "w8a8-outputs": W8A8,
+    "w8a8-mixed-sum": (*W8A8, *SUM),
+    "w8a8-mixed-ffn": (*W8A8, *FFN),
+    "w8a8-mixed": (*W8A8, *FFN, *LOGITS),
 }
 """`wB`: B-bit block weights per channel and an 8-bit embedding; `wBa8`: also 8-bit inputs of every linear map in the
 blocks, range per token; `a8`: without block weights, for plugins that bring their own. Where a model has no such
@@ -50,7 +64,10 @@ embedding, as those of images, the presets leave it out.
 
 `-inputs`: 8-bit operands of every product in the blocks, symmetric, range of each batch per tensor. `-outputs`: 8 bits
 for what every operation in the model returns, asymmetric, calibrated range per tensor; `w8a8-outputs` also has every
-weight, those of normalisations included, symmetric per tensor, as the paper does."""
+weight, those of normalisations included, symmetric per tensor, as the paper does. The
+`-mixed` ones are `w8a8-outputs` with 16 bits for some activations: `w8a8-mixed-sum` for the sum after the feed-forward
+network; `w8a8-mixed-ffn` also for its input and output; `w8a8-mixed` also for the logits, whose range has the least
+squared error."""
 
 
 def preset_rules(name: str | None, model_map: ModelMap | None = None) -> tuple[Rule, ...]:

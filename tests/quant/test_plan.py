@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import permutations
 
 import pytest
 
@@ -182,10 +183,11 @@ def test_roles_that_the_model_lacks(pattern, message):
         selected(pattern)
 
 
+MIXED = [name for name in PRESETS if "mixed" in name]
 SCHEMES = [name for name in PRESETS if name.endswith("puts")]
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name not in SCHEMES])
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in (*SCHEMES, *MIXED)])
 def test_presets_plan_every_block(name):
     made = make_plan(SITES, [("preset", rule) for rule in preset_rules(name)], KINDS, MAP)
     widths = {site: entry.bits for site, entry in made.sites.items()}
@@ -232,6 +234,53 @@ def test_presets_of_inputs_and_outputs(name):
     assert made.sites.keys() - weights == expected
     assert weights == (expected_weights if name.startswith("w8") else set())
     assert {entry.bits for entry in made.sites.values()} == {8}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_presets_of_mixed_precision(name):
+    """`w8a8-outputs` with 16 bits where the name says."""
+    roles = {
+        "sum": ("ffn_sum",),
+        "ffn": ("ffn_input", "ffn_output", "ffn_sum"),
+        "mixed": ("ffn_input", "ffn_output", "ffn_sum", "logits"),
+    }[name.rpartition("-")[2]]
+    model_map = replace(MAP, sites={**MAP.sites, "ffn_input": ("enc.0.q:input",), "logits": ("classifier:output",)})
+    base, made = (
+        make_plan(WITHIN, [("preset", rule) for rule in preset_rules(n)], KINDS, model_map).sites
+        for n in ("w8a8-outputs", name)
+    )
+    wide = {site for role in roles for site in model_map.sites[role]}
+    assert {site for site, entry in made.items() if entry.bits == 16} == wide
+    for site, entry in base.items():
+        changes = {"bits": 16} if site in wide else {}
+        if site == "classifier:output" and "logits" in roles:
+            changes |= {"range": "mse-golden"}
+        assert made[site].options == entry.options.model_copy(update=changes)
+
+
+def test_a_specific_rule_wins_over_a_later_general_one_of_its_source():
+    specific, general = Rule("enc.0.q:weight", "uniform", {"bits": 2}), Rule("*:weight", "uniform", {"bits": 4})
+    middle, apart = Rule("enc.0.*:weight", "uniform", {"bits": 3}), Rule("*.q:weight", "uniform", {"bits": 5})
+
+    def widths(*rules):
+        made = make_plan(
+            SITES, [(r[0], r[1]) if isinstance(r, tuple) else ("configuration", r) for r in rules], KINDS, MAP
+        )
+        return {site: entry.bits for site, entry in made.sites.items()}
+
+    expected = widths(general, middle, specific)
+    assert (expected["enc.0.q:weight"], expected["enc.0.out:weight"], expected["enc.1.q:weight"]) == (2, 3, 4)
+    for order in permutations((general, middle, specific)):
+        assert widths(*order) == expected
+    # Rules that share some sites only: the later one.
+    assert widths(middle, apart)["enc.0.q:weight"] == 5 and widths(apart, middle)["enc.0.q:weight"] == 3
+    assert widths(specific, apart, general) == widths(general, apart, specific)
+    # The same sites: the later one. Another source that comes later undoes everything.
+    assert widths(specific, replace(specific, options={"bits": 6}))["enc.0.q:weight"] == 6
+    assert set(widths(("preset", specific), general).values()) == {4}
+    assert not widths(("preset", specific), replace(general, quantizer="none"))
+    # Whoever wants to leave out nearly everything says so in any order.
+    assert list(widths(specific, replace(general, quantizer="none"))) == ["enc.0.q:weight"]
 
 
 def test_unknown_preset_suggests_the_nearest():
