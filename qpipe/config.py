@@ -134,8 +134,18 @@ class TrainConfig(Section):
     learning_rate: float = Field(5e-5, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     warmup: float = Field(0.1, ge=0, lt=1, description="part of all steps")
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
+    optimizer: Literal["adamw", "bert-adam"] = Field(
+        "adamw", description="bert-adam: no bias correction, and by default each tensor's gradient clipped by itself"
+    )
+    schedule: Literal["linear", "cosine", "constant", "bert-linear"] = Field(
+        "linear", description="bert-linear: that of BertAdam, linear with a warm-up that is not rounded to whole steps"
+    )
+    clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 turns clipping off")
+    clip_by: Literal["auto", "model", "tensor"] = Field(
+        "auto",
+        description="whose norm `clip` limits: that of all gradients together, or each tensor's own; "
+        "auto: tensor with bert-adam, else model",
+    )
     eval_every: int | None = Field(None, gt=0, description="optimizer steps between evaluations; default: an epoch")
     save_every: int | None = Field(None, gt=0, description="optimizer steps between checkpoints; default: an epoch")
     log_every: int = Field(10, gt=0)
@@ -143,6 +153,12 @@ class TrainConfig(Section):
     keep_best: bool = Field(True, description="end with the weights of the best evaluation instead of the last")
     activation_checkpointing: bool = False
     dropout: float | None = Field(None, ge=0, lt=1, description="overrides every dropout of the model")
+
+    @property
+    def clips_tensors(self) -> bool:
+        """Whether gradients are clipped tensor by tensor."""
+        by_tensor = self.clip_by == "tensor" or (self.clip_by == "auto" and self.optimizer == "bert-adam")
+        return by_tensor and self.clip > 0
 
     def micro_batch_size(self, processes: int) -> int:
         """Examples per process and micro-batch.

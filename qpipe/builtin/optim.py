@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from qpipe.builtin.bert_adam import BertAdam, warmup_linear
 from qpipe.plugin import Plugin, hookimpl
 from qpipe.run import Run
 from qpipe.types import ParamGroup
 
 
 class Optim(Plugin):
-    """AdamW; linear, cosine or constant schedule with warm-up; no decay of biases, normalisations and quantizers."""
+    """AdamW or BertAdam; schedules with warm-up; no decay of biases, normalisations and quantizers."""
 
     @hookimpl
     def qpipe_param_groups(self, run: Run) -> Iterable[ParamGroup]:
@@ -37,7 +39,9 @@ class Optim(Plugin):
 
     @hookimpl(trylast=True)
     def qpipe_optimizer(self, run: Run, groups: list[dict[str, Any]]) -> Optimizer | None:
-        """AdamW with betas 0.9, 0.999, fused: one pass over each parameter instead of a dozen."""
+        """`train.optimizer`. AdamW has betas 0.9, 0.999, and is fused: one pass over each parameter, not a dozen."""
+        if run.config.train.optimizer == "bert-adam":
+            return BertAdam(groups, lr=run.config.train.learning_rate)
         return AdamW(groups, lr=run.config.train.learning_rate, fused=True)
 
     @hookimpl(trylast=True)
@@ -45,6 +49,8 @@ class Optim(Plugin):
         """The schedule of `train.schedule` over `run.total_steps`."""
         from transformers import get_scheduler
 
+        if run.config.train.schedule == "bert-linear":
+            return LambdaLR(optimizer, partial(warmup_linear, total=run.total_steps, warmup=run.config.train.warmup))
         names = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
         return get_scheduler(
             names[run.config.train.schedule],

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from qpipe.config import EngineConfig, TrainConfig
 from qpipe.engine.base import Processes, choose_device, resolve_precision
+from qpipe.engine.clipping import clip_each, plain_fragments
 from qpipe.engine.sharding import Shards, whole_tensor
 from qpipe.errors import ConfigError
 
@@ -93,8 +94,12 @@ class AccelerateEngine(Processes):
         if not self._stepping:
             return
         assert self._train is not None
-        limit = self._train.clip or float("inf")
-        self._norm = float(whole_tensor(nn.utils.clip_grad_norm_(self._module.parameters(), limit)))
+        if self._train.clips_tensors:
+            sharded = self._shards is not None
+            self._norm = clip_each(plain_fragments(self._module, sharded), self._train.clip, sharded)
+        else:
+            limit = self._train.clip or float("inf")
+            self._norm = float(whole_tensor(nn.utils.clip_grad_norm_(self._module.parameters(), limit)))
         self._optimizer.step()
         self._scheduler.step()
         self._optimizer.zero_grad()

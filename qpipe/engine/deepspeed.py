@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from qpipe.config import EngineConfig, TrainConfig
 from qpipe.engine.base import Processes, choose_device, join_processes, resolve_precision
+from qpipe.engine.clipping import clip_each, zero_fragments
 from qpipe.engine.operators import build_cpu_operators
 from qpipe.errors import ConfigError
 
@@ -62,6 +63,8 @@ class DeepSpeedEngine(Processes):
         self.dtype = resolve_precision(config, self.device)
         self.partitioned = False
         self._engine: Any = None
+        self._clip = 0.0
+        self._norm: float | None = None
 
     def settings(self, train: TrainConfig) -> dict[str, Any]:
         """The DeepSpeed configuration.
@@ -77,7 +80,7 @@ class DeepSpeedEngine(Processes):
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": train.micro_batch_size(self.world_size),
             "gradient_accumulation_steps": train.accumulation,
-            "gradient_clipping": train.clip,
+            "gradient_clipping": 0.0 if train.clips_tensors else train.clip,
             "bf16": {"enabled": self.dtype == torch.bfloat16},
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
@@ -100,6 +103,9 @@ class DeepSpeedEngine(Processes):
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=settings, dist_init_required=False
         )
         self.partitioned = settings["zero_optimization"]["stage"] == 3
+        self._clip = train.clip if train.clips_tensors else 0.0
+        if self._clip:
+            refuse_separate_gradients(self._engine.optimizer)
 
     def begin_micro_batch(self, last: bool) -> None:
         """Nothing to do: DeepSpeed counts micro-batches itself."""
@@ -114,11 +120,14 @@ class DeepSpeedEngine(Processes):
 
     def step(self) -> None:
         """Count the micro-batch; update at the end of the step."""
+        if self._clip and self._engine.is_gradient_accumulation_boundary():
+            stage = self.config.zero
+            self._norm = clip_each(zero_fragments(self._engine.module, stage), self._clip, shared=stage > 0)
         self._engine.step()
 
     def grad_norm(self) -> float | None:
         """Norm before clipping."""
-        norm = self._engine.get_global_grad_norm()
+        norm = self._norm if self._clip else self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
     @contextmanager
@@ -147,6 +156,21 @@ class DeepSpeedEngine(Processes):
         if self._engine is not None:
             self._engine.destroy()
             self._engine = None
+
+
+def refuse_separate_gradients(optimizer: Any) -> None:
+    """Refuse clipping tensor by tensor where DeepSpeed keeps a second, whole copy of each gradient for its update.
+
+    Raises:
+        ConfigError: it does.
+    """
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    if isinstance(optimizer, BF16_Optimizer):
+        raise ConfigError(
+            "engine.config_file accumulates bfloat16 gradients in float32 under ZeRO stage 1, where they cannot be "
+            "clipped tensor by tensor; set engine.zero: 2 or 3, train.clip_by: model, or remove data_types"
+        )
 
 
 def merge_config_file(settings: dict[str, Any], config: EngineConfig) -> dict[str, Any]:

@@ -1,0 +1,72 @@
+"""What the processes of test_engines.py run; called by name through `run_distributed`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+
+from qpipe.builtin.bert_adam import BertAdam
+from qpipe.config import resolve
+from qpipe.engine import connect
+
+STEPS = 3
+
+
+class Net(nn.Module):
+    """Two layers of odd sizes with large gradients, and one that adds nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.unused = nn.Linear(7, 5), nn.Linear(5, 3), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x))) * 4 + 0 * self.unused(x[:, :3]).sum()
+
+
+def data(step: int) -> torch.Tensor:
+    """Eight rows of one micro-batch."""
+    return torch.randn(8, 7, generator=torch.Generator().manual_seed(step))
+
+
+def train(config: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Weights after three steps of two micro-batches with BertAdam, and the norms of all gradients. Collective."""
+    resolved = resolve(config)
+    engine = connect(resolved.engine)
+    torch.manual_seed(0)
+    net = Net()
+    names = ("weight", "bias")
+    groups = [
+        {
+            "params": [p for n, p in net.named_parameters() if n.endswith(name)],
+            "weight_decay": 0.01 * (name == "weight"),
+        }
+        for name in names
+    ]
+    optimizer = BertAdam(groups, lr=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    engine.wrap(net, optimizer, schedule, resolved.train, [net.first])
+    norms, share = [], 8 // engine.world_size
+    for step in range(STEPS):
+        for micro in range(2):
+            engine.begin_micro_batch(micro == 1)
+            rows = data(2 * step + micro)[engine.rank * share : (engine.rank + 1) * share]
+            engine.backward(engine.forward(x=rows).square().mean())
+            engine.step()
+        norms.append(engine.grad_norm() or 0.0)
+    with engine.gathered(net.parameters()) as whole:
+        weights = {name: p.detach().clone() for (name, _), p in zip(net.named_parameters(), whole, strict=True)}
+    engine.close()
+    return weights, norms
+
+
+def write(cases: dict[str, dict[str, Any]], folder: str) -> None:
+    """Train each case; process 0 writes `CASE.safetensors`."""
+    for name, config in cases.items():
+        weights, norms = train(config)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            save_file({**weights, "norms": torch.tensor(norms)}, Path(folder) / f"{name}.safetensors")

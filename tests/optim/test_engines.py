@@ -1,0 +1,92 @@
+"""BertAdam with gradients clipped tensor by tensor: one process, and two under each engine and ZeRO stage, agree."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qpipe.testing import run_distributed
+
+sys.path.insert(0, str(Path(__file__).parent))
+from steps import STEPS, Net, data
+
+LIMIT = 0.1
+ENGINES = {
+    "zero0": {"name": "deepspeed", "zero": 0},
+    "zero1": {"name": "deepspeed", "zero": 1},
+    "zero2": {"name": "deepspeed", "zero": 2},
+    "zero2-offload": {"name": "deepspeed", "zero": 2, "offload": "optimizer"},
+    "zero3": {"name": "deepspeed", "zero": 3},
+    "zero3-offload": {"name": "deepspeed", "zero": 3, "offload": "optimizer"},
+    "ddp": {"name": "accelerate"},
+    "fsdp": {"name": "accelerate", "fsdp": True},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engines")
+    settings = folder / "zero3.json"
+    settings.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
+    train = {"batch_size": 16, "accumulation": 2, "clip": LIMIT, "optimizer": "bert-adam"}
+    cases = {}
+    for name, engine in ENGINES.items():
+        extra = {"config_file": str(settings)} if engine.get("zero") == 3 else {}
+        engine = {**engine, **extra, "cpu": True, "precision": "float32"}
+        cases[name] = {"model": {"name": "none"}, "train": train, "engine": engine}
+    run_distributed("steps:write", cases=cases, folder=str(folder))
+    return folder
+
+
+def own_norm(gradients, own):
+    return float(own.norm())
+
+
+def by_hand(limited=own_norm):
+    """The same training in float64 on the whole batch, from the formulas, without qpipe."""
+    torch.manual_seed(0)
+    net = Net().double()
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in net.named_parameters()}
+    norms = []
+    for step in range(STEPS):
+        losses = [net(data(2 * step + micro).double()).square().mean() for micro in range(2)]
+        gradients = torch.autograd.grad(sum(losses) / 2, list(net.parameters()))
+        norms.append(sum(float(g.square().sum()) for g in gradients) ** 0.5)
+        for (name, p), gradient in zip(net.named_parameters(), gradients, strict=True):
+            g = gradient * min(1.0, LIMIT / (limited(gradients, gradient) + 1e-6))
+            first, second = moments[name]
+            first.copy_(0.9 * first + 0.1 * g)
+            second.copy_(0.999 * second + 0.001 * g * g)
+            decay = 0.01 if name.endswith("weight") else 0.0
+            with torch.no_grad():
+                p -= 0.05 / (1 + step) * (first / (second.sqrt() + 1e-6) + decay * p)
+    return dict(net.named_parameters()), norms
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ENGINES)
+def test_two_processes(folder, name):
+    expected, norms = by_hand()
+    found = load_file(folder / f"{name}.safetensors")
+    torch.testing.assert_close(found.pop("norms"), torch.tensor(norms), rtol=1e-5, atol=0)
+    assert min(norms) > LIMIT, "every step clips"
+    for key, weight in expected.items():
+        torch.testing.assert_close(
+            found[key].double(), weight.detach(), rtol=0, atol=2e-6, msg=lambda m, k=key: f"{k}: {m}"
+        )
+
+
+def test_it_matters_whose_norm_is_limited():
+    """Clipping all gradients together, or none, ends in weights that the tests above tell from these."""
+    expected, _ = by_hand()
+    for norm in (
+        lambda gradients, own: sum(float(g.square().sum()) for g in gradients) ** 0.5,
+        lambda gradients, own: 0.0,
+    ):
+        other, _ = by_hand(norm)
+        assert all(
+            float((other[k] - w).detach().abs().max()) > 1e-3 for k, w in expected.items() if not k.startswith("unused")
+        )
