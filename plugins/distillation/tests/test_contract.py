@@ -4,4 +4,11 @@ from qpipe.testing import check_plugin
 
 
 def test_contract():
-    check_plugin(Distillation, options={"hidden": "mse", "attention": "mse"})
+    check_plugin(
+        Distillation,
+        options={
+            "preset": "ternarybert",
+            "output": "cosine",
+            "hidden_weight": {"schedule": "cosine", "initial": 0.5, "final": 2},
+        },
+    )

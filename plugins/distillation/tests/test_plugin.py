@@ -1,16 +1,20 @@
 """The plugin's pairing of layers and its checks, and whole runs with it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
 from qpipe_distillation import Distillation, DistillationOptions
-from qpipe_distillation.layers import attention_pairs, depth_ratio, hidden_pairs
+from qpipe_distillation.layers import attention_pairs, depth_ratio, hidden_pairs, mapped_pairs
+from qpipe_distillation.schedule import WeightSchedule
 
 import qpipe
 from qpipe import ConfigError, ModelError
 from qpipe.stages import evaluate_run, plan_run
 from qpipe.testing import tiny_config, tiny_model
+
+TEN_STEPS = SimpleNamespace(total_steps=10)
 
 
 def test_uniform_pairs_end_at_the_last_layers():
@@ -37,6 +41,11 @@ def test_layers_that_do_not_pair(student, teacher, message):
         ({"logits": "none", "hidden": "mse", "task_loss": False}, "nothing trains the head"),
         ({"temperature": 0}, "greater than 0"),
         ({"hidden": "cos"}, "cosine"),
+        ({"logits_weight": 0}, "greater than 0"),
+        ({"score_floor": -100}, "padding: include"),
+        ({"logits_weight": {"schedule": "linear", "initial": 0, "final": 0}}, "always 0"),
+        ({"logits_weight": {"schedule": "linear", "initial": 0, "final": 1, "start": 1}}, "must come before stop"),
+        ({"preset": "distilbert"}, "ternarybert"),
     ],
 )
 def test_options_that_make_no_sense(options, message):
@@ -44,13 +53,63 @@ def test_options_that_make_no_sense(options, message):
         DistillationOptions(**options)
 
 
+def test_a_map_of_layers():
+    """XTC's maps: every other layer; and from the third on, where the embeddings meet the teacher's first layer."""
+    hidden, attention = mapped_pairs([2, 4, 6], 3, 6, "uniform")
+    assert hidden == [(0, 0), (1, 2), (2, 4), (3, 6)]
+    assert attention == [(0, 1), (1, 3), (2, 5)]
+    assert mapped_pairs([1, 3, 5], 2, 6, "uniform") == ([(0, 1), (1, 3), (2, 5)], [(0, 2), (1, 4)])
+    assert mapped_pairs([1, 3, 5], 2, 6, "last") == ([(2, 5)], [(1, 4)])
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([1], "has 1 numbers; the student's 3"),
+        ([1, 2, 7], "layers 1 to 6"),
+        ([2, 1, 3], "must rise"),
+        ([0, 1, 2], "1 to 6"),
+    ],
+)
+def test_maps_that_do_not_fit(layers, message):
+    with pytest.raises(ModelError, match=message):
+        mapped_pairs(layers, 3, 6, "uniform")
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("linear", [1, 1, 2, 3, 3]), ("cosine", [1, 1, 2, 3, 3]), ("step", [1, 3, 3, 3, 3])],
+)
+def test_weights_over_the_training(kind, expected):
+    """At 0, 0.2, 0.5, 0.8 and 0.9 of the training; the two ramps meet halfway, and a quarter of the way differ."""
+    weight = WeightSchedule(schedule=kind, initial=1, final=3, start=0.2, stop=0.8)
+    assert [weight.at(step, 10) for step in (0, 2, 5, 8, 9)] == pytest.approx(expected)
+    if kind != "step":
+        quarter = {"linear": 1.5, "cosine": 2 - 2**-0.5}[kind]
+        assert weight.at(35, 100) == pytest.approx(quarter)
+
+
+def test_presets_give_way_to_what_is_set():
+    options = DistillationOptions(preset="ternarybert", logits="mse", hidden_weight=2)
+    assert (options.logits, options.attention, options.hidden_weight, options.score_floor) == ("mse", "mse", 2, -100)
+    assert DistillationOptions.model_validate(options.model_dump(mode="json")) == options
+
+
+def test_tinybert_learns_layers_first():
+    """For 20 of 23 epochs."""
+    plugin = Distillation(DistillationOptions(preset="tinybert"))
+    weights = {loss.name: loss.weight for loss in plugin.qpipe_losses(run=SimpleNamespace(total_steps=23))}
+    for name, first, then in (("logits", 0, 1), ("hidden", 1, 0), ("attention", 1, 0)):
+        assert [weights[f"distillation/{name}"](step) for step in (0, 19, 20, 22)] == [first, first, then, then]
+
+
 def test_only_what_is_compared_is_captured():
     plugin = Distillation(DistillationOptions(logits="none", hidden="cosine"))
     signals = plugin.qpipe_signals()
     assert signals.student == signals.teacher == {"hidden_states"}
-    assert [(loss.name, loss.replaces) for loss in plugin.qpipe_losses()] == [("distillation/hidden", ())]
+    assert [(loss.name, loss.replaces) for loss in plugin.qpipe_losses(run=TEN_STEPS)] == [("distillation/hidden", ())]
     alone = Distillation(DistillationOptions(attention="mse", task_loss=False, attention_weight=3))
-    assert [(loss.name, loss.weight, loss.replaces) for loss in alone.qpipe_losses()] == [
+    assert [(loss.name, loss.weight, loss.replaces) for loss in alone.qpipe_losses(run=TEN_STEPS)] == [
         ("distillation/logits", 1.0, ("task",)),
         ("distillation/attention", 3.0, ()),
     ]
@@ -110,6 +169,19 @@ def test_the_same_model_is_at_no_distance(tmp_path):
 def test_teachers_that_do_not_fit(options, teacher, message, tmp_path):
     with pytest.raises(ModelError, match=message):
         qpipe.execute(with_teacher(tmp_path, options, teacher))
+
+
+@pytest.mark.parametrize("preset", ["ternarybert", "tinybert"])
+def test_presets_run_with_a_map(preset, tmp_path):
+    """The logged parts are weighted: those whose turn has not come are 0, and the task loss is replaced."""
+    options = {"preset": preset, "layer_map": [1, 3], "output": "cosine"}
+    run = qpipe.execute(with_teacher(tmp_path, options, {"num_hidden_layers": 4}))
+    assert run.results["verified"]
+    rows = logged(tmp_path)
+    assert all(row["distillation/hidden"] > 0 and row["distillation/attention"] > 0 for row in rows)
+    assert all((row["distillation/logits"] > 0) == (preset == "ternarybert") and "task" not in row for row in rows)
+    # Of two independent random layers each, cosines are near 0.
+    assert all(1 < row["distillation/output"] < 3 for row in rows)
 
 
 def test_regression_has_no_distribution(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from qpipe import ModelError
@@ -39,6 +40,36 @@ def attention_pairs(depth: int, ratio: int, layers: Literal["uniform", "last"]) 
     """Pairs of attention layers; the student's last one always meets the teacher's last one."""
     first = 0 if layers == "uniform" else depth - 1
     return [(layer, (layer + 1) * ratio - 1) for layer in range(first, depth)]
+
+
+def mapped_pairs(
+    layer_map: Sequence[int], depth: int, teacher: int, layers: Literal["uniform", "last"]
+) -> tuple[list[Pair], list[Pair]]:
+    """Pairs of hidden states and of attention layers by an explicit map.
+
+    Args:
+        layer_map: the teacher's layer, from 1, for each layer of the student; with one number more, the first is the
+            teacher's hidden state for the embeddings' output.
+        depth: layers of the student.
+        teacher: layers of the teacher.
+        layers: all pairs, or the last ones.
+
+    Raises:
+        ModelError: the map has another length, names a layer that is not there, or does not rise.
+    """
+    if len(layer_map) not in (depth, depth + 1):
+        raise ModelError(
+            f"distillation.layer_map has {len(layer_map)} numbers; the student's {depth} layers need {depth}, or "
+            f"{depth + 1} with one for the embeddings first"
+        )
+    states = [0, *layer_map] if len(layer_map) == depth else list(layer_map)
+    if min(states[1:]) < 1 or max(states) > teacher or states != sorted(states):
+        raise ModelError(
+            f"distillation.layer_map {list(layer_map)} must rise and name layers 1 to {teacher}, which the teacher has"
+        )
+    hidden = list(enumerate(states))
+    attention = [(layer - 1, theirs - 1) for layer, theirs in hidden[1:]]
+    return (hidden, attention) if layers == "uniform" else (hidden[-1:], attention[-1:])
 
 
 def require_equal(student: Any, teacher: Any, attribute: str, what: str) -> None:

@@ -1,11 +1,12 @@
 """Distances between student and teacher, as functions of tensors. All compute in float32.
 
-Tokens count once per example: each mean is over the real tokens of an example first, and then over examples, so that it
-does not depend on padding, nor on how a batch is shared out to processes.
+Except where a function says otherwise, tokens count once per example: each mean is over the real tokens of an example
+first, and then over examples, so that it does not depend on padding, nor on how a batch is shared out to processes.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,7 +29,9 @@ def token_mask(logits: Tensor, mask: Tensor | None) -> Tensor | None:
     return mask if logits.dim() == 3 else None
 
 
-def logits_kl(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
+def logits_kl(
+    student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None = None, entropy: bool = False
+) -> Tensor:
     """`T^2 * sum_c p_T log(p_T / p_S)` with `p = softmax(logits / T)`.
 
     Hinton, Vinyals & Dean, "Distilling the knowledge in a neural network" (2015), section 2; the factor keeps gradients
@@ -39,11 +42,12 @@ def logits_kl(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor
         teacher: of the same shape.
         temperature: above 0.
         mask: `[batch, tokens]`, non-zero at real tokens; for logits of tokens only.
+        entropy: True for that cross-entropy itself, `-T^2 * sum_c p_T log p_S`.
     """
     ours = (student.float() / temperature).log_softmax(-1)
     theirs = (teacher.float() / temperature).log_softmax(-1)
-    divergence = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
-    return temperature**2 * example_mean(divergence, token_mask(student, mask))
+    terms = -theirs.exp() * ours if entropy else F.kl_div(ours, theirs, reduction="none", log_target=True)
+    return temperature**2 * example_mean(terms.sum(-1), token_mask(student, mask))
 
 
 def logits_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -52,13 +56,31 @@ def logits_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> 
 
 
 def hidden_cosine(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-    """`1 - cos` of hidden states `[batch, tokens, hidden]`, 0..2; Sanh et al., "DistilBERT" (2019)."""
+    """`1 - cos` of states `[batch, tokens, hidden]`, 0..2; Sanh et al., "DistilBERT" (2019)."""
     return example_mean(1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1), mask)
 
 
 def hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean squared difference of hidden states `[batch, tokens, hidden]`; Jiao et al., "TinyBERT" (2020), eq. 8."""
+    """Mean squared difference of states `[batch, tokens, hidden]`; Jiao et al., "TinyBERT" (2020), eq. 8."""
     return example_mean((student.float() - teacher.float()).square().mean(-1), mask)
+
+
+def visible_pairs(scores: Tensor, mask: Tensor | None, causal: bool, queries: bool) -> Tensor | None:
+    """Which pairs of query and key count, broadcastable to `[batch, queries, keys]`; None if all.
+
+    Args:
+        scores: `[batch, heads, queries, keys]`, for size and device.
+        mask: `[batch, tokens]`, non-zero at real tokens, or None.
+        causal: True if a query sees no later key.
+        queries: False if padded queries count too.
+    """
+    visible = None if mask is None else mask[:, None, :].bool()
+    if visible is not None and mask is not None and queries:
+        visible = visible & mask[:, :, None].bool()
+    if causal:
+        lower = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        visible = lower if visible is None else visible & lower
+    return visible
 
 
 def attention_mse(student: Tensor, teacher: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
@@ -71,8 +93,27 @@ def attention_mse(student: Tensor, teacher: Tensor, mask: Tensor | None, causal:
         causal: True if a query sees no later key.
     """
     difference = (student.float() - teacher.float()).square().mean(1)
-    visible = None if mask is None else mask[:, :, None].bool() & mask[:, None, :].bool()
-    if causal:
-        lower = difference.new_ones(difference.shape[1:]).tril().bool()
-        visible = lower if visible is None else visible & lower
-    return example_mean(difference, visible)
+    return example_mean(difference, visible_pairs(student, mask, causal, queries=True))
+
+
+def all_scores_mse(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, causal: bool = False, floor: float | None = None
+) -> Tensor:
+    """Mean squared difference of attention scores over all elements, as published code has it.
+
+    Masked keys count as equal, and padded queries take part.
+
+    Args:
+        student: scores `[batch, heads, queries, keys]`.
+        teacher: of the same shape.
+        mask: `[batch, tokens]`, non-zero at real tokens, or None.
+        causal: True if a query sees no later key.
+        floor: scores down to here count as 0, with no gradient; published code finds masked entries by -100.
+    """
+    ours, theirs = student.float(), teacher.float()
+    if floor is not None:
+        ours, theirs = F.threshold(ours, floor, 0.0), F.threshold(theirs, floor, 0.0)
+    visible, difference = visible_pairs(student, mask, causal, queries=False), ours - theirs
+    if visible is not None:
+        difference = difference.masked_fill(~(visible if visible.dim() == 2 else visible[:, None]), 0.0)
+    return difference.square().mean()

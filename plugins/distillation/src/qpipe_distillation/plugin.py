@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor
 
 from qpipe import ConfigError, Loss, ModelError, Options, Plugin, Run, SignalKind, Signals, Step, hookimpl
 from qpipe_distillation import losses
-from qpipe_distillation.layers import Pair, attention_pairs, depth_ratio, hidden_pairs, require_equal
+from qpipe_distillation.layers import Pair, attention_pairs, depth_ratio, hidden_pairs, mapped_pairs, require_equal
 from qpipe_distillation.options import DistillationOptions
+from qpipe_distillation.schedule import weight_function
 
-HIDDEN = {"cosine": losses.hidden_cosine, "mse": losses.hidden_mse}
+STATES = {"cosine": losses.hidden_cosine, "mse": losses.hidden_mse}
 
 
 class Distillation(Plugin):
@@ -26,6 +27,7 @@ class Distillation(Plugin):
         super().__init__(options)
         self._hidden: list[Pair] = []
         self._attention: list[Pair] = []
+        self._output: list[Pair] = []
         self._causal = False
 
     @hookimpl
@@ -37,7 +39,7 @@ class Distillation(Plugin):
             ConfigError: the task does not fit the options.
         """
         options = self.options
-        if options.logits == "kl" and run.task.kind == "regression":
+        if options.logits in ("kl", "soft-ce") and run.task.kind == "regression":
             raise ConfigError("regression predicts one number, which has no distribution: set distillation.logits: mse")
         if run.total_steps == 0:  # A plan, or a finished run: nothing is trained, and there is no teacher.
             return
@@ -48,15 +50,23 @@ class Distillation(Plugin):
             require_equal(run.student, run.teacher, "vocab_size", "tokens in its vocabulary")
         if options.hidden != "none":
             require_equal(run.student, run.teacher, "hidden_size", "hidden units")
-            depth = len(ours.blocks)
-            ratio = depth_ratio(depth, len(theirs.blocks), "hidden states")
-            self._hidden = hidden_pairs(depth, ratio, options.layers)
+            self._hidden, _ = self._pairs(ours.blocks, theirs.blocks, "hidden states")
         if options.attention != "none":
             require_equal(run.student, run.teacher, "num_attention_heads", "attention heads")
-            depth = len(ours.attention)
-            ratio = depth_ratio(depth, len(theirs.attention), "attention")
-            self._attention = attention_pairs(depth, ratio, options.layers)
+            _, self._attention = self._pairs(ours.attention, theirs.attention, "attention")
             self._causal = bool(getattr(run.student.get_submodule(ours.attention[0]), "is_causal", False))
+
+        if options.output != "none":
+            require_equal(run.student, run.teacher, "hidden_size", "hidden units")
+            _, self._output = self._pairs(ours.attention_output, theirs.attention_output, "output")
+
+    def _pairs(self, ours: Sequence[Any], theirs: Sequence[Any], what: str) -> tuple[list[Pair], list[Pair]]:
+        """Pairs of hidden states and of attention layers."""
+        options, depth = self.options, len(ours)
+        if options.layer_map is not None and ours and theirs:
+            return mapped_pairs(options.layer_map, depth, len(theirs), options.layers)
+        ratio = depth_ratio(depth, len(theirs), what)
+        return hidden_pairs(depth, ratio, options.layers), attention_pairs(depth, ratio, options.layers)
 
     @hookimpl
     def qpipe_signals(self) -> Signals:
@@ -65,40 +75,59 @@ class Distillation(Plugin):
             "logits": self.options.logits,
             "hidden_states": self.options.hidden,
             "scores": self.options.attention,
+            "attention_output": self.options.output,
         }
         wanted = frozenset(kind for kind, how in kinds.items() if how != "none")
         return Signals(teacher=wanted, student=wanted)
 
     @hookimpl
-    def qpipe_losses(self) -> Iterable[Loss]:
+    def qpipe_losses(self, run: Run) -> Iterable[Loss]:
         """The terms that are on; the first stands in for the task loss unless that is kept."""
         options = self.options
-        terms: list[tuple[str, str, Callable[[Step], Tensor], float]] = [
+        terms: list[tuple[str, str, Callable[[Step], Tensor], Any]] = [
             ("logits", options.logits, self._logits_loss, options.logits_weight),
             ("hidden", options.hidden, self._hidden_loss, options.hidden_weight),
             ("attention", options.attention, self._attention_loss, options.attention_weight),
+            ("output", options.output, self._output_loss, options.output_weight),
         ]
         replaces: tuple[str, ...] = () if options.task_loss else ("task",)
         for name, how, fn, weight in terms:
             if how != "none":
-                yield Loss(f"distillation/{name}", fn, weight, replaces)
+                yield Loss(f"distillation/{name}", fn, weight_function(weight, run.total_steps), replaces)
                 replaces = ()
 
+    def _mask(self, step: Step) -> Tensor | None:
+        """Non-zero at tokens that count; None if all do."""
+        return step.batch.get("attention_mask") if self.options.padding == "exclude" else None
+
     def _logits_loss(self, step: Step) -> Tensor:
-        student, teacher, mask = step.student["logits", 0], step.teacher["logits", 0], step.batch.get("attention_mask")
-        if self.options.logits == "mse":
+        student, teacher, options = step.student["logits", 0], step.teacher["logits", 0], self.options
+        # Padded tokens have no logits worth learning, whatever else counts.
+        mask = step.batch.get("attention_mask")
+        if options.logits == "mse":
             return losses.logits_mse(student, teacher, mask)
-        return losses.logits_kl(student, teacher, self.options.temperature, mask)
+        loss = losses.logits_kl(student, teacher, options.temperature, mask, entropy=options.logits == "soft-ce")
+        return loss / student.shape[-1] if options.classes == "mean" else loss
 
     def _hidden_loss(self, step: Step) -> Tensor:
-        distance, mask = HIDDEN[self.options.hidden], step.batch.get("attention_mask")
+        distance, mask = STATES[self.options.hidden], self._mask(step)
         pairs = [(step.student["hidden_states", i], step.teacher["hidden_states", j]) for i, j in self._hidden]
         return torch.stack([distance(student, teacher, mask) for student, teacher in pairs]).sum()
 
+    def _output_loss(self, step: Step) -> Tensor:
+        distance, mask = STATES[self.options.output], self._mask(step)
+        pairs = [(step.student["attention_output", i], step.teacher["attention_output", j]) for i, j in self._output]
+        return torch.stack([distance(student, teacher, mask) for student, teacher in pairs]).sum()
+
     def _attention_loss(self, step: Step) -> Tensor:
-        mask = step.batch.get("attention_mask")
+        mask, options = step.batch.get("attention_mask"), self.options
         pairs = [(step.student["scores", i], step.teacher["scores", j]) for i, j in self._attention]
-        return torch.stack([losses.attention_mse(ours, theirs, mask, self._causal) for ours, theirs in pairs]).sum()
+        if options.padding == "include":
+            floor = options.score_floor
+            found = [losses.all_scores_mse(ours, theirs, mask, self._causal, floor) for ours, theirs in pairs]
+        else:
+            found = [losses.attention_mse(ours, theirs, mask, self._causal) for ours, theirs in pairs]
+        return torch.stack(found).sum()
 
     @hookimpl
     def qpipe_export_metadata(self) -> Mapping[str, Any]:
