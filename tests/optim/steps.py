@@ -33,25 +33,37 @@ def data(step: int) -> torch.Tensor:
     return torch.randn(8, 7, generator=torch.Generator().manual_seed(step))
 
 
-def train(config: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Weights after three steps of two micro-batches with BertAdam, and the norms of all gradients. Collective."""
+def start(config: dict[str, Any]) -> tuple[Any, nn.Module]:
+    """An engine that has taken over the net, BertAdam with decay of weights only, and a falling learning rate."""
     resolved = resolve(config)
     engine = connect(resolved.engine)
     torch.manual_seed(0)
     net = Net()
-    names = ("weight", "bias")
+    decays = {"weight": 0.01, "bias": 0.0}
     groups = [
-        {
-            "params": [p for n, p in net.named_parameters() if n.endswith(name)],
-            "weight_decay": 0.01 * (name == "weight"),
-        }
-        for name in names
+        {"params": [p for n, p in net.named_parameters() if n.endswith(name)], "weight_decay": decay}
+        for name, decay in decays.items()
     ]
     optimizer = BertAdam(groups, lr=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     engine.wrap(net, optimizer, schedule, resolved.train, [net.first])
+    return engine, net
+
+
+def train(config: dict[str, Any], interrupt: Path | None = None) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Weights after three steps of two micro-batches, and the norms of all gradients. Collective.
+
+    With `interrupt` a second engine goes on after the second step, from what the first has saved in that folder.
+    """
+    engine, net = start(config)
     norms, share = [], 8 // engine.world_size
     for step in range(STEPS):
+        if interrupt is not None and step == 2:
+            engine.save(interrupt)
+            engine.barrier()
+            engine.close()
+            engine, net = start(config)
+            engine.load(interrupt)
         for micro in range(2):
             engine.begin_micro_batch(micro == 1)
             rows = data(2 * step + micro)[engine.rank * share : (engine.rank + 1) * share]
@@ -65,8 +77,11 @@ def train(config: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[float]]
 
 
 def write(cases: dict[str, dict[str, Any]], folder: str) -> None:
-    """Train each case; process 0 writes `CASE.safetensors`."""
-    for name, config in cases.items():
-        weights, norms = train(config)
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            save_file({**weights, "norms": torch.tensor(norms)}, Path(folder) / f"{name}.safetensors")
+    """Train each case, without and with an interruption; process 0 writes `CASE.safetensors`."""
+    for case, config in cases.items():
+        for name, interrupt in ((case, None), (f"{case}-resumed", Path(folder) / f"{case}-checkpoint")):
+            if interrupt is not None:
+                interrupt.mkdir(exist_ok=True)
+            weights, norms = train(config, interrupt)
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                save_file({**weights, "norms": torch.tensor(norms)}, Path(folder) / f"{name}.safetensors")

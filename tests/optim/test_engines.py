@@ -79,6 +79,14 @@ def test_two_processes(folder, name):
         )
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ENGINES)
+def test_resumed(folder, name):
+    """Moments come back: a run that was interrupted after the second step ends in the same bits."""
+    whole, resumed = (load_file(folder / f"{case}.safetensors") for case in (name, f"{name}-resumed"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
 def test_it_matters_whose_norm_is_limited():
     """Clipping all gradients together, or none, ends in weights that the tests above tell from these."""
     expected, _ = by_hand()
