@@ -13,6 +13,7 @@ from torch import nn
 from qpipe.builtin.bert_adam import BertAdam
 from qpipe.config import resolve
 from qpipe.engine import connect
+from qpipe.errors import ConfigError
 
 STEPS = 3
 
@@ -38,7 +39,7 @@ def start(config: dict[str, Any]) -> tuple[Any, nn.Module]:
     resolved = resolve(config)
     engine = connect(resolved.engine)
     torch.manual_seed(0)
-    net = Net()
+    net = Net().to(engine.dtype)
     decays = {"weight": 0.01, "bias": 0.0}
     groups = [
         {"params": [p for n, p in net.named_parameters() if n.endswith(name)], "weight_decay": decay}
@@ -67,7 +68,7 @@ def train(config: dict[str, Any], interrupt: Path | None = None) -> tuple[dict[s
         for micro in range(2):
             engine.begin_micro_batch(micro == 1)
             rows = data(2 * step + micro)[engine.rank * share : (engine.rank + 1) * share]
-            engine.backward(engine.forward(x=rows).square().mean())
+            engine.backward(engine.forward(x=rows.to(engine.dtype)).square().mean())
             engine.step()
         norms.append(engine.grad_norm() or 0.0)
     with engine.gathered(net.parameters()) as whole:
@@ -85,3 +86,12 @@ def write(cases: dict[str, dict[str, Any]], folder: str) -> None:
             weights, norms = train(config, interrupt)
             if not dist.is_initialized() or dist.get_rank() == 0:
                 save_file({**weights, "norms": torch.tensor(norms)}, Path(folder) / f"{name}.safetensors")
+
+
+def refused(config: dict[str, Any]) -> str:
+    """What the engine says instead of taking the net over."""
+    try:
+        start(config)
+    except ConfigError as error:
+        return str(error)
+    return "nothing"

@@ -98,3 +98,13 @@ def test_it_matters_whose_norm_is_limited():
         assert all(
             float((other[k] - w).detach().abs().max()) > 1e-3 for k, w in expected.items() if not k.startswith("unused")
         )
+
+
+@pytest.mark.distributed
+def test_gradients_that_cannot_be_reached_are_refused(tmp_path):
+    """DeepSpeed keeps whole float32 copies of bfloat16 gradients then, of which it updates from a part."""
+    settings = tmp_path / "float32.json"
+    settings.write_text(json.dumps({"data_types": {"grad_accum_dtype": "fp32"}}))
+    engine = {"name": "deepspeed", "zero": 1, "cpu": True, "precision": "bfloat16", "config_file": str(settings)}
+    config = {"model": {"name": "none"}, "train": {"batch_size": 16, "optimizer": "bert-adam"}, "engine": engine}
+    assert "engine.zero: 2 or 3" in run_distributed("steps:refused", world_size=1, config=config)
