@@ -32,6 +32,7 @@ _PUBLIC = {
     "ModelMap": "qpipe.types",
     "ParamGroup": "qpipe.types",
     "QuantizerKind": "qpipe.types",
+    "RangeEstimatorKind": "qpipe.types",
     "ReportSection": "qpipe.types",
     "Rule": "qpipe.types",
     "SignalKind": "qpipe.types",
@@ -52,6 +53,11 @@ _PUBLIC = {
     "AffineActivation": "qpipe.quant.affine",
     "FixedActivation": "qpipe.quant.affine",
     "by_feature": "qpipe.quant.affine",
+    "CalibratedActivation": "qpipe.quant.calibrated",
+    "RangeChoice": "qpipe.quant.calibrated",
+    "RangeEstimator": "qpipe.quant.estimators",
+    "RangeGrid": "qpipe.quant.estimators",
+    "FirstRange": "qpipe.quant.learned",
     "GridActivation": "qpipe.quant.learned",
     "GridActivationOptions": "qpipe.quant.learned",
     "Observed": "qpipe.quant.observed",
@@ -84,12 +90,14 @@ __all__ = [
     "ACTIVATION_SLOTS",
     "ActivationRange",
     "AffineActivation",
+    "CalibratedActivation",
     "CalibrationPass",
     "CheckpointError",
     "ConfigError",
     "DataError",
     "Engine",
     "Exporter",
+    "FirstRange",
     "FixedActivation",
     "FormatError",
     "Grid",
@@ -115,6 +123,10 @@ __all__ = [
     "QuantModule",
     "Quantizer",
     "QuantizerKind",
+    "RangeChoice",
+    "RangeEstimator",
+    "RangeEstimatorKind",
+    "RangeGrid",
     "ReportSection",
     "Rule",
     "Run",
@@ -172,9 +184,11 @@ if TYPE_CHECKING:
     from qpipe.model.gradients import Inject, StopGradient
     from qpipe.plugin import Options, Plugin, hookimpl
     from qpipe.quant.affine import ActivationRange, AffineActivation, FixedActivation, by_feature
+    from qpipe.quant.calibrated import CalibratedActivation, RangeChoice
     from qpipe.quant.compiled import over_rows
+    from qpipe.quant.estimators import RangeEstimator, RangeGrid
     from qpipe.quant.grid import Grid, GridKernel, GridOptions, GridQuantizer, float64_mean, float64_sum, mean_magnitude
-    from qpipe.quant.learned import GridActivation, GridActivationOptions
+    from qpipe.quant.learned import FirstRange, GridActivation, GridActivationOptions
     from qpipe.quant.modules import QuantModule
     from qpipe.quant.moments import Moments, moments
     from qpipe.quant.observed import Observed
@@ -193,6 +207,7 @@ if TYPE_CHECKING:
         ModelMap,
         ParamGroup,
         QuantizerKind,
+        RangeEstimatorKind,
         ReportSection,
         Rule,
         SignalKind,

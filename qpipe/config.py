@@ -114,7 +114,13 @@ class QuantizationConfig(Section):
         description="part of each weight's elements, drawn anew in every forward pass, that training quantizes; "
         "the others stay in full precision (QuantNoise). Evaluation and export quantize all",
     )
-    calibration_batches: int = Field(8, gt=0, description="batches for static activation ranges")
+    calibration_batches: int = Field(8, gt=0, description="batches of training data for activation ranges")
+    calibration_batch_size: int | None = Field(
+        None, gt=0, description="examples in each of them; null: a micro-batch of one process"
+    )
+    calibration_padding: bool = Field(
+        False, description="padding tokens count in activation ranges, as in public code; false: they are left out"
+    )
     ptq: PtqConfig | None = Field(
         None, description="quantize weights before training; `qpipe quantize` always does; null: do not"
     )

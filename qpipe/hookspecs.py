@@ -78,6 +78,10 @@ class Specs:
     def qpipe_quantizers(self) -> Iterable[types.QuantizerKind]:  # type: ignore[empty-body]
         """Offer quantizers that rules can name (all)."""
 
+    @hookspec
+    def qpipe_range_estimators(self) -> Iterable[types.RangeEstimatorKind]:  # type: ignore[empty-body]
+        """Offer estimators of activation ranges that options of quantizers can name (all)."""
+
     @hookspec(firstresult=True)
     def qpipe_quantize_module(self, module: nn.Module) -> type[nn.Module] | None:
         """Name the class that hosts quantizers in place of this module's class (first).
@@ -87,7 +91,10 @@ class Specs:
 
     @hookspec
     def qpipe_quant_rules(self, run: Run, sites: tuple[types.Site, ...]) -> Iterable[types.Rule]:  # type: ignore[empty-body]
-        """Contribute quantization rules (all). The user's own rules come after them, and the last match wins."""
+        """Contribute quantization rules (all).
+
+        The user's own rules come after them, and the last match wins; see `Rule` for rules of one source.
+        """
 
     @hookspec
     def qpipe_weight_losses(self, run: Run) -> Iterable[types.WeightLoss]:  # type: ignore[empty-body]

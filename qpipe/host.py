@@ -24,6 +24,7 @@ BUILTINS: Mapping[str, str] = {
     "uniform": "qpipe.builtin.uniform:UniformQuantizers",
     "lsq": "qpipe.builtin.lsq:LearnedSteps",
     "lsq_activation": "qpipe.builtin.lsq_activation:LearnedActivationSteps",
+    "affine_activation": "qpipe.builtin.affine_activation:LearnedAffine",
     "pact": "qpipe.builtin.pact:LearnedClips",
     "dorefa": "qpipe.builtin.dorefa:Dorefa",
     "binary": "qpipe.builtin.binary:FewLevels",

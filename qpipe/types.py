@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from qpipe.quant.estimators import RangeEstimator
     from qpipe.quant.quantizer import Quantizer
     from qpipe.run import Step
 
@@ -83,7 +84,10 @@ class Site:
 
 @dataclass(frozen=True)
 class Rule:
-    """Quantize every site that matches a pattern; of several matching rules the last one wins.
+    """Quantize every site that matches a pattern.
+
+    Of several matching rules the last one wins; but of one source (a preset, a plugin, the configuration), a rule wins
+    over a later one that selects all its sites and more.
 
     Attributes:
         site: `fnmatch` pattern over `path:slot`. `{block}` stands for every transformer block's path, `{embedding}` for
@@ -115,6 +119,23 @@ class QuantizerKind:
     build: Callable[[Any], Quantizer]
     options: type[Options]
     slots: frozenset[str]
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class RangeEstimatorKind:
+    """A range estimator on offer, for activations whose range is set, or begins, with what calibration sees.
+
+    Attributes:
+        name: what the options `range` and `init` of quantizers call it.
+        build: makes one `RangeEstimator` from validated options; called once per site.
+        options: model of the options, given as `range_options` or `init_options`; unknown keys are refused.
+        summary: one line for the docs.
+    """
+
+    name: str
+    build: Callable[[Any], RangeEstimator]
+    options: type[Options] = Options
     summary: str = ""
 
 
@@ -201,11 +222,16 @@ class ParamGroup:
 class CalibrationPass:
     """One pass over calibration batches, in evaluation mode without gradients.
 
+    Every process runs the same batches, those of one process, so that what is found does not depend on their number.
+    Batches of more examples than `train.eval_batch_size` come in parts; `context.calibration_batch` of the run's
+    instruments is the number of the batch under way.
+
     Attributes:
         name: unique among all plugins.
         batches: number of batches to run.
         start: called before the first batch.
-        finish: called after the last one; may communicate between processes.
+        finish: called after the last one, on every process; let the others take over what process 0 has found
+            (`run.engine.broadcast_tensor`).
     """
 
     name: str

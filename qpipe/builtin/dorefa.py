@@ -214,5 +214,5 @@ class Dorefa(Plugin):
             DorefaActivation,
             GridActivationOptions,
             ACTIVATION_SLOTS,
-            "activations clipped to [0, 1], 2 to 8 bits",
+            "activations clipped to [0, 1], 2 to 16 bits",
         )

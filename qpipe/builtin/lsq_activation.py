@@ -7,26 +7,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from qpipe.errors import TrainingError
 from qpipe.plugin import Plugin, hookimpl
 from qpipe.quant.compiled import over_rows
-from qpipe.quant.learned import GridActivation, GridActivationOptions, total
+from qpipe.quant.estimators import RangeGrid
+from qpipe.quant.learned import SMALLEST_STEP, FirstRange, GridActivation, total
 from qpipe.quant.observed import Observed
 from qpipe.quant.quantizer import Quantizer
 from qpipe.types import ACTIVATION_SLOTS, QuantizerKind
 
 
-class LsqActivationOptions(GridActivationOptions):
+class LsqActivationOptions(FirstRange):
     """Options of `lsq-activation`."""
 
     signed: bool = Field(True, description="levels on both sides of 0; false: from 0 up, for ReLU and probabilities")
-    init: Literal["lsq", "min-max"] = Field(
-        "lsq", description="first step, from calibration: lsq: 2 mean|x| / sqrt(high); min-max: max|x| is a level"
+    init: str = Field(
+        "lsq",
+        description="first step, from calibration: `lsq`: 2 mean|x| / sqrt(high); else the highest level is at the end "
+        "of the range of a range estimator; see `range` of `uniform-activation`",
     )
     grad_scale: Literal["layer", "batch", "none"] = Field(
         "layer",
@@ -35,8 +39,19 @@ class LsqActivationOptions(GridActivationOptions):
     )
     lr_scale: float = Field(1.0, gt=0, description="factor on the learning rate of the step")
 
+    @property
+    def estimator(self) -> tuple[str, dict[str, Any]] | None:
+        """Name and options of the range estimator; None for `lsq`."""
+        return None if self.init == "lsq" else super().estimator
 
-class LsqPlusActivationOptions(GridActivationOptions):
+    @model_validator(mode="after")
+    def _options_have_an_estimator(self) -> LsqActivationOptions:
+        if self.init == "lsq" and self.init_options:
+            raise ValueError("init: lsq has no init_options; leave them out, or name a range estimator")
+        return self
+
+
+class LsqPlusActivationOptions(FirstRange):
     """Options of `lsq+-activation`."""
 
     signed: bool = Field(True, description="levels -2^(bits-1) .. 2^(bits-1) - 1 above the offset; false: from 0 up")
@@ -70,12 +85,27 @@ class LsqActivation(GridActivation):
         """The parameter."""
         return self.learned_step.detach()
 
+    @property
+    def estimator(self) -> tuple[str, dict[str, Any]] | None:
+        """Of the options."""
+        return self.options.estimator
+
+    def range_grid(self) -> RangeGrid:
+        """Grids whose highest level is the clip."""
+
+        def over(bottom: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+            scale = self.exported(torch.maximum(top, -bottom) / self.levels[1])
+            return scale, torch.full_like(scale, float(self.base))
+
+        return RangeGrid(self.low, self.high, True, over)
+
     def set_range(self, seen: Observed) -> None:
         """The first step."""
-        assert isinstance(self.options, LsqActivationOptions)
         high = self.levels[1]
-        first = 2 * seen.mean_magnitude / math.sqrt(high) if self.options.init == "lsq" else seen.largest / high
-        self.learned_step.fill_(first)
+        if self.estimator is None:
+            self.learned_step.fill_(2 * seen.mean_magnitude / math.sqrt(high))
+        else:
+            self.learned_step.fill_(max(abs(end) for end in self.range_of(seen)) / high)
 
     def inherit(self, trained: Quantizer, value: Tensor | None) -> None:
         """Keep the range, and divide it anew: signed levels keep their cells' edges, unsigned ones the highest level.
@@ -108,8 +138,8 @@ class LsqPlusActivation(LsqActivation):
     """`round(clamp((x - offset) / s, low, high)) * s + offset` with learned step and offset.
 
     `dq/ds` is that of `lsq-activation` with `v = (x - offset) / s`; `dq/doffset` is 0 inside and 1 outside (LSQ+,
-    equations 2 to 6). The first range is `[min, max]` of calibration (section 3.2's min-max). An offset rounded to
-    whole steps has the same gradients.
+    equations 2 to 6). The first range is `[min, max]` of calibration (section 3.2's min-max), or a range estimator's.
+    An offset rounded to whole steps has the same gradients.
     """
 
     has_offset = True
@@ -119,15 +149,35 @@ class LsqPlusActivation(LsqActivation):
         self.options: LsqPlusActivationOptions = options
         self.offset: nn.Parameter = self.new_parameter()
 
+    def range_grid(self) -> RangeGrid:
+        """Grids from end to end."""
+
+        def over(bottom: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+            step = (top - bottom) / (self.high - self.low)
+            scale = self.exported(step.clamp_min(SMALLEST_STEP))
+            return scale, self._zero_at(bottom - step * self.levels[0], scale)
+
+        return RangeGrid(self.low, self.high, False, over)
+
     def set_range(self, seen: Observed) -> None:
-        """Lowest and highest level at the smallest and the largest value."""
-        step = (seen.high - seen.low) / (self.high - self.low)
+        """Lowest and highest level at the ends of the range.
+
+        Raises:
+            TrainingError: both ends are the same.
+        """
+        low, high = self.range_of(seen)
+        if not low < high:
+            raise TrainingError(f"{self.site}: init {self.options.init!r} found nothing but {low:g}, which is no range")
+        step = (high - low) / (self.high - self.low)
         self.learned_step.fill_(step)
-        self.offset.fill_(seen.low - step * self.levels[0])
+        self.offset.fill_(low - step * self.levels[0])
 
     def zero_point(self, scale: Tensor) -> Tensor:
         """`base - offset / scale`; rounded and within the codes if it is to be an integer."""
-        zero = self.base - self.offset.detach().float() / scale
+        return self._zero_at(self.offset.detach().float(), scale)
+
+    def _zero_at(self, offset: Tensor, scale: Tensor) -> Tensor:
+        zero = self.base - offset / scale
         return zero.round().clamp(self.low, self.high) if self.options.zero_point == "integer" else zero
 
     def inherit(self, trained: Quantizer, value: Tensor | None) -> None:
@@ -174,12 +224,12 @@ class LearnedActivationSteps(Plugin):
             LsqActivation,
             LsqActivationOptions,
             ACTIVATION_SLOTS,
-            "activations with a learned step size, one for the tensor, 2 to 8 bits",
+            "activations with a learned step size, one for the tensor, 2 to 16 bits",
         )
         yield QuantizerKind(
             "lsq+-activation",
             LsqPlusActivation,
             LsqPlusActivationOptions,
             ACTIVATION_SLOTS,
-            "activations with learned step size and offset, 2 to 8 bits",
+            "activations with learned step size and offset, 2 to 16 bits",
         )

@@ -100,5 +100,5 @@ class LearnedClips(Plugin):
             PactActivation,
             PactOptions,
             ACTIVATION_SLOTS,
-            "non-negative activations up to a learned clip, 2 to 8 bits",
+            "non-negative activations up to a learned clip, 2 to 16 bits",
         )

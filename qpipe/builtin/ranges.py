@@ -1,17 +1,24 @@
-"""Calibration of static activation ranges."""
+"""Range estimators of the host, and the calibration of static ranges with them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from qpipe.plugin import Plugin, hookimpl
-from qpipe.quant.activation import UniformActivation
+from qpipe.quant.calibrated import CalibratedActivation
+from qpipe.quant.estimators import ESTIMATORS
+from qpipe.quant.learned import GridActivation
 from qpipe.run import Run
-from qpipe.types import CalibrationPass
+from qpipe.types import CalibrationPass, RangeEstimatorKind
 
 
 class StaticRanges(Plugin):
-    """One pass that observes the smallest and largest value at every static site, over all processes."""
+    """One pass in which every static site observes, on every process alike."""
+
+    @hookimpl
+    def qpipe_range_estimators(self) -> Iterable[RangeEstimatorKind]:
+        """All that the host has."""
+        return ESTIMATORS.values()
 
     @hookimpl
     def qpipe_calibration(self, run: Run) -> Iterable[CalibrationPass]:
@@ -19,22 +26,22 @@ class StaticRanges(Plugin):
         found = {
             site: quantizer
             for site, quantizer in run.instruments.quantizers().items()
-            if isinstance(quantizer, UniformActivation) and not quantizer.options.dynamic
+            if isinstance(quantizer, CalibratedActivation) and not isinstance(quantizer, GridActivation)
         }
+        found = {site: quantizer for site, quantizer in found.items() if quantizer.needs_data}
         if not found:
             return
 
         def start() -> None:
             for quantizer in found.values():
-                quantizer.observing = True
+                quantizer.observing = quantizer.observer()
 
         def finish() -> None:
-            lowest = run.engine.reduce({site: float(q.low) for site, q in found.items()}, "min")
-            highest = run.engine.reduce({site: float(q.high) for site, q in found.items()}, "max")
-            for site, quantizer in found.items():
-                quantizer.low.fill_(lowest[site])
-                quantizer.high.fill_(highest[site])
-                quantizer.observing = False
-                quantizer.freeze_range()
+            for quantizer in found.values():
+                seen, quantizer.observing = quantizer.observing, None
+                assert seen is not None
+                quantizer.calibrated(seen)
+                for buffer in quantizer.buffers():
+                    run.engine.broadcast_tensor(buffer)
 
         yield CalibrationPass("static-ranges", run.config.quantization.calibration_batches, start, finish)

@@ -66,5 +66,5 @@ class UniformQuantizers(Plugin):
             UniformActivation,
             ActivationOptions,
             ACTIVATION_SLOTS,
-            "8-bit activations, range per token, per tensor, or calibrated",
+            "activations of 2 to 16 bits, range per token, per tensor, or calibrated",
         )

@@ -9,16 +9,18 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from qpipe.errors import TrainingError
-from qpipe.plugin import Options
-from qpipe.quant.affine import ActivationRange, AffineActivation
+from qpipe.quant.affine import ActivationRange
+from qpipe.quant.calibrated import CalibratedActivation, RangeChoice
+from qpipe.quant.estimators import RangeGrid
+from qpipe.quant.observed import Observed
 from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.tensor import code_range
 
 
-class ActivationOptions(Options):
+class ActivationOptions(RangeChoice):
     """Options of `uniform-activation`."""
 
-    bits: int = Field(8, ge=2, le=8)
+    bits: int = Field(8, ge=2, le=16, description="more than 8 need export.format: native")
     granularity: Literal["token", "tensor"] = "token"
     dynamic: bool = Field(True, description="take the range of each batch; else calibrate one before training")
     symmetric: bool = True
@@ -27,7 +29,17 @@ class ActivationOptions(Options):
     def _static_is_per_tensor(self) -> ActivationOptions:
         if not self.dynamic and self.granularity == "token":
             raise ValueError("static ranges are per tensor: set granularity: tensor, or dynamic: true")
+        if self.dynamic and (self.range != "min-max" or self.range_options):
+            raise ValueError(
+                "range and range_options are of calibrated ranges; set dynamic: false and granularity: tensor, or "
+                "leave them out: a dynamic range is the whole one of each batch"
+            )
         return self
+
+    @property
+    def estimator(self) -> tuple[str, dict[str, Any]] | None:
+        """Name and options of the range estimator; None for dynamic ranges."""
+        return None if self.dynamic else (self.range, self.range_options)
 
 
 class _ClippedStraightThrough(torch.autograd.Function):
@@ -44,12 +56,12 @@ class _ClippedStraightThrough(torch.autograd.Function):
         return grads[0] * inside, None, None
 
 
-class UniformActivation(AffineActivation):
+class UniformActivation(CalibratedActivation):
     """Affine quantization of an activation `[batch, tokens, features]` (or any shape, per tensor).
 
     Scales are those of compressed-tensors 0.20 (`calculate_qparams`): symmetric `max|x| / 127.5` for 8 bits, asymmetric
-    `(max - min) / 255`. Dynamic ranges clip nothing, so their gradient passes unchanged; static ranges block it
-    outside.
+    `(max - min) / 255`, over a range that includes 0. Dynamic ranges clip nothing, so their gradient passes unchanged;
+    static ranges, which a range estimator finds, block it outside.
     """
 
     low: Tensor
@@ -60,35 +72,45 @@ class UniformActivation(AffineActivation):
     def __init__(self, options: ActivationOptions) -> None:
         super().__init__(options.bits, options.symmetric)
         self.options = options
-        self.observing = False
+        self.needs_data = not options.dynamic
         if not options.dynamic:
             self.register_buffer("low", torch.full((1,), torch.inf))
             self.register_buffer("high", torch.full((1,), -torch.inf))
             self.register_buffer("scale", torch.full((1,), torch.nan))
             self.register_buffer("zero_point", torch.zeros(1))
 
-    def observe(self, x: Tensor) -> None:
-        """Widen the calibrated range to include `x`, without its padding.
+    @property
+    def estimator(self) -> tuple[str, dict[str, Any]] | None:
+        """Of the options."""
+        return self.options.estimator
+
+    def range_grid(self) -> RangeGrid:
+        """Grids with scales as they will be exported."""
+
+        def over(bottom: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+            scale, zero = self._affine(bottom, top)
+            return self.exported(scale), zero
+
+        return RangeGrid(*code_range(self.bits), self.symmetric, over)
+
+    def calibrated(self, seen: Observed) -> None:
+        """Set the range.
 
         Raises:
-            TrainingError: `x` holds NaN or infinity.
+            TrainingError: nothing was seen, or nothing but one value, or the estimator found no range.
         """
-        low, high = torch.aminmax(self.counted(x.detach()).float())
-        if not torch.isfinite(high - low):
-            raise TrainingError(f"calibration met a non-finite value at {self.site}")
-        self.low.copy_(torch.minimum(self.low, low))
-        self.high.copy_(torch.maximum(self.high, high))
+        # One vector of one logit is a single value too, and 0 to that value a range.
+        if seen.count != 1 or seen.low == 0:
+            seen.require_range(self.site)
+        low, high = self.range_of(seen)
+        self.low.fill_(low)
+        self.high.fill_(high)
+        self.freeze_range()
 
     def freeze_range(self) -> None:
-        """Turn the observed range into scale and zero point.
-
-        Raises:
-            TrainingError: nothing was observed.
-        """
-        if not bool(torch.isfinite(self.high - self.low)):
-            raise TrainingError(f"{self.site} saw no data in calibration; does the forward pass run this module?")
+        """Turn the range into scale and zero point."""
         scale, zero = self._affine(self.low, self.high)
-        self.scale.copy_(self.snap(scale))
+        self.scale.copy_(self.exported(scale))
         self.zero_point.copy_(zero)
 
     def inherit(self, trained: Quantizer, value: Tensor | None) -> None:
@@ -147,10 +169,8 @@ class UniformActivation(AffineActivation):
 
     def forward(self, value: Tensor) -> Tensor:
         """Quantize, or only observe while calibrating."""
-        if self.observing:
-            self.observe(value)
-            return value
-        if self.options.dynamic or not torch.is_grad_enabled() or not self.context.enabled:
+        clips = self.observing is None and not self.options.dynamic
+        if not clips or not torch.is_grad_enabled() or not self.context.enabled:
             return super().forward(value)
         quantized = super().forward(value.detach())
         bottom, top = code_range(self.options.bits)

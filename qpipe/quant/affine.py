@@ -45,7 +45,9 @@ class AffineActivation(Quantizer):
     """An activation with affine codes: `code = round(clamp(x / scale + zero_point))`, `(code - zero_point) * scale`.
 
     The order of operations is that of compressed-tensors 0.20 (`_quantize_dequantize`), all in the activation's dtype,
-    so that the exported model computes the same numbers. Subclasses implement `parameters_of` and `describe`.
+    so that the exported model computes the same numbers. Codes of more than 8 bits, which only formats with arithmetic
+    of their own hold, are formed in float32: bfloat16 cannot tell them apart. Subclasses implement `parameters_of` and
+    `describe`.
 
     Attributes:
         bits: width of a code.
@@ -70,20 +72,30 @@ class AffineActivation(Quantizer):
 
     def encode(self, value: Tensor) -> QTensor:
         """Codes of an activation with the scale and zero point of `parameters_of`."""
+        value = self.working(value)
         scale, zero = self.parameters_of(value)
         codes = torch.div(value, scale).add_(zero).clamp_(*code_range(self.bits)).round_()
         return QTensor(codes, scale.float(), zero.float(), self.bits)
 
     def quantize(self, value: Tensor, out: Tensor | None = None) -> Tensor:
         """Quantize and dequantize in the value's dtype."""
-        scale, zero = self.parameters_of(value)
-        codes = torch.div(value, scale)
+        working = self.working(value)
+        scale, zero = self.parameters_of(working)
+        codes = torch.div(working, scale)
         if not self.symmetric:
             codes.add_(zero)
         codes.clamp_(*code_range(self.bits)).round_()
         if not self.symmetric:
             codes.sub_(zero)
-        return codes.mul_(scale)
+        return codes.mul_(scale).to(value.dtype)
+
+    def working(self, value: Tensor) -> Tensor:
+        """The value in the type in which its codes are formed."""
+        return value.float() if self.bits > 8 else value
+
+    def exported(self, scale: Tensor) -> Tensor:
+        """A positive scale as files hold it: float32 where codes have more digits than the export's type."""
+        return self.rescaled(scale.float()) if self.bits > 8 else self.snap(scale)
 
     def counted(self, x: Tensor) -> Tensor:
         """The values that calibration counts, of any shape: those of padding tokens are left out."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qpipe.plugin import Options
-from qpipe.quant.affine import ActivationRange, AffineActivation
+from qpipe.quant.affine import ActivationRange
+from qpipe.quant.calibrated import CalibratedActivation
 from qpipe.quant.observed import Observed
 from qpipe.quant.rounding import snap_scale, visible_nan
 from qpipe.quant.tensor import code_range
@@ -29,12 +30,24 @@ MANY = 0.01
 class GridActivationOptions(Options):
     """Options of activations on one grid."""
 
-    bits: int = Field(8, ge=2, le=8)
+    bits: int = Field(8, ge=2, le=16, description="more than 8 need export.format: native")
 
     @property
     def granularity(self) -> str:
         """What shares a scale: the whole tensor."""
         return "tensor"
+
+
+class FirstRange(GridActivationOptions):
+    """Options of activations on one grid that begins with what a range estimator finds."""
+
+    init: str = Field("min-max", description="range estimator of the first range; see `range` of `uniform-activation`")
+    init_options: dict[str, Any] = Field(default_factory=dict, description="its options")
+
+    @property
+    def estimator(self) -> tuple[str, dict[str, Any]] | None:
+        """Name and options of the range estimator."""
+        return self.init, self.init_options
 
 
 class _WithGradient(torch.autograd.Function):
@@ -60,7 +73,7 @@ class _WithGradient(torch.autograd.Function):
         return None, result.view(value.shape), None, None, *gradients
 
 
-class GridActivation(AffineActivation):
+class GridActivation(CalibratedActivation):
     """An activation of any shape on one grid, whose levels are `(code - zero_point) * scale` with codes of `bits`.
 
     Subclasses implement `step` and `gradient`, and `set_range` where the grid begins with what calibration has seen.
@@ -70,11 +83,7 @@ class GridActivation(AffineActivation):
     Attributes:
         base: code of the level that is 0 steps above the offset: 0 for signed levels, the smallest code for unsigned
             ones, so that these are `0 .. 2**bits - 1` steps.
-        observing: while calibration runs, what it has seen; values pass unchanged meanwhile.
     """
-
-    needs_data = True
-    """False if calibration has nothing to set."""
 
     has_offset = False
     """True if the lowest level can be anywhere."""
@@ -83,7 +92,6 @@ class GridActivation(AffineActivation):
         super().__init__(bits, signed if symmetric is None else symmetric)
         self.low, self.high = code_range(bits)
         self.base = 0 if signed else self.low
-        self.observing: Observed | None = None
 
     def new_parameter(self, count: int = 1) -> nn.Parameter:
         """A parameter of `count` elements that calibration will set."""
@@ -119,10 +127,6 @@ class GridActivation(AffineActivation):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement gradient")
 
-    def observer(self) -> Observed:
-        """What is to keep count of the values in calibration; more than `Observed` where `set_range` needs more."""
-        return Observed()
-
     def set_range(self, seen: Observed) -> None:
         """Set parameters and buffers from calibration; called once, before the engine takes over.
 
@@ -152,8 +156,8 @@ class GridActivation(AffineActivation):
         step = self.step().float()
         smallest = max(SMALLEST_STEP, torch.finfo(self.context.scale_dtype).smallest_normal)
         positive = step.clamp_min(smallest)
-        plain = snap_scale(positive, self.context.scale_dtype)
-        return visible_nan(step, self.snap(positive)), visible_nan(step, self.zero_point(plain))
+        plain = positive if self.bits > 8 else snap_scale(positive, self.context.scale_dtype)
+        return visible_nan(step, self.exported(positive)), visible_nan(step, self.zero_point(plain))
 
     def parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The grid in the dtype of the input."""
@@ -171,13 +175,6 @@ class GridActivation(AffineActivation):
             scale, zero = self.grid()
         result: Tensor = _WithGradient.apply(self, value, scale, zero, *self.parameters())
         return result
-
-    def forward(self, value: Tensor) -> Tensor:
-        """Quantize, or only observe while calibrating."""
-        if self.observing is not None:
-            self.observing.add(self.counted(value), self.site)
-            return value
-        return super().forward(value)
 
 
 def total(per_row: Iterable[Tensor]) -> tuple[Tensor, ...]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from qpipe.errors import TrainingError
+
+if TYPE_CHECKING:
+    from qpipe.quant.estimators import RangeEstimator
 
 
 @dataclass
@@ -21,6 +25,8 @@ class Observed:
         magnitudes: sum of |x|, in float64.
         negative: number of values below 0.
         count: number of values.
+        estimator: is shown all of them, and chooses the range; None if there is none.
+        batch: number of the calibration batch under way, of which values may come in parts.
     """
 
     low: float = math.inf
@@ -28,6 +34,8 @@ class Observed:
     magnitudes: float = 0.0
     negative: int = 0
     count: int = 0
+    estimator: RangeEstimator | None = None
+    batch: int = 0
 
     def add(self, x: Tensor, site: str) -> None:
         """Take in more values.
@@ -49,6 +57,8 @@ class Observed:
         self.magnitudes += float(x.abs().sum(dtype=torch.float64))
         self.negative += int((x < 0).sum())
         self.count += x.numel()
+        if self.estimator is not None:
+            self.estimator.add(x, self.batch)
 
     @property
     def mean_magnitude(self) -> float:

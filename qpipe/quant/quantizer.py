@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from qpipe.errors import SiteError
+from qpipe.quant.estimators import ESTIMATORS
 from qpipe.quant.rounding import snap_scale
 from qpipe.quant.tensor import QTensor
+from qpipe.types import RangeEstimatorKind
 
 
 @dataclass
@@ -35,6 +37,8 @@ class QuantContext:
         weight_losses: values of weight penalties met in this forward pass, by `(penalty, module path)`; of penalties on
             moments, what these are formed from.
         due_weight_losses: names of the weight penalties that act in this micro-batch.
+        estimators: range estimators on offer, by name.
+        calibration_batch: number of the calibration batch under way.
         kept: tokens that calibration counts, `[batch, tokens]`, true where there is no padding; None counts all.
         visited: by name of the sites whose quantizer has run, whether it changed its value; None while nobody asks.
     """
@@ -52,6 +56,8 @@ class QuantContext:
     taps_active: bool = False
     weight_losses: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     due_weight_losses: frozenset[str] = frozenset()
+    estimators: Mapping[str, RangeEstimatorKind] = field(default_factory=lambda: ESTIMATORS)
+    calibration_batch: int = 0
     kept: Tensor | None = None
     visited: dict[str, bool] | None = None
 

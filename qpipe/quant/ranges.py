@@ -196,6 +196,24 @@ def _least(measure: Measure, symmetric: bool, bottom: Tensor, top: Tensor, refin
     return best_bottom, best_top
 
 
+def shrink(measure: Measure, symmetric: bool, bottom: float, top: float, refine: bool) -> tuple[float, float]:
+    """Both ends of the range of values that start within `[bottom, top]`, by the search that weights have.
+
+    Args:
+        measure: what is to be least, float64 `[1, 1]`, given both ends, float32 `[1, 1]` on the CPU.
+        symmetric: the range is `[-clip, clip]`; else it includes 0.
+        bottom: smallest value.
+        top: largest value.
+        refine: golden section follows the search among candidates.
+    """
+    low, high = torch.tensor([[min(bottom, 0.0)]]), torch.tensor([[max(top, 0.0)]])
+    if symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    ends = _least(measure, symmetric, low, high, refine)
+    return float(ends[0]), float(ends[1])
+
+
 def _shrunk(measure: Measure, bottom: Tensor, top: Tensor, share: Tensor) -> Tensor:
     return measure(bottom * share, top * share)
 

@@ -1,14 +1,22 @@
-"""Calibrate: passes over training data that set static ranges."""
+"""Calibrate: passes over training data that set static ranges.
+
+All processes see the same data in the same batches, whatever their number, and take over what process 0 has found; so
+ranges are those of one process.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qpipe.data.loader import train_loader
+from qpipe.errors import DataError
+from qpipe.quant.quantizer import QuantContext
 from qpipe.run import Run
 
 
@@ -38,21 +46,61 @@ def inference(run: Run) -> Iterator[None]:
 
 
 def calibrate(run: Run) -> None:
-    """Run every calibration pass that plugins ask for, on training batches that all processes share out.
+    """Run every calibration pass that plugins ask for, on the same training batches on every process.
 
     Raises:
         TrainingError: a pass met non-finite values or saw no data.
     """
     passes = run.host.collect("qpipe_calibration", run=run)
-    context = run.instruments.context
     for wanted in passes.values():
         wanted.start()
         with inference(run):
-            for batch in calibration_batches(run, wanted.batches):
-                context.kept = batch.get("attention_mask")
-                run.engine.forward(**inputs_of(batch))
-        context.kept = None
+            show(run, run.instruments.context, run.engine.forward, wanted.batches)
         wanted.finish()
+
+
+def show(run: Run, context: QuantContext, forward: Callable[..., Any], count: int) -> None:
+    """Run calibration batches through the model.
+
+    Args:
+        run: prepared.
+        context: of the quantizers that look on; is told which tokens count, and which batch is under way.
+        forward: takes the model's inputs.
+        count: of batches.
+    """
+    for number, batch in observed_batches(run, count):
+        context.kept = None if run.config.quantization.calibration_padding else batch.get("attention_mask")
+        context.calibration_batch = number
+        forward(**inputs_of(batch))
+    context.kept = None
+
+
+def observed_batches(run: Run, count: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """The first `count` calibration batches as one process takes them, numbered, cut into those of evaluation.
+
+    Raises:
+        DataError: the training data make no such batch.
+    """
+    train, wanted = run.config.train, run.config.quantization.calibration_batch_size
+    if wanted is not None and wanted > len(run.data.train):
+        raise DataError(
+            f"quantization.calibration_batch_size is {wanted}, and there are {len(run.data.train)} training examples; "
+            "lower it, or give more data"
+        )
+    loader = train_loader(
+        run.data,
+        run.task,
+        batch_size=wanted or train.micro_batch_size(1),
+        rank=0,
+        world_size=1,
+        seed=run.config.seed,
+        epoch=0,
+        accumulation=1 if wanted else train.accumulation,
+    )
+    for number, batch in enumerate(islice(loader, count)):
+        size = len(next(iter(batch.values())))
+        for start in range(0, size, train.eval_batch_size):
+            yield number, to_device({k: v[start : start + train.eval_batch_size] for k, v in batch.items()}, run)
 
 
 def micro_batches(run: Run, epoch: int = 0, skip: int = 0) -> Iterable[dict[str, Tensor]]:

@@ -13,6 +13,7 @@ from qpipe.errors import ConfigError, FormatError, ModelError, SiteError, sugges
 from qpipe.export import record as export_record
 from qpipe.export.record import zero_point_kind
 from qpipe.quant.compiled import use_compiled
+from qpipe.quant.estimators import find_estimator
 from qpipe.quant.modules import QuantModule
 from qpipe.quant.plan import Plan, make_plan
 from qpipe.quant.presets import preset_rules, with_fixed_grid
@@ -31,7 +32,7 @@ def plan(run: Run) -> None:
     """Make the plan from preset, plugin and user rules, and check that the export format can hold it.
 
     Raises:
-        SiteError: a rule is wrong.
+        SiteError: a rule is wrong, or names a range estimator that nobody offers.
         FormatError: the configured export format cannot hold what is planned.
     """
     quantization = run.config.quantization
@@ -46,6 +47,21 @@ def plan(run: Run) -> None:
         rules = [(source, with_fixed_grid(rule, fixed)) for source, rule in rules]
     kinds = run.host.collect("qpipe_quantizers")
     run.plan = without_repeats(run.student, make_plan(sites, rules, kinds, run.instruments.map))
+    run.instruments.context.estimators = run.host.collect("qpipe_range_estimators")
+    for name, entry in run.plan.sites.items():
+        wanted: tuple[str, dict[str, object]] | None = getattr(entry.options, "estimator", None)
+        if wanted is not None:
+            with at_site(name, entry.source):
+                find_estimator(wanted[0], wanted[1], run.instruments.context.estimators)
+
+
+@contextmanager
+def at_site(site: str, source: str) -> Iterator[None]:
+    """Say, where what a rule asks for does not exist, which site it is for."""
+    try:
+        yield
+    except SiteError as error:
+        raise SiteError(f"{site} ({source}): {error}") from error
 
 
 def without_repeats(model: nn.Module, made: Plan) -> Plan:

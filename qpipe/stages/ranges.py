@@ -7,16 +7,11 @@ ranges are those of one process, bit for bit.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from itertools import islice
 
-from torch import Tensor
-
-from qpipe.data.loader import train_loader
 from qpipe.quant.learned import GridActivation
 from qpipe.quant.quantizer import QuantContext
 from qpipe.run import Run
-from qpipe.stages.calibrate import inference, inputs_of, to_device
+from qpipe.stages.calibrate import inference, show
 from qpipe.stages.prepare import cast
 
 logger = logging.getLogger("qpipe.stages")
@@ -25,7 +20,7 @@ logger = logging.getLogger("qpipe.stages")
 def initialize_ranges(run: Run) -> None:
     """Show calibration data to every `GridActivation` that needs them, and let it set its grid. Collective.
 
-    Weights are quantized meanwhile, activations are not: some have no range yet. Padding tokens do not count.
+    Weights are quantized meanwhile, activations are not: some have no range yet.
 
     Args:
         run: prepared; the engine has not wrapped the student yet.
@@ -46,9 +41,7 @@ def initialize_ranges(run: Run) -> None:
         for site, quantizer in learned.items():
             quantizer.observing = seen[site]
         with inference(run):
-            for batch in observed_batches(run):
-                off.kept = batch.get("attention_mask")
-                run.student(**inputs_of(batch))
+            show(run, off, run.student, run.config.quantization.calibration_batches)
     finally:
         for quantizer in learned.values():
             quantizer.observing = None
@@ -59,22 +52,3 @@ def initialize_ranges(run: Run) -> None:
         for tensor in (*quantizer.parameters(), *quantizer.buffers()):
             run.engine.broadcast_tensor(tensor.data)
     logger.info("%d ranges begin with what calibration has seen", len(learned))
-
-
-def observed_batches(run: Run) -> Iterator[dict[str, Tensor]]:
-    """`quantization.calibration_batches` batches as one process would take them, cut into those of evaluation."""
-    train = run.config.train
-    loader = train_loader(
-        run.data,
-        run.task,
-        batch_size=train.micro_batch_size(1),
-        rank=0,
-        world_size=1,
-        seed=run.config.seed,
-        epoch=0,
-        accumulation=train.accumulation,
-    )
-    for batch in islice(loader, run.config.quantization.calibration_batches):
-        count = len(next(iter(batch.values())))
-        for start in range(0, count, train.eval_batch_size):
-            yield to_device({k: v[start : start + train.eval_batch_size] for k, v in batch.items()}, run)

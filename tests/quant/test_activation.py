@@ -32,11 +32,12 @@ def activation(dtype, seed=0, shape=SHAPE):
 
 def calibrated(x, dtype, **options):
     quantizer = make(dtype, dynamic=False, granularity="tensor", **options)
-    quantizer.observing = True
-    for part in x.split(1):
+    quantizer.observing = seen = quantizer.observer()
+    for number, part in enumerate(x.split(1)):
+        quantizer.context.calibration_batch = number
         assert quantizer(part) is part
-    quantizer.observing = False
-    quantizer.freeze_range()
+    quantizer.observing = None
+    quantizer.calibrated(seen)
     return quantizer
 
 
@@ -129,13 +130,21 @@ def test_static_ranges_must_be_calibrated():
     with pytest.raises(TrainingError, match="m:input has static ranges that were never calibrated"):
         quantizer(torch.ones(2, 2))
     with pytest.raises(TrainingError, match="m:input saw no data in calibration"):
-        quantizer.freeze_range()
+        quantizer.calibrated(quantizer.observer())
+
+
+def test_calibration_refuses_a_constant():
+    with pytest.raises(TrainingError, match="m:input saw nothing but the value 3 in calibration.*quantizer: none"):
+        calibrated(torch.full((2, 2), 3.0), torch.float32)
+    with pytest.raises(TrainingError, match="m:input saw nothing but the value 0 in calibration"):
+        calibrated(torch.zeros(1, 1), torch.float32)
+    assert calibrated(torch.tensor([[3.0]]), torch.float32).high.item() == 3, "one logit of one example"
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_calibration_refuses_non_finite_values(value):
     quantizer = make(dynamic=False, granularity="tensor")
-    quantizer.observing = True
+    quantizer.observing = quantizer.observer()
     with pytest.raises(TrainingError, match="non-finite value at m:input"):
         quantizer(torch.tensor([1.0, value]))
 
@@ -161,7 +170,39 @@ def test_disabled_is_the_identity_for_static_ranges_too():
     assert quantizer(x) is x
 
 
-@pytest.mark.parametrize("options", [{"dynamic": False}, {"bits": 9}, {"granularity": "channel"}, {"scale": 1}])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sixteen_bits_are_formed_in_float32(dtype, symmetric):
+    """Against float64: bfloat16 arithmetic would tell no more than 256 codes apart."""
+    seen, x = activation(dtype), activation(dtype, seed=1)
+    quantizer = calibrated(seen, dtype, symmetric=symmetric, bits=16)
+    found = quantizer(x)
+    scale, zero = quantizer.scale.double(), quantizer.zero_point.double()
+    codes = (x.double() / scale + zero).round().clamp(-(2**15), 2**15 - 1)
+    exact = quantizer(x.float())
+    # A value next to the border of two codes may fall on either side.
+    torch.testing.assert_close(exact.double(), (codes - zero) * scale, rtol=0, atol=1.001 * float(scale))
+    assert found.dtype == dtype and torch.equal(found, exact.to(dtype))
+    low, high = min(0.0, float(seen.min())), float(seen.max())
+    width = 2 * max(high, -low) if symmetric else high - low
+    assert float(scale) == pytest.approx(width / 65535, rel=1e-6), "not rounded to the type of the export"
+    lattice = quantizer.encode(x)
+    assert torch.equal(lattice.decode(dtype), found) and lattice.integers().dtype == torch.int16
+    if dtype == torch.float32:
+        assert len(lattice.codes.unique()) > 1000
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dynamic": False},
+        {"bits": 17},
+        {"granularity": "channel"},
+        {"scale": 1},
+        {"range": "mse"},
+        {"range_options": {"momentum": 0.5}},
+    ],
+)
 def test_wrong_options_are_refused(options):
     with pytest.raises(ValidationError):
         ActivationOptions(**options)

@@ -52,7 +52,7 @@ def make(kind, data=None, context=None, site="m:input", **options):
 
 
 def calibrate(quantizer, *batches):
-    quantizer.observing = Observed()
+    quantizer.observing = quantizer.observer()
     for batch in batches:
         assert quantizer(batch) is batch
     seen, quantizer.observing = quantizer.observing, None
@@ -401,10 +401,10 @@ def test_values_without_a_level_are_warned_of(caplog, kind, options):
     [
         (LsqActivationOptions, {"bits": 1}),
         (LsqActivationOptions, {"granularity": "token"}),
-        (LsqPlusActivationOptions, {"init": "lsq"}),
+        (LsqActivationOptions, {"init_options": {"momentum": 0.5}}),
         (PactOptions, {"clip": 0}),
         (PactOptions, {"weight_decay": -1}),
-        (GridActivationOptions, {"bits": 9}),
+        (GridActivationOptions, {"bits": 17}),
     ],
 )
 def test_wrong_options_are_refused(model, options):

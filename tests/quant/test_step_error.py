@@ -122,8 +122,10 @@ def static(bits):
 
 def test_static_activations_keep_their_range_at_another_width():
     trained, other = static(8), static(4)
-    trained.observe(torch.tensor([-1.0, 3.0]))
-    trained.freeze_range()
+    trained.observing = seen = trained.observer()
+    trained(torch.tensor([-1.0, 3.0]))
+    trained.observing = None
+    trained.calibrated(seen)
     other.inherit(trained, None)
     assert float(trained.scale) == pytest.approx(3 / 127.5) and float(other.scale) == pytest.approx(3 / 7.5)
     other.context.rescale = times(2.0)

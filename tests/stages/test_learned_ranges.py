@@ -11,10 +11,9 @@ from safetensors.torch import load_file
 import qpipe
 from qpipe import FormatError
 from qpipe.stages import checkpoint
-from qpipe.stages.calibrate import inputs_of
+from qpipe.stages.calibrate import inputs_of, observed_batches
 from qpipe.stages.param_groups import parameter_groups
 from qpipe.stages.quantize import quantize
-from qpipe.stages.ranges import observed_batches
 from qpipe.stages.trained import restore
 from qpipe.stages.variants import activation_sites, rebuilt, switched_off
 from qpipe.testing import tiny_config
@@ -53,7 +52,7 @@ def test_first_ranges_come_from_real_tokens_before_the_engine_wraps(tmp_path, as
 
     padded = 0
     with switched_off(run, list(sites)), torch.no_grad():
-        for batch in observed_batches(run):
+        for _, batch in observed_batches(run, 3):
             mask = batch["attention_mask"].bool()
             padded += int((~mask).sum())
             modules = {site: run.student.get_submodule(site.removesuffix(":input")) for site in sites}
