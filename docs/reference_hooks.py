@@ -14,6 +14,7 @@ from reference_text import anchor, repository_plugins
 from qpipe import hookspecs, run, types
 from qpipe.data import loading, text
 from qpipe.host import BUILTINS
+from qpipe.quant.estimators import RangeEstimator, RangeGrid
 from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.tensor import QTensor
 
@@ -21,6 +22,8 @@ CONTRIBUTIONS = (
     types.Site,
     types.Rule,
     types.QuantizerKind,
+    types.RangeEstimatorKind,
+    RangeGrid,
     types.WeightLoss,
     types.Loss,
     types.Signals,
@@ -100,6 +103,7 @@ def page(root: Path) -> str:
             lines.append(f"```text\n{declaration(hook)}\n```\n\n{prose(documentation or '')}")
     lines.append("\n## Classes\n\nAll are importable from `qpipe`.")
     lines += [described(cls) for cls in CONTRIBUTIONS]
+    lines.append(described(RangeEstimator, methods=("add", "range")))
     lines.append(described(Quantizer, methods=("initialize", "encode", "surrogate", "snap", "quantize")))
     return "\n".join(lines) + "\n"
 

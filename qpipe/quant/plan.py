@@ -158,6 +158,24 @@ def validated(rule: Rule, source: str, kinds: Mapping[str, QuantizerKind]) -> Ba
         raise SiteError(f"rule {rule.site!r} of {source}: {describe(error, model)}") from error
 
 
+def decided(source: str, found: list[Site], earlier: dict[tuple[str, str], list[frozenset[Site]]]) -> set[Site]:
+    """Of the sites that a rule selects, those that no earlier and more specific rule of its source selects too.
+
+    Args:
+        source: who contributed the rule.
+        found: the sites.
+        earlier: by source and name of a site, the sites of each rule that selected it; this rule is added.
+    """
+    selected = frozenset(found)
+    deciding = set()
+    for site in found:
+        others = earlier.setdefault((source, site.name), [])
+        if not any(other < selected for other in others):
+            deciding.add(site)
+        others.append(selected)
+    return deciding
+
+
 def make_plan(
     sites: Sequence[Site],
     rules: Iterable[tuple[str, Rule]],
@@ -184,13 +202,7 @@ def make_plan(
     earlier: dict[tuple[str, str], list[frozenset[Site]]] = {}
     for source, rule in rules:
         found = matches(rule, sites, model_map)
-        selected = frozenset(found)
-        deciding = set()
-        for site in found:
-            others = earlier.setdefault((source, site.name), [])
-            if not any(other < selected for other in others):
-                deciding.add(site)
-            others.append(selected)
+        deciding = decided(source, found, earlier)
         if rule.quantizer == NONE:
             for site in deciding:
                 chosen.pop(site.name, None)

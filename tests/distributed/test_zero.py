@@ -15,7 +15,12 @@ STATIC = {
     "options": {"granularity": "tensor", "dynamic": False},
 }
 """Ranges that are calibrated, so that calibration on several processes is compared too."""
-LEARNED = {"site": "{block}.*query:input", "quantizer": "lsq+-activation", "options": {"bits": 4}}
+ESTIMATED = [
+    {**STATIC, "site": f"{{block[{block}]}}.{dense}:input", "options": {**STATIC["options"], "range": name}}
+    for (block, dense), name in {(0, "output.dense"): "running", (1, "output.dense"): "mse-golden"}.items()
+]
+"""The same with estimators whose result depends on the order of batches, and on all values."""
+LEARNED = {"site": "{block}.*query:input", "quantizer": "lsq+-activation", "options": {"bits": 4, "init": "percentile"}}
 """Ranges that are parameters, and begin with what calibration has seen."""
 TRAINED = ("zero0", "zero1", "zero2", "zero3", "ddp", "fsdp")
 CASES = ("zero0", "zero1", "zero2", "zero3", "zero3-recomputing", "ddp", "fsdp", "fsdp-recomputing")
@@ -32,7 +37,7 @@ def traces(tmp_path_factory):
         PLUGINS,
         teacher__name=str(folder / "teacher"),
         quantization__preset="a8",
-        quantization__rules=[STATIC, LEARNED],
+        quantization__rules=[STATIC, *ESTIMATED, LEARNED],
         train__accumulation=2,
         train__max_steps=4,
         train__learning_rate=1e-12,  # so that every phase is compared on equal weights

@@ -10,6 +10,8 @@ def rule(site, quantizer, **options):
     return {"site": site, "quantizer": quantizer, "options": options}
 
 
+STATIC = {"granularity": "tensor", "dynamic": False}
+
 # Each at a site of its own, in one run: most of the time goes into starting processes.
 FIRST = [
     rule("{block}.*query:weight", "lsq", bits=4),
@@ -35,10 +37,13 @@ ACTIVATIONS = [
     rule("{block}.*query:input", "lsq-activation", bits=4),
     rule("{block}.*key:input", "lsq+-activation", bits=4),
     rule("{block}.*value:input", "lsq+-activation", bits=4, signed=False, zero_point="integer"),
-    rule("{block}.attention.output.dense:input", "uniform-activation", granularity="tensor", dynamic=False),
+    rule(
+        "{block}.attention.output.dense:input", "uniform-activation", granularity="tensor", dynamic=False, range="mse"
+    ),
     rule("{block}.intermediate.dense:input", "lsq-activation", bits=8, init="min-max", lr_scale=0.1),
     rule("{block}.intermediate.dense:output", "dorefa-activation"),
     rule("{block}.output.dense:input", "pact", weight_decay=0.1),
+    rule("{block}.output.dense:output", "affine-activation", init="running"),
 ]
 
 
