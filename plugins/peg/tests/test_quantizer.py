@@ -216,7 +216,7 @@ def test_a_group_of_zeros_stays_zero():
     assert bool((quantizer(x)[..., :4] == 0).all()) and bool(quantizer(x).isfinite().all())
 
 
-@pytest.mark.parametrize("wrong", [{"groups": 0}, {"bits": 16}, {"statistics": "mean"}, {"momentum": 1.0}])
+@pytest.mark.parametrize("wrong", [{"groups": 0}, {"bits": 17}, {"statistics": "mean"}, {"momentum": 1.0}])
 def test_options(wrong):
     with pytest.raises(ValidationError):
         PegOptions(**wrong)
