@@ -15,7 +15,7 @@ class BertAdam(Optimizer):
         m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,  p -= lr (m / (sqrt(v) + eps) + decay p)
 
     As in the code published with BERT (Devlin et al., 2019; `AdamWeightDecayOptimizer`) and, named BertAdam, with
-    TinyBERT and TernaryBERT. First steps are about `(1 - b1) / sqrt(1 - b2)` = 3 times as long as Adam's. That code
+    TinyBERT. First steps are about `(1 - b1) / sqrt(1 - b2)` = 3 times as long as Adam's. That code
     clips gradients tensor by tensor in the optimizer; here the engine does, since an optimizer may hold mere parts of
     tensors. A parameter without a gradient is left alone, decay included.
 
