@@ -33,7 +33,8 @@ def traces(tmp_path_factory):
         "export__format": "native",
         "train__max_steps": 4,
         "train__learning_rate": 1e-12,  # so that both steps are compared on equal weights
-        "data__max_train_examples": 64,  # all of them are calibrated on, whoever reads them
+        "data__max_train_examples": 64,
+        "quantization__calibration_batch_size": 8,  # else a batch is that of the one process, here of two sizes
     }
     models = {
         "bert": {},

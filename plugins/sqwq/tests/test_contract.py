@@ -6,7 +6,7 @@ from qpipe_sqwq import Sqwq, SqwqWeight
 from safetensors.torch import load_file
 
 import qpipe
-from qpipe import ConfigError, SiteError
+from qpipe import ConfigError, SiteError, moments
 from qpipe.stages import evaluate_run, export_run, plan_run
 from qpipe.stages.param_groups import parameter_groups
 from qpipe.testing import check_plugin, check_rules, tiny_config
@@ -56,7 +56,7 @@ def test_a_sigma_of_its_own_is_regularised_towards(tmp_path):
     assert terms.keys() == {"sqwq-0.5", "sqwq-0.8"}
     for name, sigma in (("sqwq-0.5", 0.5), ("sqwq-0.8", 0.8)):
         expected = (p.std(correction=0) - sigma) ** 2 + p.mean() ** 2
-        torch.testing.assert_close(terms[name].fn(p), expected, rtol=1e-9, atol=0)
+        torch.testing.assert_close(terms[name].fn(moments([p])), expected[None], rtol=1e-9, atol=0)
         for path in ("bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.0.attention.self.key"):
             assert terms[name].applies(path) == (path.endswith("query") == (sigma == 0.5))
 
