@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 from qpipe.analysis.ablation import first_metric
-from qpipe.errors import ConfigError
+from qpipe.errors import ConfigError, SiteError
+from qpipe.quant.plan import PlannedSite
 from qpipe.run import Run
-from qpipe.stages.variants import options_with_bits, rebuilt, switched_off, with_bits
+from qpipe.stages.variants import options_with_bits, rebuilt, switched_off
 from qpipe.types import Json
 
 Told = Callable[[str, float], None]
@@ -72,20 +73,15 @@ def at_bits(run: Run, sites: Sequence[str], bits: int) -> float:
 
 
 def _able(run: Run, sites: Sequence[str], bits: int) -> list[str]:
-    """Sites whose quantizer can have that width; a narrower limit counts as none."""
-    found = []
-    for name in with_bits(run, [s for s in sites if _allows(run, s, bits)], bits):
-        found.append(name)
-    return found
+    """Sites whose quantizer can have that width."""
+    return [site for site in sites if _allows(run.plan.sites[site], bits)]
 
 
-def _allows(run: Run, site: str, bits: int) -> bool:
-    entry = run.plan.sites[site]
-    field = type(entry.options).model_fields.get("bits")
-    if field is None:
+def _allows(entry: PlannedSite, bits: int) -> bool:
+    try:
+        return options_with_bits(entry, bits) is not None
+    except SiteError:
         return False
-    limits = [limit.le for limit in field.metadata if hasattr(limit, "le")]
-    return all(bits <= limit for limit in limits)
 
 
 def rules(run: Run, sites: Sequence[str], bits: int) -> list[dict[str, Json]]:
