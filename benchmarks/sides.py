@@ -17,6 +17,7 @@ from qpipe.engine.base import Processes
 from qpipe.host import load_plugins
 from qpipe.run import Run, Step
 from qpipe.stages.build import instrument
+from qpipe.stages.calibrate import inference, inputs_of
 from qpipe.stages.prepare import prepare
 from qpipe.stages.train import collect_losses, micro_step
 
@@ -32,7 +33,8 @@ class Spec:
 
     Attributes:
         kind: `train`, `train+teacher` (with a forward pass of a second model) or `evaluate`.
-        rules: quantization rules; empty for the plain full-precision loop, which uses no qpipe code.
+        rules: quantization rules; with none and no preset it is the plain full-precision loop, without qpipe code.
+        preset: name of a preset, to which `rules` are added.
         plugins: options by plugin name.
         compile: `quantization.compile`.
         micro_batches: parts that the batch is split into, with one optimizer step at the end.
@@ -41,6 +43,7 @@ class Spec:
 
     kind: str = "train"
     rules: tuple[dict[str, Any], ...] = ()
+    preset: str | None = None
     plugins: dict[str, dict[str, Any]] = field(default_factory=dict)
     compile: str = "on"
     micro_batches: int = 1
@@ -49,7 +52,7 @@ class Spec:
     @property
     def plain(self) -> bool:
         """True for the loop without qpipe."""
-        return not self.rules and not self.plugins
+        return not self.rules and not self.plugins and self.preset is None
 
 
 def make_model(dtype: torch.dtype, layers: int) -> nn.Module:
@@ -111,7 +114,7 @@ class OneProcess(Processes):
 def plain_side(spec: Spec, dtype: torch.dtype, layers: int) -> Callable[[], None]:
     """The full-precision step, in PyTorch alone."""
     model, batches = make_model(dtype, layers), make_batches(spec)
-    inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
+    inputs = [inputs_of(batch) for batch in batches]
     if spec.kind == "evaluate":
         return lambda: _forward_only(model.eval(), inputs[0])
     teacher = make_model(dtype, layers).eval() if spec.kind == "train+teacher" else None
@@ -140,9 +143,10 @@ def quantized_run(spec: Spec, dtype: torch.dtype, layers: int, out: Path) -> Run
         {
             "model": {"name": "benchmark"},
             "task": "sst2",
-            "quantization": {"rules": list(spec.rules), "compile": spec.compile},
+            "quantization": {"preset": spec.preset, "rules": list(spec.rules), "compile": spec.compile},
             "train": {"accumulation": spec.micro_batches, "batch_size": spec.batch},
             "plugins": spec.plugins,
+            "export": {"format": "native"},
             "out": str(out),
         }
     )
@@ -156,7 +160,18 @@ def quantized_run(spec: Spec, dtype: torch.dtype, layers: int, out: Path) -> Run
     if spec.kind == "train+teacher":
         run.teacher = make_model(dtype, layers).eval().requires_grad_(False)
     prepare(run)
+    calibrate_on(run, make_batches(spec))
     return run
+
+
+def calibrate_on(run: Run, batches: list[dict[str, Tensor]]) -> None:
+    """Static ranges of the benchmark's own batches, instead of training data."""
+    for wanted in run.host.collect("qpipe_calibration", run=run).values():
+        wanted.start()
+        with inference(run):
+            for batch in batches:
+                run.engine.forward(**inputs_of(batch))
+        wanted.finish()
 
 
 def quantized_side(spec: Spec, dtype: torch.dtype, layers: int, out: Path) -> Callable[[], None]:
@@ -164,8 +179,7 @@ def quantized_side(spec: Spec, dtype: torch.dtype, layers: int, out: Path) -> Ca
     run = quantized_run(spec, dtype, layers, out)
     batches = make_batches(spec)
     if spec.kind == "evaluate":
-        inputs = {k: v for k, v in batches[0].items() if k != "labels"}
-        return lambda: _forward_only(run.student.eval(), inputs)
+        return lambda: _forward_only(run.student.eval(), inputs_of(batches[0]))
     losses = collect_losses(run)
     run.student.train()
 

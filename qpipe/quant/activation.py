@@ -12,6 +12,7 @@ from qpipe.errors import TrainingError
 from qpipe.quant.affine import ActivationRange
 from qpipe.quant.calibrated import CalibratedActivation, RangeChoice
 from qpipe.quant.estimators import RangeGrid
+from qpipe.quant.fused import Clipped
 from qpipe.quant.observed import Observed
 from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.tensor import code_range
@@ -40,20 +41,6 @@ class ActivationOptions(RangeChoice):
     def estimator(self) -> tuple[str, dict[str, Any]] | None:
         """Name and options of the range estimator; None for dynamic ranges."""
         return None if self.dynamic else (self.range, self.range_options)
-
-
-class _ClippedStraightThrough(torch.autograd.Function):
-    """Quantized value; gradient passed where the input was inside the range, 0 where it was clipped."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, quantized: Tensor, inside: Tensor) -> Tensor:
-        ctx.save_for_backward(inside)
-        return quantized.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (inside,) = ctx.saved_tensors
-        return grads[0] * inside, None, None
 
 
 class UniformActivation(CalibratedActivation):
@@ -175,5 +162,5 @@ class UniformActivation(CalibratedActivation):
         quantized = super().forward(value.detach())
         bottom, top = code_range(self.options.bits)
         low, high = (bottom - self.zero_point) * self.scale, (top - self.zero_point) * self.scale
-        inside = (value >= low.to(value.dtype)) & (value <= high.to(value.dtype))
-        return _ClippedStraightThrough.apply(value, quantized, inside)
+        result: Tensor = Clipped.apply(self.context, value, quantized, low.to(value.dtype), high.to(value.dtype))
+        return result

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from qpipe.errors import FormatError
+from qpipe.quant.compiled import turn_off
+from qpipe.quant.fused import fused_quantize
 from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.tensor import QTensor, code_range
 
@@ -58,6 +60,7 @@ class AffineActivation(Quantizer):
         super().__init__()
         self.bits = bits
         self.symmetric = symmetric
+        self._proved: set[torch.dtype] = set()
 
     def parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point for this input, in its dtype.
@@ -81,13 +84,25 @@ class AffineActivation(Quantizer):
         """Quantize and dequantize in the value's dtype."""
         working = self.working(value)
         scale, zero = self.parameters_of(working)
+        result = fused_quantize(self.context, working, scale, None if self.symmetric else zero, *code_range(self.bits))
+        if result is None:
+            return self._eager(working, scale, zero).to(value.dtype)
+        if working.dtype not in self._proved:
+            # NaN is not equal to itself; both sides hold it in the same places.
+            if not torch.equal(result.nan_to_num(), self._eager(working, scale, zero).nan_to_num()):
+                turn_off(self.context, f"compiled code differs from eager mode at {self.site}")
+                return self._eager(working, scale, zero).to(value.dtype)
+            self._proved.add(working.dtype)
+        return result.to(value.dtype)
+
+    def _eager(self, working: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         codes = torch.div(working, scale)
         if not self.symmetric:
             codes.add_(zero)
         codes.clamp_(*code_range(self.bits)).round_()
         if not self.symmetric:
             codes.sub_(zero)
-        return codes.mul_(scale).to(value.dtype)
+        return codes.mul_(scale)
 
     def working(self, value: Tensor) -> Tensor:
         """The value in the type in which its codes are formed."""
