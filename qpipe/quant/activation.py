@@ -60,6 +60,7 @@ class UniformActivation(CalibratedActivation):
         super().__init__(options.bits, options.symmetric)
         self.options = options
         self.needs_data = not options.dynamic
+        self._ready = options.dynamic
         if not options.dynamic:
             self.register_buffer("low", torch.full((1,), torch.inf))
             self.register_buffer("high", torch.full((1,), -torch.inf))
@@ -128,8 +129,10 @@ class UniformActivation(CalibratedActivation):
             TrainingError: per-token ranges asked of an input without a token axis, or static ranges not calibrated.
         """
         if not self.options.dynamic:
-            if bool(torch.isnan(self.scale).any()):
-                raise TrainingError(f"{self.site} has static ranges that were never calibrated")
+            if not self._ready:  # asked until it is: on a GPU every question waits for all that was launched
+                if bool(torch.isnan(self.scale).any()):
+                    raise TrainingError(f"{self.site} has static ranges that were never calibrated")
+                self._ready = True
             return self.rescaled(self.scale).to(x.dtype), self.zero_point.to(x.dtype)
         if self.options.granularity == "tensor":
             low, high = torch.aminmax(x)
@@ -159,8 +162,15 @@ class UniformActivation(CalibratedActivation):
         clips = self.observing is None and not self.options.dynamic
         if not clips or not torch.is_grad_enabled() or not self.context.enabled:
             return super().forward(value)
-        quantized = super().forward(value.detach())
         bottom, top = code_range(self.options.bits)
-        low, high = (bottom - self.zero_point) * self.scale, (top - self.zero_point) * self.scale
-        result: Tensor = Clipped.apply(self.context, value, quantized, low.to(value.dtype), high.to(value.dtype))
+        ends = (bottom - self.zero_point) * self.scale, (top - self.zero_point) * self.scale
+        masks: list[Tensor] = []
+
+        def noting(x: Tensor) -> Tensor:
+            quantized, inside = self.quantize_within(x, ends)
+            assert inside is not None
+            masks.append(inside)
+            return quantized
+
+        result: Tensor = Clipped.apply(self.context, value, self._applied(value.detach(), noting), masks[0])
         return result

@@ -82,18 +82,33 @@ class AffineActivation(Quantizer):
 
     def quantize(self, value: Tensor, out: Tensor | None = None) -> Tensor:
         """Quantize and dequantize in the value's dtype."""
+        return self.quantize_within(value)[0]
+
+    def quantize_within(self, value: Tensor, ends: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
+        """`quantize`, and which elements are between `ends`, bool; None without them.
+
+        Args:
+            value: the activation.
+            ends: of a range, one element each.
+        """
         working = self.working(value)
         scale, zero = self.parameters_of(working)
-        result = fused_quantize(self.context, working, scale, None if self.symmetric else zero, *code_range(self.bits))
-        if result is None:
-            return self._eager(working, scale, zero).to(value.dtype)
+        ends = None if ends is None else (ends[0].to(working.dtype), ends[1].to(working.dtype))
+        found = fused_quantize(self.context, working, scale, zero, code_range(self.bits), ends)
+        if found is None or not self._agrees(found[0], working, scale, zero):
+            inside = None if ends is None else (working >= ends[0]) & (working <= ends[1])
+            return self._eager(working, scale, zero).to(value.dtype), inside
+        return found[0].to(value.dtype), found[1]
+
+    def _agrees(self, found: Tensor, working: Tensor, scale: Tensor, zero: Tensor) -> bool:
+        """True if compiled code computes what eager code does, which is tried once for every dtype."""
         if working.dtype not in self._proved:
             # NaN is not equal to itself; both sides hold it in the same places.
-            if not torch.equal(result.nan_to_num(), self._eager(working, scale, zero).nan_to_num()):
+            if not torch.equal(found.nan_to_num(), self._eager(working, scale, zero).nan_to_num()):
                 turn_off(self.context, f"compiled code differs from eager mode at {self.site}")
-                return self._eager(working, scale, zero).to(value.dtype)
+                return False
             self._proved.add(working.dtype)
-        return result.to(value.dtype)
+        return True
 
     def _eager(self, working: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         codes = torch.div(working, scale)

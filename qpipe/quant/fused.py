@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,37 +44,25 @@ def matching_rows(value: Tensor, parameter: Tensor) -> tuple[Tensor, tuple[int, 
     return None
 
 
-def over_elements(context: QuantContext, fn: Any, result: Tensor, tensors: Sequence[Tensor]) -> bool:
-    """Call `fn(out, *rows)` in compiled code on tensors that lie in memory as `result` does; False if they cannot be.
-
-    Args:
-        context: says whether compiled code may be used.
-        fn: an elementwise function at module level that fills `out`.
-        result: overwritten.
-        tensors: of the shape of `result`, or of one element.
-    """
-    out = memory_rows(result) if context.compiled and result.device.type == "cpu" else None
-    if out is None or any(t.numel() != 1 and t.stride() != result.stride() for t in tensors):
-        return False
-    # The same tensor as the same view: compiled code for two views of one tensor cannot be used for other shapes.
-    given = [out if t is result else t.view(1, 1) if t.numel() == 1 else memory_rows(t) for t in tensors]
-    over_rows(context, fn, out, [rows for rows in given if rows is not None])
-    return True
-
-
 def affine_rows(out: Tensor, rows: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> None:
     """`(round(clamp(rows / scale + zero, low, high)) - zero) * scale` into `out`, in the dtype of the rows."""
     out.copy_(((rows / scale + zero).clamp(low, high).round() - zero) * scale)
 
 
-def symmetric_rows(out: Tensor, rows: Tensor, scale: Tensor, low: int, high: int) -> None:
-    """`round(clamp(rows / scale, low, high)) * scale` into `out`, in the dtype of the rows."""
-    out.copy_((rows / scale).clamp(low, high).round() * scale)
-
-
-def inside_rows(out: Tensor, rows: Tensor, low: Tensor, high: Tensor) -> None:
-    """Whether `low <= rows <= high`, into `out`, bool."""
-    out.copy_((rows >= low) & (rows <= high))
+def clipped_rows(
+    out: Tensor,
+    inside: Tensor,
+    rows: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bottom: Tensor,
+    top: Tensor,
+    low: int,
+    high: int,
+) -> None:
+    """The same, and whether `bottom <= rows <= top` into `inside`, bool."""
+    inside.copy_((rows >= bottom) & (rows <= top))
+    affine_rows(out, rows, scale, zero, low, high)
 
 
 def gated_rows(out: Tensor, grad: Tensor, inside: Tensor) -> None:
@@ -84,58 +71,68 @@ def gated_rows(out: Tensor, grad: Tensor, inside: Tensor) -> None:
 
 
 def fused_quantize(
-    context: QuantContext, value: Tensor, scale: Tensor, zero: Tensor | None, low: int, high: int
-) -> Tensor | None:
+    context: QuantContext,
+    value: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    codes: tuple[int, int],
+    ends: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None] | None:
     """Quantize and dequantize in one pass of compiled code; None where that is not possible.
 
     Args:
         context: says whether compiled code may be used.
         value: the activation, of any shape.
         scale: in its dtype; see `matching_rows`.
-        zero: zero point, shaped as `scale`; None: 0.
-        low: smallest code.
-        high: largest code.
+        zero: zero point, shaped as `scale`.
+        codes: smallest and largest.
+        ends: of a range, one element each, in its dtype.
+
+    Returns the quantized value, and which elements are between `ends`, bool (None without them).
     """
-    if not context.compiled or value.device.type != "cpu":
+    if not context.compiled or value.device.type != "cpu" or zero.shape != scale.shape:
         return None
-    found = matching_rows(value, scale)
-    if found is None or (zero is not None and zero.shape != scale.shape):
+    found, result = matching_rows(value, scale), torch.empty_like(value)
+    if found is None or result.stride() != value.stride():
         return None
     rows, shape = found
-    result = torch.empty_like(value)
-    if result.stride() != value.stride():
-        return None
-    out = matching_rows(result, scale)
-    assert out is not None
-    if zero is None:
-        over_rows(context, symmetric_rows, out[0], (rows, scale.view(shape)), (low, high))
-    else:
-        over_rows(context, affine_rows, out[0], (rows, scale.view(shape), zero.view(shape)), (low, high))
-    return result
+    out, grid = result.as_strided(rows.shape, rows.stride()), (scale.view(shape), zero.view(shape))
+    if ends is None:
+        over_rows(context, affine_rows, out, (rows, *grid), codes)
+        return result, None
+    inside = torch.empty_like(value, dtype=torch.bool)
+    mask = inside.as_strided(rows.shape, rows.stride())
+    over_rows(context, clipped_rows, out, (mask, rows, *grid, *(end.view(1, 1) for end in ends)), codes)
+    return result, inside
 
 
 class Clipped(torch.autograd.Function):
-    """`Clipped.apply(context, value, quantized, low, high)`: `quantized`, with the gradient going to `value`.
+    """`Clipped.apply(context, value, quantized, inside)`: `quantized`, whose gradient goes to `value` where `inside`.
 
-    The gradient is 0 where the value is outside `[low, high]`, one-element tensors. What is kept for the backward pass
-    is one byte an element.
+    What is kept for the backward pass is one byte an element.
     """
 
     @staticmethod
-    def forward(ctx: Any, context: QuantContext, value: Tensor, quantized: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    def forward(ctx: Any, context: QuantContext, value: Tensor, quantized: Tensor, inside: Tensor) -> Tensor:
         """`quantized` without its own graph."""
-        inside = torch.empty_like(value, dtype=torch.bool)
-        if not over_elements(context, inside_rows, inside, (value, low, high)):
-            inside = (value >= low) & (value <= high)
         ctx.save_for_backward(inside)
         ctx.context = context
         return quantized.detach()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None]:
         """The gradient inside."""
         (inside,) = ctx.saved_tensors
-        result = grads[0] if is_owned(grads[0]) else torch.empty_like(grads[0])
-        if not over_elements(ctx.context, gated_rows, result, (grads[0], inside)):
-            result = grads[0] * inside
-        return None, result, None, None, None
+        result = _gate_compiled(ctx.context, grads[0], inside)
+        return None, grads[0] * inside if result is None else result, None, None
+
+
+def _gate_compiled(context: QuantContext, grad: Tensor, inside: Tensor) -> Tensor | None:
+    rows = memory_rows(grad) if context.compiled and grad.device.type == "cpu" else None
+    if rows is None or grad.stride() != inside.stride():
+        return None
+    result = grad if is_owned(grad) else torch.empty_like(grad)
+    # In place, both are the same view: compiled code for two views of one tensor cannot be used for other shapes.
+    out = rows if result is grad else result.as_strided(rows.shape, rows.stride())
+    over_rows(context, gated_rows, out, (rows, inside.as_strided(rows.shape, rows.stride())))
+    return result

@@ -86,7 +86,7 @@ def test_scales_that_fit_no_row_are_left_to_eager_mode():
 
 
 def test_compiled_code_that_differs_is_not_used(monkeypatch, caplog):
-    monkeypatch.setattr(affine, "fused_quantize", lambda context, value, *rest: torch.zeros_like(value))
+    monkeypatch.setattr(affine, "fused_quantize", lambda context, value, *rest: (torch.zeros_like(value), None))
     quantizer, value = made(True), torch.ones(1, 2, 3)
     with caplog.at_level(logging.WARNING, "qpipe.compile"):
         assert torch.equal(quantizer(value), made(False)(value))
