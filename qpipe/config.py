@@ -259,6 +259,16 @@ for _kind in (_Loader, _Dumper):
     )
 
 
+def yaml_text(document: Mapping[str, Any], **options: Any) -> str:
+    """A mapping as YAML that `read_yaml` reads as it was; keys stay in order.
+
+    Args:
+        document: plain mappings, lists, strings and numbers.
+        options: of `yaml.dump`.
+    """
+    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, **options)
+
+
 def read_yaml(text: str, source: str) -> dict[str, Any]:
     """Parse a YAML mapping.
 
@@ -402,4 +412,4 @@ def _describe_nested(error: ValidationError) -> str:
 
 def dump(config: RunConfig) -> str:
     """The configuration as YAML; `resolve` of it gives an equal configuration."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+    return yaml_text(config.model_dump(mode="json"))

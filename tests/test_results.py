@@ -100,6 +100,13 @@ def test_a_changed_recipe_makes_its_number_and_those_that_start_from_it_stale(sm
     assert render(small_table).count(STALE) == 2
 
 
+def test_a_digest_that_looks_like_a_number_stays_text(small_table):
+    path = small_table.expected("first")
+    written = {"here": Measured(cells=["12e345678901"], metrics={"accuracy": [0.5]}, tolerance=0.01)}
+    write_expected(path, written)
+    assert read_expected(path) == written
+
+
 def test_numbers_beyond_the_tolerance_are_named(small_table):
     before = Measured(cells=["a"], metrics={"accuracy": [0.5]}, tolerance=0.01)
     assert differences(Measured(cells=["a"], metrics={"accuracy": [0.509]}, tolerance=0.01), before) == []

@@ -6,12 +6,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks.results.cell import Cell
 from benchmarks.results.table import Table
-from qpipe.config import read_yaml
+from qpipe.config import read_yaml, yaml_text
 from qpipe.report.inputs import Results, Variants, read_json
 
 HEADER = "# Measured by `make results`, which compares later runs with it. One entry per setting of the table.\n"
@@ -94,7 +93,7 @@ def write_expected(path: Path, measured: dict[str, Measured]) -> None:
     """Write the recorded numbers of a row."""
     document: dict[str, Any] = {k: m.model_dump(exclude_none=True) for k, m in measured.items()}
     document = {k: {name: value for name, value in m.items() if value != {}} for k, m in document.items()}
-    path.write_text(HEADER + yaml.safe_dump(document, sort_keys=False, width=120, default_flow_style=None))
+    path.write_text(HEADER + yaml_text(document, width=120, default_flow_style=None))
 
 
 def differences(measured: Measured, expected: Measured) -> list[str]:

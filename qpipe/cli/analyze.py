@@ -123,11 +123,10 @@ def _named(entries: list[list[Any]]) -> str:
 
 
 def _write(path: Path, suggestion: dict[str, Any], model: str) -> None:
-    import yaml
-
+    from qpipe.config import yaml_text
     from qpipe.files import write_text
 
     steps = "; ".join(f"{step['group']} {step['metric']:.4f}" for step in suggestion["chosen"]) or "no group needed"
     head = f"# Written by qpipe analyze {model} --suggest: {suggestion['bits']} bits at {steps}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, head + yaml.safe_dump({"quantization": {"rules": suggestion["rules"]}}, sort_keys=False))
+    write_text(path, head + yaml_text({"quantization": {"rules": suggestion["rules"]}}))

@@ -106,8 +106,7 @@ def _print(found: Sensitivity, widths: Sequence[int], chosen: list[Choice], summ
 
 
 def _write(run: Run, chosen: list[Choice], request: Request, summary: dict[str, Any]) -> None:
-    import yaml
-
+    from qpipe.config import yaml_text
     from qpipe.files import write_text
     from qpipe.stages.sensitivity import rules
 
@@ -118,4 +117,4 @@ def _write(run: Run, chosen: list[Choice], request: Request, summary: dict[str, 
         f"file at most {summary['file_bytes']} bytes\n"
     )
     request.out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(request.out, head + yaml.safe_dump({"quantization": {"rules": rules(run, chosen)}}, sort_keys=False))
+    write_text(request.out, head + yaml_text({"quantization": {"rules": rules(run, chosen)}}))
