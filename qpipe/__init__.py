@@ -40,6 +40,7 @@ _PUBLIC = {
     "Site": "qpipe.types",
     "TapStage": "qpipe.types",
     "Task": "qpipe.types",
+    "TrainingPhase": "qpipe.types",
     "WeightLoss": "qpipe.types",
     "TaskData": "qpipe.data.loading",
     "Texts": "qpipe.data.text",
@@ -75,6 +76,13 @@ _PUBLIC = {
     "QuantModule": "qpipe.quant.modules",
     "Moments": "qpipe.quant.moments",
     "moments": "qpipe.quant.moments",
+    "all_scores_mse": "qpipe.model.distances",
+    "attention_mse": "qpipe.model.distances",
+    "example_mean": "qpipe.model.distances",
+    "hidden_cosine": "qpipe.model.distances",
+    "hidden_mse": "qpipe.model.distances",
+    "logits_kl": "qpipe.model.distances",
+    "logits_mse": "qpipe.model.distances",
     "Inject": "qpipe.model.gradients",
     "StopGradient": "qpipe.model.gradients",
     "load_native": "qpipe.export.native",
@@ -142,15 +150,23 @@ __all__ = [
     "TaskData",
     "Texts",
     "TrainingError",
+    "TrainingPhase",
     "WeightLoss",
     "__version__",
+    "all_scores_mse",
+    "attention_mse",
     "by_feature",
+    "example_mean",
     "execute",
     "float64_mean",
     "float64_sum",
+    "hidden_cosine",
+    "hidden_mse",
     "hookimpl",
     "load_native",
     "locate",
+    "logits_kl",
+    "logits_mse",
     "mean_magnitude",
     "moments",
     "over_rows",
@@ -181,6 +197,15 @@ if TYPE_CHECKING:
     )
     from qpipe.export.activations import quantize_activations
     from qpipe.export.native import load_native
+    from qpipe.model.distances import (
+        all_scores_mse,
+        attention_mse,
+        example_mean,
+        hidden_cosine,
+        hidden_mse,
+        logits_kl,
+        logits_mse,
+    )
     from qpipe.model.gradients import Inject, StopGradient
     from qpipe.plugin import Options, Plugin, hookimpl
     from qpipe.quant.affine import ActivationRange, AffineActivation, FixedActivation, by_feature
@@ -215,6 +240,7 @@ if TYPE_CHECKING:
         Site,
         TapStage,
         Task,
+        TrainingPhase,
         WeightLoss,
     )
 

@@ -101,6 +101,14 @@ class Specs:
         """Contribute penalties on weights (all). Exact under every ZeRO stage."""
 
     @hookspec
+    def qpipe_training_phases(self, run: Run) -> Iterable[types.TrainingPhase]:  # type: ignore[empty-body]
+        """Put parts before the training that are trainings of their own (all), within `run.total_steps`.
+
+        They follow one another in plugin order; the rest of the training comes last, with the configured learning rate
+        and warm-up. `run.phases` holds them all, with their first steps, from `qpipe_model_prepared` on.
+        """
+
+    @hookspec
     def qpipe_model_prepared(self, run: Run) -> None:
         """The quantizers are in place and the engine has not wrapped the model yet (event): add taps here."""
 
@@ -114,7 +122,10 @@ class Specs:
 
     @hookspec(firstresult=True)
     def qpipe_scheduler(self, run: Run, optimizer: Optimizer) -> LRScheduler | None:
-        """Make the learning-rate schedule (first), stepped once per optimizer step; `run.total_steps` is its length."""
+        """Make the learning-rate schedule (first), stepped once per optimizer step.
+
+        `run.total_steps` is its length, and `run.phases` are the parts that have a schedule of their own.
+        """
 
     # --- calibrate --------------------------------------------------------------------------------------------------
 

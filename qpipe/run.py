@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qpipe.host import Host
     from qpipe.model.instrument import Instruments
     from qpipe.quant.plan import Plan
-    from qpipe.types import Task, WeightLoss
+    from qpipe.types import Task, TrainingPhase, WeightLoss
 
 
 @dataclass
@@ -61,6 +61,7 @@ class Run:
         scheduler: the learning-rate schedule.
         total_steps: optimizer steps of the whole training; 0 where nothing will be trained, and so no teacher is there:
             a plan that is only looked at, a finished run, quantization without training.
+        phases: the parts of the training, in order and without gaps; empty where nothing will be trained.
         trained: True for a finished run that was loaded to evaluate or export it.
         step: the micro-batch under way, None outside training.
         results: what has been measured so far, by stage.
@@ -79,6 +80,7 @@ class Run:
     weight_losses: tuple[WeightLoss, ...] = ()
     scheduler: LRScheduler = None  # type: ignore[assignment]
     total_steps: int = 0
+    phases: tuple[TrainingPhase, ...] = ()
     trained: bool = False
     step: Step | None = None
     results: dict[str, Any] = field(default_factory=dict)

@@ -202,6 +202,33 @@ class Signals:
 
 
 @dataclass(frozen=True)
+class TrainingPhase:
+    """A first part of the training that is a training of its own.
+
+    It has its own learning-rate schedule, of the form of `train.schedule`, and ends with its last weights. What follows
+    starts from them with a fresh optimizer. Only evaluations in the last phase can be the best one.
+
+    Attributes:
+        name: unique among all plugins.
+        steps: optimizer steps.
+        learning_rate: its highest one; None: `train.learning_rate`.
+        warmup: part of its steps in which the learning rate rises, 0..1; None: `train.warmup`.
+        start: its first optimizer step; set by the core, which puts phases one after another in plugin order.
+    """
+
+    name: str
+    steps: int
+    learning_rate: float | None = None
+    warmup: float | None = None
+    start: int = 0
+
+    @property
+    def stop(self) -> int:
+        """The first optimizer step after it."""
+        return self.start + self.steps
+
+
+@dataclass(frozen=True)
 class ParamGroup:
     """Parameters that train with settings of their own. A parameter claimed by two groups is an error.
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from qpipe.builtin.bert_adam import BertAdam, warmup_linear
@@ -46,18 +47,39 @@ class Optim(Plugin):
 
     @hookimpl(trylast=True)
     def qpipe_scheduler(self, run: Run, optimizer: Optimizer) -> LRScheduler | None:
-        """The schedule of `train.schedule` over `run.total_steps`."""
-        from transformers import get_scheduler
+        """The schedule of `train.schedule` over each phase of `run.phases`."""
+        train = run.config.train
+        parts = []
+        for phase in run.phases:
+            assert phase.learning_rate is not None and phase.warmup is not None  # the core has filled them in
+            shape = schedule_shape(train.schedule, phase.steps, phase.warmup)
+            parts.append((phase, phase.learning_rate / train.learning_rate, shape))
 
-        if run.config.train.schedule == "bert-linear":
-            return LambdaLR(optimizer, partial(warmup_linear, total=run.total_steps, warmup=run.config.train.warmup))
-        names = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-        return get_scheduler(
-            names[run.config.train.schedule],
-            optimizer,
-            num_warmup_steps=round(run.config.train.warmup * run.total_steps),
-            num_training_steps=run.total_steps,
-        )
+        def factor(step: int) -> float:
+            phase, scale, shape = next((part for part in parts if step < part[0].stop), parts[-1])
+            return scale * shape(step - phase.start)
+
+        return LambdaLR(optimizer, factor)
+
+
+def schedule_shape(name: str, steps: int, warmup: float) -> Callable[[int], float]:
+    """The factor on the learning rate, 0..1, in each step of a training.
+
+    Args:
+        name: of the schedule, as in `train.schedule`.
+        steps: length of the training.
+        warmup: part of it in which the rate rises, 0..1.
+    """
+    if name == "bert-linear":
+        return partial(warmup_linear, total=steps, warmup=warmup)
+    from transformers import get_scheduler
+
+    names = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+    # transformers makes schedules for optimizers only, and each takes its optimizer over; this one trains nothing.
+    unused = SGD([nn.Parameter(torch.zeros(()))])
+    made = get_scheduler(names[name], unused, num_warmup_steps=round(warmup * steps), num_training_steps=steps)
+    shape: Callable[[int], float] = made.lr_lambdas[0]
+    return shape
 
 
 def _among(members: set[int]) -> Callable[[str, nn.Parameter], bool]:

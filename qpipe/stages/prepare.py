@@ -23,6 +23,8 @@ from qpipe.run import Run
 from qpipe.stages.build import instrument
 from qpipe.stages.gather import STORED
 from qpipe.stages.param_groups import parameter_groups
+from qpipe.stages.phases import make_phases
+from qpipe.stages.recomputing import recompute
 from qpipe.types import Exporter, Rule, Site
 
 SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -256,6 +258,7 @@ def prepare(run: Run, trained: Mapping[str, Tensor] | None = None) -> None:
         run.instruments.enable_capture()
         run.teacher_instruments = instrument(run.host, run.teacher)
         run.teacher_instruments.enable_capture()
+    run.phases = make_phases(run)
     run.host.hook.qpipe_model_prepared(run=run)
 
 
@@ -265,12 +268,7 @@ def wrap(run: Run) -> None:
     cast(run.student, run)
     if run.teacher is not None:
         cast(run.teacher, run)
-    if train.activation_checkpointing:
-        enable = getattr(run.student, "activation_checkpointing_enable", None)
-        if enable is None:
-            raise ConfigError(f"{type(run.student).__name__} cannot checkpoint activations")
-        # The reentrant kind would silently give no gradient to captured tensors.
-        enable({"use_reentrant": False})
+    recompute(run)
     hook = run.host.hook
     optimizer = hook.qpipe_optimizer(run=run, groups=parameter_groups(run))
     run.scheduler = hook.qpipe_scheduler(run=run, optimizer=optimizer)

@@ -19,6 +19,7 @@ from qpipe.run import Run
 from qpipe.stages import checkpoint
 from qpipe.stages.build import build
 from qpipe.stages.prepare import prepare, wrap
+from qpipe.stages.teacher_fit import require_same_language
 from qpipe.stages.train import total_steps, train
 from qpipe.stages.trained import save_float
 
@@ -78,11 +79,17 @@ def ensure_teacher(
         host: the plugins.
         data: what `load_data` gives for this configuration; None loads them where they are needed.
         rehearse: called before a fine-tuning begins, to find errors that would otherwise show only after it.
+
+    Raises:
+        ModelError: a named teacher reads other tokens, or numbers its labels in another way.
     """
     if not is_needed(config, host):
         return None, {}
     if config.teacher.name is not None:
-        return locate(config.teacher.name), {}
+        named = locate(config.teacher.name)
+        if data is not None:
+            require_same_language(config, named, data)
+        return named, {}
     sub = teacher_config(config)
     folder = Path(sub.out)
     mark = {"fingerprint": fingerprint(sub)}

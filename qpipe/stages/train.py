@@ -21,6 +21,7 @@ from qpipe.stages.build import seed_everything
 from qpipe.stages.calibrate import inputs_of, micro_batches, to_device
 from qpipe.stages.diagnose import first_non_finite
 from qpipe.stages.evaluate import evaluate, is_better
+from qpipe.stages.phases import enter_phase
 from qpipe.stages.self_check import self_check
 from qpipe.types import Loss, Signals
 
@@ -232,6 +233,7 @@ def train(run: Run, resume: bool = False) -> Progress:
     run.student.train()
     for index, batches in steps_from(run, progress.step):
         started = time.perf_counter()
+        enter_phase(run, index)
         logged = (index + 1) % run.config.train.log_every == 0 or index + 1 == run.total_steps
         meter = Meter()
         for number, batch in enumerate(batches):
@@ -264,17 +266,17 @@ def step_metrics(run: Run, meter: Meter, started: float) -> dict[str, float]:
 
 
 def after_step(run: Run, progress: Progress) -> None:
-    """Evaluate and save where it is due."""
+    """Evaluate and save where it is due, and where a phase ends."""
     train_config = run.config.train
     per_epoch = steps_per_epoch(run)
-    last = progress.step == run.total_steps
-    due_eval = progress.step % (train_config.eval_every or per_epoch) == 0 or last
-    due_save = progress.step % (train_config.save_every or per_epoch) == 0 or last
+    ends = progress.step in {phase.stop for phase in run.phases}
+    due_eval = progress.step % (train_config.eval_every or per_epoch) == 0 or ends
+    due_save = progress.step % (train_config.save_every or per_epoch) == 0 or ends
     if due_eval:
         metrics = evaluate(run)
         run.host.hook.qpipe_evaluated(run=run, metrics=metrics)
         run.results["evaluation"] = metrics
-        if is_better(run, metrics, progress.best_metric):
+        if progress.step > run.phases[-1].start and is_better(run, metrics, progress.best_metric):
             progress.best_step, progress.best_metric = progress.step, metrics[run.task.metrics[0].name]
             due_save = True
     if due_save:

@@ -18,6 +18,7 @@ from qpipe.stages.calibrate import calibrate, to_device
 from qpipe.stages.execute import assemble
 from qpipe.stages.export import packed_weights
 from qpipe.stages.gather import quantizer_state
+from qpipe.stages.phases import enter_phase
 from qpipe.stages.self_check import self_check
 from qpipe.stages.train import collect_losses, micro_step, steps_from
 
@@ -51,6 +52,7 @@ def trace(config: RunConfig, steps: int) -> tuple[list[dict[str, Tensor]], dict[
     for index, micro_batches in steps_from(run, 0):
         if index == steps:
             break
+        enter_phase(run, index)
         for number, batch in enumerate(micro_batches):
             step = Step(index, number == len(micro_batches) - 1, to_device(batch, run), number=number)
             micro_step(run, step, losses)

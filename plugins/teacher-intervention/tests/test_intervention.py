@@ -1,16 +1,12 @@
 """The plugin on a tiny BERT through the core's real instruments, without engine or data."""
 
-from types import SimpleNamespace
-
 import pytest
+import ti_steps
 import torch
 from qpipe_teacher_intervention import GradualIntervention, MapIntervention, OutputIntervention, TeacherIntervention
 from transformers import BertConfig, BertForSequenceClassification
 
-from qpipe import ConfigError, ModelError, Step, TrainingError
-from qpipe.builtin.models import Models
-from qpipe.builtin.modules import QuantModules
-from qpipe.model.instrument import Instruments
+from qpipe import ConfigError, ModelError, TrainingError
 from qpipe.stages import plan_run
 from qpipe.testing import tiny_config
 
@@ -27,25 +23,12 @@ def bert(seed, **config):
     return BertForSequenceClassification(BertConfig(vocab_size=20, initializer_range=0.3, **shape, **no_dropout))
 
 
-def instruments(model):
-    found = Instruments(model, Models().qpipe_model_map(model), lambda m: QuantModules().qpipe_quantize_module(m))
-    found.enable_capture()
-    return found
+def make_run(tmp_path, student=None, teacher=None, **settings):
+    return ti_steps.make_run(tmp_path, student or bert(0), teacher or bert(1), **settings)
 
 
-def make_run(tmp_path, student=None, teacher=None, total_steps=12, kind="classification"):
-    student, teacher = student or bert(0), teacher or bert(1)
-    return SimpleNamespace(
-        student=student,
-        teacher=teacher,
-        instruments=instruments(student),
-        teacher_instruments=instruments(teacher),
-        total_steps=total_steps,
-        step=None,
-        task=SimpleNamespace(kind=kind),
-        engine=SimpleNamespace(rank=0),
-        out=tmp_path,
-    )
+def micro_step(plugin, run, index):
+    return ti_steps.micro_step(plugin, run, index, BATCH)
 
 
 def prepared(plugin, tmp_path, **options):
@@ -53,27 +36,6 @@ def prepared(plugin, tmp_path, **options):
     instance = plugin(plugin.Options(**options))
     instance.qpipe_model_prepared(run)
     return instance, run
-
-
-def forward(model, found, wanted, store):
-    found.want(wanted, store)
-    found.context.taps_active = True
-    hidden = {"output_hidden_states": True} if "hidden_states" in wanted else {}
-    output = model(**BATCH, **hidden)
-    found.context.taps_active = False
-    found.take_outputs(output, wanted, store)
-    return output
-
-
-def micro_step(plugin, run, index):
-    """One step of the training loop: (step, loss parts by name)."""
-    run.step = step = Step(index, True, dict(BATCH))
-    plugin.qpipe_step_start(step)
-    wanted = plugin.qpipe_signals()
-    with torch.no_grad():
-        forward(run.teacher, run.teacher_instruments, wanted.teacher, step.teacher)
-    step.output = forward(run.student, run.instruments, wanted.student, step.student)
-    return step, {loss.name: loss.weight * loss.fn(step) for loss in plugin.qpipe_losses(run)}
 
 
 def gradients(run, loss):
@@ -114,7 +76,7 @@ def test_the_teacher_takes_the_students_place(kind, signal, tmp_path):
         return result
 
     found.at = at
-    forward(run.student, run.instruments, frozenset(), {})
+    ti_steps.forward(run.student, run.instruments, frozenset(), {}, BATCH)
     assert torch.equal(seen[0], step.teacher[signal, 0])
 
 

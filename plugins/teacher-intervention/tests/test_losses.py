@@ -1,111 +1,112 @@
+"""The losses on given signals against those of the authors' code, values and gradients."""
+
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from qpipe_teacher_intervention.losses import score_loss, soft_cross_entropy, summed_mse, visible_keys
+from qpipe_teacher_intervention import InterventionOptions
+from qpipe_teacher_intervention.losses import distillation_losses
 from safetensors.torch import load_file
-from torch.nn import functional as F
+
+from qpipe import Step
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "kd_loss.json").read_text())["cases"]
 TENSORS = load_file(GOLDEN / "kd_loss.safetensors")
-IDS = [f"case{c['case']}" for c in CASES]
+KINDS = {"att": "scores", "rep": "hidden_states", "out": "attention_output"}
+TERMS = {"ti/logits": "cls", "ti/hidden": "rep", "ti/scores": "att", "ti/output": "output"}
 
 
-def golden(case, name):
-    return TENSORS[f"c{case['case']:02d}.{name}"]
+def losses(layers, kind="classification", causal=False, **options):
+    """The loss functions by name."""
+    attention = torch.nn.Module()
+    attention.is_causal = causal
+    run = SimpleNamespace(
+        student=torch.nn.ModuleDict({"attention": attention}),
+        instruments=SimpleNamespace(map=SimpleNamespace(attention=("attention",))),
+        task=SimpleNamespace(kind=kind),
+    )
+    return {loss.name: loss.fn for loss in distillation_losses(run, InterventionOptions(**options), layers)}
 
 
-def layers(case, name, count):
-    return [golden(case, f"{name}{i}") for i in range(count)]
-
-
-def leaves(tensors):
-    return [t.clone().requires_grad_() for t in tensors]
-
-
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_logits_loss_equals_the_reference(case):
-    (student,) = leaves([golden(case, "s_logits")])
-    teacher = golden(case, "t_logits")
-    regression = case["params"]["output_mode"] == "regression"
-    loss = F.mse_loss(student, teacher) if regression else soft_cross_entropy(student, teacher)
-    assert float(loss.detach()) == pytest.approx(case["scalars"]["ti"]["cls"], rel=1e-5)
-    close(torch.autograd.grad(loss, student)[0], golden(case, "ti_grad_s_logits"))
-
-
-@pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_hidden_and_output_losses_equal_the_reference(case):
-    count = case["params"]["layers"]
-    hidden = leaves(layers(case, "s_rep", count + 1))
-    loss = summed_mse(hidden, layers(case, "t_rep", count + 1))
-    assert float(loss.detach()) == pytest.approx(case["scalars"]["ti"]["rep"], rel=1e-5)
-    close(torch.autograd.grad(loss, hidden)[0], golden(case, "ternarybert_grad_s_rep0"))
-    outputs = leaves(layers(case, "s_out", count))
-    loss = summed_mse(outputs, layers(case, "t_out", count))
-    assert float(loss.detach()) == pytest.approx(case["scalars"]["ti"]["output"], rel=1e-5)
-    for i, grad in enumerate(torch.autograd.grad(loss, outputs)):
-        close(grad, golden(case, f"ti_grad_s_out{i}"))
-
-
-@pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_score_loss_equals_the_reference(case):
-    count = case["params"]["layers"]
-    stored = layers(case, "s_att", count), layers(case, "t_att", count)
-    # The stored scores carry the mask as -10000; ours come before the mask, so any value may stand there.
-    mask = (stored[0][0][:, 0, 0] > -5000).long()
+def signals(case, side):
+    """Of one side, by `(kind, layer)`. Scores there carry the mask; ours come before it, so anything may be there."""
     generator = torch.Generator().manual_seed(0)
-    unmasked = [
-        [torch.where(s > -5000, s, torch.randn(s.shape, generator=generator)) for s in scores] for scores in stored
-    ]
-    students = leaves(unmasked[0])
-    loss = score_loss(students, unmasked[1], mask)
-    assert float(loss.detach()) == pytest.approx(case["scalars"]["ti"]["att"], rel=1e-5)
-    for i, grad in enumerate(torch.autograd.grad(loss, students)):
-        close(grad, golden(case, f"ternarybert_grad_s_att{i}"))
+    found = {}
+    for name in case["tensors"]:
+        if not name.startswith(f"{side}_"):
+            continue
+        value = TENSORS[f"c{case['case']:02d}.{name}"].clone()
+        if name[2:5] == "att":
+            value = torch.where(value > -5000, value, torch.randn(value.shape, generator=generator))
+        kind, layer = ("logits", 0) if "logits" in name else (KINDS[name[2:5]], int(name[5:]))
+        found[kind, layer] = value
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"case{case['case']}" for case in CASES])
+def test_losses_equal_the_reference(case):
+    masked = TENSORS[f"c{case['case']:02d}.s_att0"][:, 0, 0] <= -5000
+    step = Step(0, True, {"attention_mask": (~masked).long()}, student=signals(case, "s"), teacher=signals(case, "t"))
+    for value in step.student.values():
+        value.requires_grad_()
+    regression = case["params"]["output_mode"] == "regression"
+    found = losses(range(case["params"]["layers"]), "regression" if regression else "classification")
+    parts = {name: fn(step) for name, fn in found.items()}
+    for name, part in parts.items():
+        assert part.item() == pytest.approx(case["scalars"]["ti"][TERMS[name]], rel=1e-5), name
+    torch.stack(list(parts.values())).sum().backward()
+    checked = 0
+    for name in case["tensors"]:
+        # The reference stores gradients of scores and states with its other recipe, whose terms are the same.
+        recipe, _, rest = name.partition("_grad_s_")
+        if rest and (recipe == "ti" or rest[:3] in ("att", "rep")):
+            key = ("logits", 0) if rest == "logits" else (KINDS[rest[:3]], int(rest[3:]))
+            expected = TENSORS[f"c{case['case']:02d}.{name}"]
+            torch.testing.assert_close(step.student[key].grad, expected, rtol=1e-5, atol=1e-7)
+            checked += 1
+    assert checked > case["params"]["layers"]
 
 
 def test_the_golden_cases_have_padding_and_extreme_scores():
-    assert any((golden(c, "s_att0") < -5000).any() for c in CASES)
-    assert any(((golden(c, "s_att0") <= -100) & (golden(c, "s_att0") > -5000)).any() for c in CASES)
-
-
-def test_without_a_mask_every_score_counts():
-    a, b = torch.randn(2, 2, 3, 3), torch.randn(2, 2, 3, 3)
-    close(score_loss([a], [b], None), F.mse_loss(a, b))
+    scores = [TENSORS[f"c{case['case']:02d}.s_att0"] for case in CASES]
+    assert any((s < -5000).any() for s in scores)
+    assert any(((s <= -100) & (s > -5000)).any() for s in scores)
 
 
 def test_causal_scores_ignore_later_keys():
-    a = torch.zeros(1, 1, 3, 3)
-    b = torch.ones(1, 1, 3, 3)
-    assert float(score_loss([a], [b], None, causal=True)) == pytest.approx(6 / 9)
-    assert float(score_loss([a], [b], torch.tensor([[1, 1, 0]]), causal=True)) == pytest.approx(5 / 9)
-    assert visible_keys(a, None, causal=False) is None
+    student, teacher = {("scores", 0): torch.zeros(1, 1, 3, 3)}, {("scores", 0): torch.ones(1, 1, 3, 3)}
+    fn = losses([0], causal=True)["ti/scores"]
+    assert float(fn(Step(0, True, {}, student=student, teacher=teacher))) == pytest.approx(6 / 9)
+    batch = {"attention_mask": torch.tensor([[1, 1, 0]])}
+    assert float(fn(Step(0, True, batch, student=student, teacher=teacher))) == pytest.approx(5 / 9)
 
 
-def test_token_logits_average_over_real_tokens():
-    student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    expected = torch.stack([soft_cross_entropy(student[b, t], teacher[b, t]) for b, t in [(0, 0), (0, 1), (1, 0)]])
-    close(soft_cross_entropy(student, teacher, mask), expected.mean())
+def test_layers_are_compared_by_the_map():
+    """Layer i of the student with layer `layers[i]` of the teacher; states with the state after that."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tensors(kind, count):
+        return {(kind, i): torch.randn(2, 4, 8, generator=generator) for i in range(count)}
+
+    student = tensors("hidden_states", 3) | tensors("attention_output", 2)
+    teacher = tensors("hidden_states", 5) | tensors("attention_output", 4)
+    step, found = Step(0, True, {}, student=student, teacher=teacher), losses([1, 3])
+    for name, kind, map_ in (("hidden", "hidden_states", [0, 2, 4]), ("output", "attention_output", [1, 3])):
+        squares = [(student[kind, i] - teacher[kind, j]).square().mean() for i, j in enumerate(map_)]
+        torch.testing.assert_close(found[f"ti/{name}"](step), sum(squares))
 
 
-def test_equal_logits_cost_the_entropy():
-    logits = torch.randn(4, 6)
-    close(soft_cross_entropy(logits, logits), torch.distributions.Categorical(logits=logits).entropy().mean())
+def test_logits_of_tokens_leave_padding_out():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 3, 5, generator=generator) for _ in range(2))
+    batch = {"attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}
+    step = Step(0, True, batch, student={("logits", 0): student}, teacher={("logits", 0): teacher})
 
+    def cost(b, t):
+        return -(teacher[b, t].softmax(-1) * student[b, t].log_softmax(-1)).sum()
 
-def test_bfloat16_is_computed_in_float32():
-    a, b = torch.randn(2, 8).bfloat16(), torch.randn(2, 8).bfloat16()
-    assert summed_mse([a], [b]).dtype == torch.float32
-    close(soft_cross_entropy(a, b), soft_cross_entropy(a.float(), b.float()))
-
-
-def test_unequal_depths_are_refused():
-    with pytest.raises(ValueError, match="zip"):
-        summed_mse([torch.zeros(1)], [torch.zeros(1), torch.zeros(1)])
+    expected = ((cost(0, 0) + cost(0, 1)) / 2 + cost(1, 0)) / 2
+    torch.testing.assert_close(losses([0], "causal-lm")["ti/logits"](step), expected)

@@ -8,13 +8,29 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qpipe import ConfigError, Loss, ModelError, Options, Plugin, Run, SignalKind, Signals, Step, hookimpl
-from qpipe_distillation import losses
+from qpipe import (
+    ConfigError,
+    Loss,
+    ModelError,
+    Options,
+    Plugin,
+    Run,
+    SignalKind,
+    Signals,
+    Step,
+    all_scores_mse,
+    attention_mse,
+    hidden_cosine,
+    hidden_mse,
+    hookimpl,
+    logits_kl,
+    logits_mse,
+)
 from qpipe_distillation.layers import Pair, attention_pairs, depth_ratio, hidden_pairs, mapped_pairs, require_equal
 from qpipe_distillation.options import DistillationOptions
 from qpipe_distillation.schedule import weight_function
 
-STATES = {"cosine": losses.hidden_cosine, "mse": losses.hidden_mse}
+STATES = {"cosine": hidden_cosine, "mse": hidden_mse}
 
 
 class Distillation(Plugin):
@@ -105,8 +121,8 @@ class Distillation(Plugin):
         # Padded tokens have no logits worth learning, whatever else counts.
         mask = step.batch.get("attention_mask")
         if options.logits == "mse":
-            return losses.logits_mse(student, teacher, mask)
-        loss = losses.logits_kl(student, teacher, options.temperature, mask, entropy=options.logits == "soft-ce")
+            return logits_mse(student, teacher, mask)
+        loss = logits_kl(student, teacher, options.temperature, mask, entropy=options.logits == "soft-ce")
         return loss / student.shape[-1] if options.classes == "mean" else loss
 
     def _hidden_loss(self, step: Step) -> Tensor:
@@ -124,9 +140,9 @@ class Distillation(Plugin):
         pairs = [(step.student["scores", i], step.teacher["scores", j]) for i, j in self._attention]
         if options.padding == "include":
             floor = options.score_floor
-            found = [losses.all_scores_mse(ours, theirs, mask, self._causal, floor) for ours, theirs in pairs]
+            found = [all_scores_mse(ours, theirs, mask, self._causal, floor) for ours, theirs in pairs]
         else:
-            found = [losses.attention_mse(ours, theirs, mask, self._causal) for ours, theirs in pairs]
+            found = [attention_mse(ours, theirs, mask, self._causal) for ours, theirs in pairs]
         return torch.stack(found).sum()
 
     @hookimpl

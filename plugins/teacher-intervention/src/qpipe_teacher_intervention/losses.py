@@ -1,80 +1,73 @@
-"""Distillation losses of teacher intervention, as functions of tensors. All compute in float32.
+"""The distillation losses of teacher intervention.
 
 Kim et al., "Teacher Intervention: Improving Convergence of Quantization Aware Training for Ultra-Low Precision
-Transformers" (EACL 2023), section 3, with the normalisation of the authors' code.
+Transformers" (EACL 2023), section 3, with the normalisation of the authors' code: sums over layers of means over all
+elements, padding included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from qpipe import Loss, Run, Step, all_scores_mse, hidden_mse, logits_kl, logits_mse
+from qpipe_teacher_intervention.options import InterventionOptions
+from qpipe_teacher_intervention.taps import FFN_INPUT
 
 LOWEST = -100.0
-"""Scores down to here count as 0; the reference code finds masked entries this way, and meets extreme ones too."""
+"""Scores down to here count as 0; the authors' code finds masked entries this way, and meets extreme ones too."""
 
 
-def soft_cross_entropy(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`-sum_c softmax(teacher)_c log softmax(student)_c`, summed over classes and averaged over everything else.
-
-    Args:
-        student: logits `[batch, classes]` or `[batch, tokens, classes]`.
-        teacher: logits of the same shape.
-        mask: `[batch, tokens]`, non-zero where a token counts; for logits per token only.
-    """
-    losses = -(teacher.float().softmax(-1) * student.float().log_softmax(-1)).sum(-1)
-    if mask is None:
-        return losses.mean()
-    weights = mask.to(losses.dtype)
-    return (losses * weights).sum() / weights.sum().clamp_min(1)
-
-
-def summed_mse(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
-    """Mean squared error of each pair of tensors, summed over pairs.
-
-    The mean is over all elements, padded tokens included, as in the reference code.
-    """
-    pairs = zip(students, teachers, strict=True)
-    return torch.stack([F.mse_loss(student.float(), teacher.float()) for student, teacher in pairs]).sum()
-
-
-def visible_keys(scores: Tensor, attention_mask: Tensor | None, causal: bool) -> Tensor | None:
-    """Which entries of `[batch, heads, queries, keys]` the softmax sees, broadcastable; None if all.
+def distillation_losses(run: Run, options: InterventionOptions, layers: Sequence[int]) -> Iterable[Loss]:
+    """The losses with a weight above 0; the first stands in for the task loss unless that is kept.
 
     Args:
-        scores: for shape and device.
-        attention_mask: `[batch, keys]`, non-zero at real tokens, or None.
-        causal: True if a query sees no later key.
+        run: with both models.
+        options: the weights.
+        layers: the teacher's layer for each layer of the student, from 0.
     """
-    visible = None if attention_mask is None else attention_mask[:, None, None, :].bool()
-    if not causal:
-        return visible
-    queries, keys = scores.shape[-2:]
-    lower = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril(keys - queries)
-    return lower if visible is None else visible & lower
+    attention = [run.student.get_submodule(path) for path in run.instruments.map.attention[:1]]
+    causal = any(bool(getattr(module, "is_causal", False)) for module in attention)
+    output = FFN_INPUT if options.output_loss_on == "norm" else "attention_output"
+
+    def logits(step: Step) -> Tensor:
+        student, teacher = step.student["logits", 0], step.teacher["logits", 0]
+        mask = step.batch.get("attention_mask")
+        if run.task.kind == "regression":
+            return logits_mse(student, teacher, mask)
+        return logits_kl(student, teacher, 1.0, mask, entropy=True)
+
+    def hidden(step: Step) -> Tensor:
+        states = [0, *(layer + 1 for layer in layers)]
+        return total(hidden_mse(*pair, None) for pair in pairs(step, "hidden_states", states))
+
+    def scores(step: Step) -> Tensor:
+        mask = step.batch.get("attention_mask")
+        return total(all_scores_mse(*pair, mask, causal, LOWEST) for pair in pairs(step, "scores", layers))
+
+    def outputs(step: Step) -> Tensor:
+        return total(hidden_mse(*pair, None) for pair in pairs(step, output, layers))
+
+    terms = [
+        ("ti/logits", logits, options.logits_loss),
+        ("ti/hidden", hidden, options.hidden_loss),
+        ("ti/scores", scores, options.score_loss),
+        ("ti/output", outputs, options.output_loss),
+    ]
+    replaces: tuple[str, ...] = () if options.task_loss else ("task",)
+    for name, fn, weight in terms:
+        if weight > 0:
+            yield Loss(name, fn, weight, replaces)
+            replaces = ()
 
 
-def score_loss(
-    students: Sequence[Tensor], teachers: Sequence[Tensor], attention_mask: Tensor | None, causal: bool = False
-) -> Tensor:
-    """Mean squared error of attention scores, summed over layers; masked entries count as equal.
+def pairs(step: Step, kind: str, layers: Sequence[int]) -> Iterable[tuple[Tensor, Tensor]]:
+    """The student's tensor of each layer, with that of the teacher's layer for it."""
+    return ((step.student[kind, ours], step.teacher[kind, theirs]) for ours, theirs in enumerate(layers))
 
-    As in the reference code the mean is over all entries, masked ones included; padded queries take part; and a score
-    of -100 or less counts as 0, with no gradient.
 
-    Args:
-        students: scores per layer `[batch, heads, queries, keys]`, before the mask.
-        teachers: likewise.
-        attention_mask: `[batch, keys]`, non-zero at real tokens, or None.
-        causal: True if a query sees no later key.
-    """
-    losses = []
-    for student, teacher in zip(students, teachers, strict=True):
-        difference = F.threshold(student.float(), LOWEST, 0.0) - F.threshold(teacher.float(), LOWEST, 0.0)
-        visible = visible_keys(student, attention_mask, causal)
-        if visible is not None:
-            difference = difference.masked_fill(~visible, 0.0)
-        losses.append(difference.square().mean())
-    return torch.stack(losses).sum()
+def total(values: Iterable[Tensor]) -> Tensor:
+    """Sum of scalars."""
+    return torch.stack(list(values)).sum()

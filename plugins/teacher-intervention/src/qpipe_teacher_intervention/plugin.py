@@ -7,19 +7,32 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor
-from torch.nn import functional as F
-
-from qpipe import CheckpointError, Loss, Options, Plugin, Run, SignalKind, Signals, Step, TrainingError, hookimpl
-from qpipe_teacher_intervention.losses import score_loss, soft_cross_entropy, summed_mse
+from qpipe import (
+    CheckpointError,
+    Loss,
+    Options,
+    Plugin,
+    Run,
+    SignalKind,
+    Signals,
+    Step,
+    TrainingError,
+    TrainingPhase,
+    hookimpl,
+)
+from qpipe_teacher_intervention.losses import distillation_losses
+from qpipe_teacher_intervention.models import require_compatible, teacher_layers
 from qpipe_teacher_intervention.options import InterventionOptions, MapOptions, OutputOptions
 from qpipe_teacher_intervention.schedule import Kind, Schedule, intervention_steps, make_schedule
-from qpipe_teacher_intervention.taps import REPLACED, add_taps, require_compatible
+from qpipe_teacher_intervention.taps import REPLACED, add_taps, keep_ffn_inputs
 
 logger = logging.getLogger("qpipe.ti")
 
 FILE = "teacher-intervention.json"
 """What a run leaves in its directory: the phases with their steps."""
+
+PHASE = "teacher-intervention"
+"""Name of the training phase that the intervention is, with `two_step`."""
 
 
 class TeacherIntervention(Plugin):
@@ -32,10 +45,22 @@ class TeacherIntervention(Plugin):
         super().__init__(options)
         self.schedule: Schedule | None = None
         self.kind: Kind | None = None
-        self._causal = False
-        self._depth = 0
+        self._layers: list[int] = []
 
     # --- prepare ------------------------------------------------------------------------------------------------------
+
+    @hookimpl
+    def qpipe_training_phases(self, run: Run) -> Iterable[TrainingPhase]:
+        """The intervention, with `two_step`.
+
+        Raises:
+            ConfigError: it does not fit into the training.
+        """
+        if self.options.two_step:
+            yield TrainingPhase(PHASE, self._steps(run), self.options.learning_rate, self.options.warmup)
+
+    def _steps(self, run: Run) -> int:
+        return intervention_steps(self.options.steps, self.options.fraction, len(self.options.parts), run.total_steps)
 
     @hookimpl
     def qpipe_model_prepared(self, run: Run) -> None:
@@ -43,18 +68,21 @@ class TeacherIntervention(Plugin):
 
         Raises:
             ModelError: the models do not fit.
-            ConfigError: the schedule does not fit into the training.
+            ConfigError: the schedule does not fit into the training, or the map of layers to the models.
         """
         if run.total_steps == 0:  # A plan, or a finished run: nothing is trained, and there is no teacher.
             return
-        parts = self.options.parts
-        require_compatible(run, frozenset(part.kind for part in parts))
-        steps = intervention_steps(self.options.steps, self.options.fraction, len(parts), run.total_steps)
-        self.schedule = make_schedule(parts, steps)
-        attention = run.instruments.map.attention
-        self._depth = len(attention)
-        self._causal = bool(getattr(run.student.get_submodule(attention[0]), "is_causal", False))
-        add_taps(run, lambda: self.kind)
+        parts, norm = self.options.parts, self._compares_norms()
+        self._layers = teacher_layers(run, self.options.layer_map)
+        require_compatible(run, frozenset(kind for part in parts for kind in part.kind), norm)
+        start = next((phase.start for phase in run.phases if phase.name == PHASE), 0)
+        self.schedule = make_schedule(parts, self._steps(run), start, run.config.seed)
+        add_taps(run, lambda: self.kind, self._layers)
+        if norm:
+            keep_ffn_inputs(run)
+
+    def _compares_norms(self) -> bool:
+        return bool(self.options.output_loss > 0 and self.options.output_loss_on == "norm")
 
     # --- train --------------------------------------------------------------------------------------------------------
 
@@ -62,8 +90,8 @@ class TeacherIntervention(Plugin):
     def qpipe_run_start(self, run: Run) -> None:
         """Say what happens when, and leave it in the run directory."""
         if run.engine.rank == 0 and self.schedule is not None:
-            phases = ", ".join(f"{p.kind} in steps {p.start}-{p.stop - 1}" for p in self.schedule.phases)
-            logger.info("teacher intervention: %s; none from step %d on", phases, self.schedule.steps)
+            phases = ", ".join(f"{' or '.join(p.kinds)} in steps {p.start}-{p.stop - 1}" for p in self.schedule.phases)
+            logger.info("teacher intervention: %s; none from step %d on", phases, self.schedule.stop)
             (run.out / FILE).write_text(json.dumps(self.schedule.to_json(), indent=1), encoding="utf-8")
 
     @hookimpl
@@ -79,50 +107,18 @@ class TeacherIntervention(Plugin):
             "logits": options.logits_loss,
             "hidden_states": options.hidden_loss,
             "scores": options.score_loss,
-            "attention_output": options.output_loss,
+            "attention_output": 0 if self._compares_norms() else options.output_loss,
         }
         compared = frozenset(kind for kind, weight in weights.items() if weight > 0)
-        replaced = frozenset() if self.kind is None else frozenset({REPLACED[self.kind]})
-        return Signals(teacher=compared | replaced, student=compared)
+        replaced: frozenset[SignalKind] = frozenset() if self.kind is None else frozenset({REPLACED[self.kind]})
+        # The teacher's taps need its forward pass, which a signal of its attention asks for.
+        seen: frozenset[SignalKind] = frozenset({"attention_output"}) if self._compares_norms() else frozenset()
+        return Signals(teacher=compared | replaced | seen, student=compared)
 
     @hookimpl
     def qpipe_losses(self, run: Run) -> Iterable[Loss]:
-        """The distillation losses with a weight above 0; the first stands in for the task loss unless that is kept."""
-        regression, per_token = run.task.kind == "regression", run.task.kind == "causal-lm"
-
-        def logits(step: Step) -> Tensor:
-            student, teacher = step.student["logits", 0], step.teacher["logits", 0]
-            if regression:
-                return F.mse_loss(student.float(), teacher.float())
-            return soft_cross_entropy(student, teacher, step.batch.get("attention_mask") if per_token else None)
-
-        def hidden(step: Step) -> Tensor:
-            return summed_mse(*self._layers(step, "hidden_states", self._depth + 1))
-
-        def scores(step: Step) -> Tensor:
-            mask = step.batch.get("attention_mask")
-            return score_loss(*self._layers(step, "scores", self._depth), mask, self._causal)
-
-        def outputs(step: Step) -> Tensor:
-            return summed_mse(*self._layers(step, "attention_output", self._depth))
-
-        options = self.options
-        terms = [
-            ("ti/logits", logits, options.logits_loss),
-            ("ti/hidden", hidden, options.hidden_loss),
-            ("ti/scores", scores, options.score_loss),
-            ("ti/output", outputs, options.output_loss),
-        ]
-        replaces: tuple[str, ...] = () if options.task_loss else ("task",)
-        for name, fn, weight in terms:
-            if weight > 0:
-                yield Loss(name, fn, weight, replaces)
-                replaces = ()
-
-    @staticmethod
-    def _layers(step: Step, kind: SignalKind, count: int) -> tuple[list[Tensor], list[Tensor]]:
-        layers = range(count)
-        return [step.student[kind, i] for i in layers], [step.teacher[kind, i] for i in layers]
+        """The distillation losses with a weight above 0."""
+        return distillation_losses(run, self.options, self._layers)
 
     # --- checkpoint and export ----------------------------------------------------------------------------------------
 

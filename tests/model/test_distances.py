@@ -1,9 +1,10 @@
-"""The losses against torch's own, and by loops over examples and tokens."""
+"""Distances against torch's own, and by loops over examples and tokens."""
 
 import pytest
 import torch
-from qpipe_distillation import losses
 from torch import nn
+
+from qpipe.model import distances
 
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
 
@@ -25,7 +26,7 @@ def per_token(distance, student, teacher):
 def test_kl_is_that_of_torch():
     student, teacher = pair(5, 3)
     expected = nn.KLDivLoss(reduction="batchmean")((student / 3).log_softmax(-1), (teacher / 3).softmax(-1)) * 9
-    torch.testing.assert_close(losses.logits_kl(student, teacher, 3.0), expected)
+    torch.testing.assert_close(distances.logits_kl(student, teacher, 3.0), expected)
 
 
 def test_kl_of_tokens_leaves_padding_out():
@@ -35,13 +36,13 @@ def test_kl_of_tokens_leaves_padding_out():
         p, q = t.softmax(-1), s.softmax(-1)
         return (p * (p / q).log()).sum()
 
-    assert losses.logits_kl(student, teacher, 1.0, MASK).item() == pytest.approx(per_token(kl, student, teacher))
+    assert distances.logits_kl(student, teacher, 1.0, MASK).item() == pytest.approx(per_token(kl, student, teacher))
 
 
 def test_a_mask_of_tokens_is_no_mask_of_examples():
     student, teacher = pair(2, 4)
-    assert torch.equal(losses.logits_kl(student, teacher, 2.0, MASK), losses.logits_kl(student, teacher, 2.0))
-    torch.testing.assert_close(losses.logits_mse(student, teacher, MASK), nn.MSELoss()(student, teacher))
+    assert torch.equal(distances.logits_kl(student, teacher, 2.0, MASK), distances.logits_kl(student, teacher, 2.0))
+    torch.testing.assert_close(distances.logits_mse(student, teacher, MASK), nn.MSELoss()(student, teacher))
 
 
 def test_cosine_is_that_of_torch():
@@ -51,16 +52,16 @@ def test_cosine_is_that_of_torch():
     def one(s, t):
         return embedding(s[None], t[None], torch.ones(1))
 
-    found = losses.hidden_cosine(student, teacher, MASK).item()
+    found = distances.hidden_cosine(student, teacher, MASK).item()
     assert found == pytest.approx(per_token(one, student, teacher), rel=1e-5)
-    assert losses.hidden_cosine(3 * teacher, teacher, MASK).item() == pytest.approx(0, abs=1e-6)
+    assert distances.hidden_cosine(3 * teacher, teacher, MASK).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_hidden_mse():
     student, teacher = pair(2, 4, 8)
-    found = losses.hidden_mse(student, teacher, MASK).item()
+    found = distances.hidden_mse(student, teacher, MASK).item()
     assert found == pytest.approx(per_token(nn.MSELoss(), student, teacher), rel=1e-5)
-    torch.testing.assert_close(losses.hidden_mse(student, teacher, None), nn.MSELoss()(student, teacher))
+    torch.testing.assert_close(distances.hidden_mse(student, teacher, None), nn.MSELoss()(student, teacher))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -71,14 +72,14 @@ def test_attention_counts_pairs_of_real_tokens(causal):
         seen = [(i, j) for i in range(4) for j in range(4) if mask[i] and mask[j] and not (causal and j > i)]
         squares = [(student[row, :, i, j] - teacher[row, :, i, j]).square().mean() for i, j in seen]
         expected.append(sum(squares) / len(squares))
-    torch.testing.assert_close(losses.attention_mse(student, teacher, MASK, causal), sum(expected) / 2)
+    torch.testing.assert_close(distances.attention_mse(student, teacher, MASK, causal), sum(expected) / 2)
 
 
 def test_sharing_out_a_batch_changes_nothing():
     """The mean over two halves of a batch, padded or not, is that over the whole."""
     student, teacher = pair(2, 4, 8)
-    whole = losses.hidden_mse(student, teacher, MASK)
-    halves = [losses.hidden_mse(student[i : i + 1], teacher[i : i + 1], MASK[i : i + 1]) for i in range(2)]
-    short = losses.hidden_mse(student[1:, :1], teacher[1:, :1], MASK[1:, :1])
+    whole = distances.hidden_mse(student, teacher, MASK)
+    halves = [distances.hidden_mse(student[i : i + 1], teacher[i : i + 1], MASK[i : i + 1]) for i in range(2)]
+    short = distances.hidden_mse(student[1:, :1], teacher[1:, :1], MASK[1:, :1])
     torch.testing.assert_close(sum(halves) / 2, whole)
     torch.testing.assert_close(halves[1], short)

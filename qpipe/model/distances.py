@@ -1,4 +1,4 @@
-"""Distances between student and teacher, as functions of tensors. All compute in float32.
+"""Distances between student and teacher, for losses of any plugin. All compute in float32.
 
 Except where a function says otherwise, tokens count once per example: each mean is over the real tokens of an example
 first, and then over examples, so that it does not depend on padding, nor on how a batch is shared out to processes.

@@ -1,0 +1,179 @@
+"""The student's forward pass under each intervention, bit for bit that of the authors' code; and its gradients.
+
+Golden family `ti_forward`: a BERT of 2 layers, ternary weights, 8-bit activations, no dropout.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from qpipe_teacher_intervention import InterventionOptions, TeacherIntervention
+from safetensors.torch import load_file
+from ti_steps import make_run, micro_step
+from transformers import BertConfig, BertForSequenceClassification
+
+from qpipe import Quantizer, TapStage
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = json.loads((GOLDEN / "ti_forward.json").read_text())["cases"]
+TENSORS = load_file(GOLDEN / "ti_forward.safetensors")
+SCHEDULES = {"none": "map", "TI-M": "map", "TI-C": "context", "TI-O": "output"}
+CLIP = 2.5
+ALL = frozenset({"probs", "context", "attention_output"})
+"""Signals that the losses do not take. The student's are its own, though the teacher's may go on."""
+SWAP = {"position_embeddings": "token_type_embeddings", "token_type_embeddings": "position_embeddings"}
+"""That code adds positions before types, transformers the other way round: with both swapped they agree."""
+
+
+class Clipped(Quantizer):
+    """No gradient where the value is clipped."""
+
+    def surrogate(self, value):
+        return torch.where(value.abs() < CLIP, value, value.detach())
+
+
+class Ternary(Clipped):
+    """Ternary weights, with a scale for the whole tensor or for each row."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = rows
+
+    def quantize(self, value, out=None):
+        weight = value.clamp(-CLIP, CLIP)
+        axes = (1,) if self.rows else (0, 1)
+        mean = weight.norm(p=1, dim=axes, keepdim=True) / (weight.shape[1] if self.rows else weight.numel())
+        kept = weight.abs() > 0.7 * mean
+        scale = (weight.abs() * kept).sum(axes, keepdim=True) / kept.sum(axes, keepdim=True)
+        return scale * (kept & (weight > 0)) - scale * (kept & (weight < 0))
+
+
+class EightBits(Clipped):
+    """Symmetric codes up to 127, over the range of the tensor."""
+
+    def quantize(self, value, out=None):
+        clipped = value.clamp(-CLIP, CLIP)
+        steps = 127 / clipped.abs().max()
+        return (clipped * steps).round() / steps
+
+
+def swapped(name):
+    for ours, theirs in SWAP.items():
+        if f"{ours}." in name:
+            return name.replace(ours, theirs)
+    return name
+
+
+def bert():
+    model = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=30,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=2,
+            type_vocab_size=12,
+            hidden_act="gelu_python",
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
+    prefix = "c00.weights."
+    model.load_state_dict(
+        {swapped(name.removeprefix(prefix)): value for name, value in TENSORS.items() if name.startswith(prefix)},
+        strict=False,
+    )
+    for module in model.modules():
+        if hasattr(module, "scaling"):
+            module.scaling = 1.0  # that code divides by sqrt(8), which rounds otherwise; see `divide`
+    return model
+
+
+def divide(found):
+    """Scale attention scores by dividing them."""
+    for path in found.map.attention:
+        found.add_tap(f"{path}:raw_scores", TapStage.OBSERVE, lambda x: x / math.sqrt(8))
+
+
+def quantize(run):
+    """Put quantizers where that code has them."""
+    for site in run.instruments.sites.values():
+        linear = site.module_type == "Linear" and site.path != "classifier"
+        if site.name == "bert.embeddings.word_embeddings:weight" or (linear and site.slot == "weight"):
+            run.instruments.put(site, Ternary(rows=not linear))
+        elif (linear and site.slot == "input") or site.slot in ("query", "key", "value", "probs"):
+            run.instruments.put(site, EightBits())
+
+
+def batch():
+    ids, types = TENSORS["c00.input_ids"], TENSORS["c00.segment_ids"]
+    return {
+        "input_ids": ids,
+        "position_ids": types,
+        "token_type_ids": torch.arange(ids.shape[1]).expand_as(ids),
+        "attention_mask": TENSORS["c00.input_mask"],
+    }
+
+
+@pytest.fixture(params=CASES, ids=[case["params"]["mode"].split()[0] for case in CASES])
+def case(request, tmp_path):
+    """`(case, step, weighted losses by name, student)` after one step."""
+    mode = request.param["params"]["mode"].split()[0]
+    run = make_run(tmp_path, bert(), bert())
+    quantize(run)
+    divide(run.instruments)
+    divide(run.teacher_instruments)
+    plugin = TeacherIntervention(InterventionOptions(schedule=SCHEDULES[mode], steps=1, output_loss_on="norm"))
+    plugin.qpipe_model_prepared(run)
+    step, parts = micro_step(plugin, run, 1 if mode == "none" else 0, batch(), ALL)
+    return request.param, step, parts, run
+
+
+def stored(case, name):
+    return TENSORS[f"c{case['case']:02d}.{name}"]
+
+
+def test_forward_is_that_of_the_reference_bit_for_bit(case):
+    case, step, _, run = case
+    assert len(run.instruments.quantizers()) == 2 * (6 + 6 + 4) + 2 + 1
+    added = (1.0 - TENSORS["c00.input_mask"][:, None, None, :].float()) * -10000.0
+    names = {
+        "hidden_states": "rep",
+        "scores": "att_scores",
+        "probs": "att_probs",
+        "context": "context",
+        "attention_output": "self_output_dense",
+        "ffn_input": "attn_output",
+    }
+    sides = (
+        (step.student, lambda name: stored(case, name)),
+        (step.teacher, lambda name: TENSORS["c00.teacher_" + name]),
+    )
+    for signals, expected in sides:
+        assert torch.equal(signals["logits", 0], expected("logits"))
+        for (kind, layer), value in signals.items():
+            if kind in names:
+                value = value + added if kind == "scores" else value
+                value = value.transpose(1, 2) if kind == "context" else value
+                assert torch.equal(value, expected(f"{names[kind]}{layer}")), (kind, layer)
+    assert sum(kind in names for kind, _ in step.student) == 3 + 5 * 2
+
+
+def test_losses_and_gradients_are_those_of_the_reference(case):
+    case, _, parts, run = case
+    names = {"ti/logits": "cls", "ti/hidden": "rep", "ti/scores": "att", "ti/output": "output"}
+    for name, part in parts.items():
+        assert part.item() == pytest.approx(case["scalars"][names[name]], rel=1e-6)
+    torch.stack(list(parts.values())).sum().backward()
+    untrained = case["scalars"]["params_without_any_grad"]
+    for name, parameter in run.student.named_parameters():
+        if swapped(name) in untrained:  # ours are zero instead of missing, so that ZeRO-3 works
+            assert not parameter.grad.any(), name
+        else:
+            expected = stored(case, f"grad.{swapped(name)}")
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-5, atol=2e-7)
+    mode = case["params"]["mode"].split()[0]
+    assert len(untrained) == {"none": 0, "TI-M": 0, "TI-C": 4, "TI-O": 8}[mode]

@@ -1,0 +1,95 @@
+"""Whether a named teacher speaks the language of this run: the same tokens, the same labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer
+
+from qpipe.config import RunConfig
+from qpipe.data.loading import TaskData
+from qpipe.errors import ModelError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
+EXAMPLES = 16
+"""Training texts that both tokenizers must cut into the same tokens."""
+
+
+def require_same_language(config: RunConfig, teacher: str, data: TaskData) -> None:
+    """Refuse a teacher that would read other tokens, or number its labels in another way: it would teach nonsense.
+
+    A teacher's folder without a tokenizer is not checked for tokens. Label names that are mere numbers, on either side,
+    are not compared.
+
+    Args:
+        config: resolved configuration.
+        teacher: a folder, or a name on the hub.
+        data: the processed data of the run.
+
+    Raises:
+        ModelError: tokens or labels differ; says where.
+    """
+    remote = config.model.trust_remote_code
+    theirs = load_tokenizer(teacher, remote) if hasattr(data.tokenizer, "get_vocab") else None
+    if theirs is not None:
+        texts = () if data.text is None else data.text.split.data[data.text.columns[0]][:EXAMPLES]
+        compare_tokenizers(data.tokenizer, theirs, teacher, texts)
+    try:
+        labels = AutoConfig.from_pretrained(teacher, trust_remote_code=remote).id2label or {}
+    except (OSError, ValueError, KeyError):  # loading the model says what is wrong
+        return
+    compare_labels(data.label_names, [str(labels[key]) for key in sorted(labels)], teacher)
+
+
+def load_tokenizer(teacher: str, trust_remote_code: bool) -> Any:
+    """The teacher's tokenizer, None if it has none."""
+    folder = Path(teacher)
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        return None  # transformers would make an empty one up
+    try:
+        return AutoTokenizer.from_pretrained(teacher, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+
+
+def compare_tokenizers(ours: Any, theirs: Any, teacher: str, texts: Sequence[str] = ()) -> None:
+    """Every token of ours must have the same id in theirs, and texts must become the same ids.
+
+    Raises:
+        ModelError: they differ.
+    """
+    advice = "name a teacher with the tokenizer of model.name, or set model.tokenizer to that of the teacher"
+    known = theirs.get_vocab()
+    for token, number in sorted(ours.get_vocab().items(), key=lambda item: item[1]):
+        if known.get(token) != number:
+            has = f"gives it {known[token]}" if token in known else "does not have it"
+            raise ModelError(
+                f"token {token!r} has id {number} in this run, and the tokenizer of teacher {teacher} {has}; {advice}"
+            )
+    for text in texts:
+        if ours(text)["input_ids"] != theirs(text)["input_ids"]:
+            raise ModelError(f"the tokenizer of teacher {teacher} cuts {text[:60]!r} into other tokens; {advice}")
+
+
+def compare_labels(ours: Sequence[str], theirs: Sequence[str], teacher: str) -> None:
+    """Labels must have the same names in the same order; capitals do not matter. Other numbers of labels pass here.
+
+    Raises:
+        ModelError: they differ.
+    """
+    if len(ours) != len(theirs) or _unnamed(ours) or _unnamed(theirs):
+        return
+    here, there = [name.casefold() for name in ours], [name.casefold() for name in theirs]
+    if here == there:
+        return
+    said = f"the labels of this run are {', '.join(ours)}, those of teacher {teacher} {', '.join(theirs)}"
+    if sorted(here) == sorted(there):
+        order = ", ".join(ours[here.index(name)] for name in there)
+        raise ModelError(f"{said}: the same in another order; set data.labels: [{order}]")
+    raise ModelError(f"{said}; name a teacher of this task, or correct id2label in the config.json of the teacher")
+
+
+def _unnamed(names: Sequence[str]) -> bool:
+    return all(name.removeprefix("LABEL_").isdigit() for name in names)
