@@ -1,12 +1,20 @@
 """The plugin on a tiny BERT through the core's real instruments, without engine or data."""
 
+from dataclasses import replace
+
 import pytest
 import ti_steps
 import torch
-from qpipe_teacher_intervention import GradualIntervention, MapIntervention, OutputIntervention, TeacherIntervention
-from transformers import BertConfig, BertForSequenceClassification
+from qpipe_teacher_intervention import (
+    GradualIntervention,
+    InterventionOptions,
+    MapIntervention,
+    OutputIntervention,
+    TeacherIntervention,
+)
+from transformers import BertConfig, BertForSequenceClassification, ResNetConfig, ResNetForImageClassification
 
-from qpipe import ConfigError, ModelError, TrainingError
+from qpipe import ConfigError, ModelError, TrainingError, TrainingPhase
 from qpipe.stages import plan_run
 from qpipe.testing import tiny_config
 
@@ -183,7 +191,7 @@ def test_regression_compares_logits_by_squared_error(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"num_hidden_layers": 1}, "2 attention layers .* has 1"),
+        ({"num_hidden_layers": 1}, "2 attention layers .* has 1; .* set layer_map to 2 of the teacher's layers"),
         ({"num_attention_heads": 4}, "2 attention heads .* has 4"),
         ({"hidden_size": 32}, "16 hidden units .* has 32"),
     ],
@@ -193,11 +201,52 @@ def test_unequal_teachers_are_refused(config, message, tmp_path):
         GradualIntervention().qpipe_model_prepared(make_run(tmp_path, teacher=bert(1, **config)))
 
 
-def test_models_without_known_attention_are_refused(tmp_path):
+def resnet():
+    shape = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    return ResNetForImageClassification(ResNetConfig(**shape))
+
+
+@pytest.mark.parametrize("plugin", [OutputIntervention, MapIntervention, GradualIntervention])
+def test_models_without_attention_are_refused(plugin, tmp_path):
+    for student, teacher in ((resnet(), resnet()), (bert(0), resnet())):
+        with pytest.raises(ModelError, match="cannot find the attention of ResNetForImageClassification"):
+            plugin().qpipe_model_prepared(make_run(tmp_path, student, teacher))
+
+
+@pytest.mark.parametrize("layer_map", [[1], [1, 2, 3], [2, 1], [1, 1], [1, 4]])
+def test_a_map_of_layers_that_does_not_fit_is_refused(layer_map, tmp_path):
+    run = make_run(tmp_path, teacher=bert(1, num_hidden_layers=3))
+    with pytest.raises(ConfigError, match=r"must have 2 rising numbers, .* from 1 to the teacher's 3"):
+        GradualIntervention(InterventionOptions(layer_map=layer_map)).qpipe_model_prepared(run)
+
+
+def test_a_map_of_layers_does_not_help_with_another_width(tmp_path):
+    run = make_run(tmp_path, teacher=bert(1, num_hidden_layers=4, hidden_size=32))
+    with pytest.raises(ModelError, match="16 hidden units .* has 32"):
+        GradualIntervention(InterventionOptions(layer_map=[2, 4])).qpipe_model_prepared(run)
+
+
+def test_the_loss_after_the_norm_needs_to_know_where_that_is(tmp_path):
     run = make_run(tmp_path)
-    run.instruments.map = type(run.instruments.map)()
-    with pytest.raises(ModelError, match="cannot find the attention of BertForSequenceClassification"):
-        GradualIntervention().qpipe_model_prepared(run)
+    run.teacher_instruments.map = replace(run.teacher_instruments.map, sites={})
+    with pytest.raises(ModelError, match="what enters the feed-forward networks of BertForSequenceClassification"):
+        GradualIntervention(InterventionOptions(output_loss_on="norm")).qpipe_model_prepared(run)
+    GradualIntervention().qpipe_model_prepared(run)
+
+
+def test_two_steps_are_a_training_phase(tmp_path):
+    run = make_run(tmp_path)
+    options = InterventionOptions(preset="paper", steps=4, learning_rate=1e-3, warmup=0.5)
+    plugin = GradualIntervention(options)
+    assert list(plugin.qpipe_training_phases(run)) == [TrainingPhase("teacher-intervention", 4, 1e-3, 0.5)]
+    # The core puts it behind the phases of plugins named before.
+    run.phases = (TrainingPhase("other", 2), TrainingPhase("teacher-intervention", 4, 1e-3, 0.5, start=2))
+    plugin.qpipe_model_prepared(run)
+    assert plugin.schedule.to_json() == [
+        {"kind": "output", "start": 2, "stop": 4},
+        {"kind": "map", "start": 4, "stop": 6},
+    ]
+    assert not list(GradualIntervention().qpipe_training_phases(run))
 
 
 def test_fused_projections_are_refused_for_maps_only(tmp_path):

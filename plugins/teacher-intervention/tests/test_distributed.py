@@ -1,0 +1,67 @@
+"""Every family under ZeRO-3, and a change of phase under every engine, on two gloo processes."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+from ti_families import FAMILIES, run_config
+
+from qpipe.testing import run_distributed
+from qpipe.testing.gradients import compare, write_traces
+
+STEPS = 4
+ENGINES = {
+    "zero0": {"name": "deepspeed", "zero": 0},
+    "zero1": {"name": "deepspeed", "zero": 1},
+    "zero2": {"name": "deepspeed", "zero": 2},
+    "zero3": {"name": "deepspeed", "zero": 3},
+    "ddp": {},
+    "fsdp": {"fsdp": True},
+}
+RECOMPUTING = ("vit", "qwen3")
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ti")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ti")
+
+
+def with_engine(source, folder, **engine):
+    settings = folder / "zero3.json"
+    settings.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
+    extra = {"config_file": str(settings)} if engine.get("zero") == 3 else {}
+    return {**source, "engine": {**source["engine"], **engine, **extra}}
+
+
+@pytest.fixture(scope="module")
+def traces(folder):
+    """Gradients of four steps: outputs, contexts, maps, and none replaced."""
+    single, sharded = {}, {}
+    for family in FAMILIES:
+        # On equal weights in every step.
+        options = {"steps": 3, "output_loss_on": "norm" if family == "vit" else "projection"}
+        source = run_config(folder, family, options, learning_rate=1e-12).model_dump(mode="json")
+        single[f"one-{family}"] = source
+        sharded[family] = with_engine(source, folder, name="deepspeed", zero=3)
+        if family in RECOMPUTING:
+            sharded[family]["train"] = {**source["train"], "activation_checkpointing": True}
+    write_traces(single, STEPS, str(folder))
+    run_distributed("qpipe.testing.gradients:write_traces", cases=sharded, steps=STEPS, folder=str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_under_zero3_equal_one_process(traces, family):
+    one, two = load_file(traces / f"one-{family}.safetensors"), load_file(traces / f"{family}.safetensors")
+    for step in range(STEPS):
+        assert sum(key.startswith(f"gradient/{step}/") and bool(one[key].any()) for key in one) > 10
+    compare(one, two)
+
+
+def test_the_optimizer_is_fresh_after_the_intervention_under_every_engine(folder):
+    source = run_config(folder, "bert", {"preset": "reference", "steps": 3, "learning_rate": 1e-3})
+    source = source.model_dump(mode="json")
+    cases = {name: with_engine(source, folder, **engine) for name, engine in ENGINES.items()}
+    found = run_distributed("ti_families:optimizer_ages", cases=cases, steps=STEPS)
+    assert found == {name: [[1], [2], [3], [1]] for name in ENGINES}

@@ -1,0 +1,97 @@
+"""A named teacher must read the same tokens and number its labels alike; captured maps need gradients."""
+
+import pytest
+from transformers import AutoConfig, BertTokenizer
+
+import qpipe
+from qpipe import ModelError, Plugin, Signals, hookimpl
+from qpipe.stages.teacher_fit import compare_labels, compare_tokenizers, load_tokenizer
+from qpipe.testing import tiny_config, tiny_model
+from qpipe.testing.tiny import VOCABULARY
+
+
+def tokenizer(folder, words, **options):
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words))
+    return BertTokenizer(str(folder / "vocab.txt"), **options)
+
+
+def test_tokens_with_other_ids_are_refused(tmp_path):
+    ours = tokenizer(tmp_path / "ours", VOCABULARY)
+    swapped = [*VOCABULARY[:-2], VOCABULARY[-1], VOCABULARY[-2]]
+    with pytest.raises(ModelError, match="token 'scene' has id 29 in this run, .* tokenizer of teacher T gives it 30"):
+        compare_tokenizers(ours, tokenizer(tmp_path / "swapped", swapped), "T")
+    with pytest.raises(ModelError, match="token 'this' has id 30 in this run, .* does not have it; name a teacher"):
+        compare_tokenizers(ours, tokenizer(tmp_path / "short", VOCABULARY[:-1]), "T")
+    compare_tokenizers(ours, tokenizer(tmp_path / "longer", (*VOCABULARY, "extra")), "T")
+
+
+def test_a_tokenizer_that_cuts_otherwise_is_refused(tmp_path):
+    words = (*VOCABULARY, "Good")
+    ours, theirs = tokenizer(tmp_path / "lower", words), tokenizer(tmp_path / "cased", words, do_lower_case=False)
+    compare_tokenizers(ours, theirs, "T", ["good movie"])
+    with pytest.raises(ModelError, match="teacher T cuts 'Good movie' into other tokens"):
+        compare_tokenizers(ours, theirs, "T", ["good movie", "Good movie"])
+
+
+def test_labels():
+    compare_labels(["negative", "positive"], ["NEGATIVE", "POSITIVE"], "T")
+    compare_labels(["LABEL_0", "LABEL_1"], ["negative", "positive"], "T")
+    compare_labels(["negative", "positive"], ["0", "1"], "T")
+    with pytest.raises(ModelError, match=r"the same in another order; set data.labels: \[positive, negative\]"):
+        compare_labels(["negative", "positive"], ["Positive", "Negative"], "T")
+    with pytest.raises(ModelError, match="run are no, yes, those of teacher T red, green; name a teacher of this task"):
+        compare_labels(["no", "yes"], ["red", "green"], "T")
+
+
+class Learn(Plugin):
+    """Needs a teacher's attention scores."""
+
+    needs_teacher = True
+
+    def __init__(self, reentrant=False):
+        super().__init__()
+        self.reentrant = reentrant
+
+    @hookimpl
+    def qpipe_signals(self):
+        return Signals(teacher=frozenset({"scores"}), student=frozenset({"scores"}))
+
+    @hookimpl
+    def qpipe_model_prepared(self, run):
+        if self.reentrant:
+            run.student.activation_checkpointing_enable({"use_reentrant": True})
+
+
+def test_a_run_compares_before_it_builds(tmp_path, use):
+    use(Learn())
+    tiny_config(tmp_path)  # makes model, teacher and data
+    named = AutoConfig.from_pretrained(tmp_path / "teacher")
+    named.id2label = {0: "up", 1: "down"}
+    named.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "data" / "train.jsonl").write_text(
+        "".join(
+            line.replace('"label": 1', '"label": "down"').replace('"label": 0', '"label": "up"')
+            for line in (tmp_path / "data" / "train.jsonl").read_text().splitlines(keepends=True)
+        )
+    )
+    config = tiny_config(tmp_path, teacher__name=str(tmp_path / "teacher"), data__labels=["down", "up"])
+    with pytest.raises(ModelError, match="labels of this run are down, up, those of teacher .*teacher up, down"):
+        qpipe.execute(config)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        (tmp_path / "teacher" / name).unlink(missing_ok=True)
+    assert load_tokenizer(str(tmp_path / "teacher"), False) is None
+    tokenizer(tmp_path / "words", VOCABULARY[::-1]).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ModelError, match="token .* has id 0 in this run"):
+        qpipe.execute(config)
+
+
+def test_reentrant_checkpointing_with_captured_maps_is_refused(tmp_path, use, fast):
+    """It would train without a gradient from them."""
+    use(Learn(reentrant=True))
+    tiny_config(tmp_path)
+    tiny_model(tmp_path / "teacher", seed=1)
+    with pytest.raises(
+        ModelError, match=r"bert.encoder.layer.0 with use_reentrant=True, .* no gradient to attention maps"
+    ):
+        qpipe.execute(tiny_config(tmp_path, teacher__name=str(tmp_path / "teacher")))
