@@ -22,11 +22,6 @@ RECOMPUTING = ("vit", "qwen3")
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ti")]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("ti")
-
-
 def with_engine(source, folder, **engine):
     settings = folder / "zero3.json"
     settings.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
@@ -35,9 +30,9 @@ def with_engine(source, folder, **engine):
 
 
 @pytest.fixture(scope="module")
-def traces(folder):
-    """Gradients of four steps: outputs, contexts, maps, and none replaced."""
-    single, sharded = {}, {}
+def found(tmp_path_factory):
+    """Folder of traces of four steps (outputs, contexts, maps, none replaced); ages of the optimizer by engine."""
+    folder, single, sharded = tmp_path_factory.mktemp("ti"), {}, {}
     for family in FAMILIES:
         # On equal weights in every step.
         options = {"steps": 3, "output_loss_on": "norm" if family == "vit" else "projection"}
@@ -46,22 +41,24 @@ def traces(folder):
         sharded[family] = with_engine(source, folder, name="deepspeed", zero=3)
         if family in RECOMPUTING:
             sharded[family]["train"] = {**source["train"], "activation_checkpointing": True}
+    two_steps = run_config(folder, "bert", {"preset": "reference", "steps": 3, "learning_rate": 1e-3})
+    aged = {name: with_engine(two_steps.model_dump(mode="json"), folder, **engine) for name, engine in ENGINES.items()}
     write_traces(single, STEPS, str(folder))
-    run_distributed("qpipe.testing.gradients:write_traces", cases=sharded, steps=STEPS, folder=str(folder))
-    return folder
+    ages = run_distributed(
+        "ti_families:traces_and_ages", traced=sharded, aged=aged, steps=STEPS, folder=str(folder), timeout=1200
+    )
+    return folder, ages
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_under_zero3_equal_one_process(traces, family):
-    one, two = load_file(traces / f"one-{family}.safetensors"), load_file(traces / f"{family}.safetensors")
+def test_gradients_under_zero3_equal_one_process(found, family):
+    folder, _ = found
+    one, two = load_file(folder / f"one-{family}.safetensors"), load_file(folder / f"{family}.safetensors")
     for step in range(STEPS):
         assert sum(key.startswith(f"gradient/{step}/") and bool(one[key].any()) for key in one) > 10
     compare(one, two)
 
 
-def test_the_optimizer_is_fresh_after_the_intervention_under_every_engine(folder):
-    source = run_config(folder, "bert", {"preset": "reference", "steps": 3, "learning_rate": 1e-3})
-    source = source.model_dump(mode="json")
-    cases = {name: with_engine(source, folder, **engine) for name, engine in ENGINES.items()}
-    found = run_distributed("ti_families:optimizer_ages", cases=cases, steps=STEPS)
-    assert found == {name: [[1], [2], [3], [1]] for name in ENGINES}
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_optimizer_is_fresh_after_the_intervention(found, engine):
+    assert found[1][engine] == [[1], [2], [3], [1]]

@@ -20,6 +20,7 @@ from qpipe.stages.execute import assemble
 from qpipe.stages.phases import enter_phase
 from qpipe.stages.train import collect_losses, micro_step, steps_from
 from qpipe.testing import tiny_model, tiny_text_data
+from qpipe.testing.gradients import write_traces
 from qpipe.testing.tiny import OTHER, VOCABULARY
 
 FAMILIES = ("bert", "roberta", "ernie", "distilbert", "vit", "llama", "qwen3")
@@ -70,6 +71,8 @@ def run_config(folder, family, options, **train):
         task, data = "causal-lm", {"train": str(lines(folder / f"{family}.jsonl")), "max_length": 16}
     else:
         task, data = "sst2", {"train": str(tiny_text_data(folder / f"{family}.jsonl", 60)), "max_length": 16}
+        # The losses count padding, and processes pad their parts of a batch to different lengths.
+        data["pad_to_max_length"] = True
     models = [tiny_model(folder / f"{family}-{seed}", family, seed, initializer_range=0.2) for seed in range(2)]
     per_row = {"bits": 4, "granularity": "channel"}
     return resolve(
@@ -88,8 +91,14 @@ def run_config(folder, family, options, **train):
     )
 
 
+def traces_and_ages(traced, aged, steps, folder):
+    """Write traces of some cases; return `optimizer_ages` of others. For `run_distributed`."""
+    write_traces(traced, steps, folder)
+    return optimizer_ages(aged, steps)
+
+
 def optimizer_ages(cases, steps):
-    """By case, how often the optimizer had stepped since it was fresh, after each step. For `run_distributed`."""
+    """By case, how often the optimizer had stepped since it was fresh, after each step."""
     found = {}
     for name, source in cases.items():
         config = resolve(source)
