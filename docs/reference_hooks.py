@@ -27,6 +27,7 @@ CONTRIBUTIONS = (
     types.WeightLoss,
     types.Loss,
     types.Signals,
+    types.TrainingPhase,
     types.ParamGroup,
     types.CalibrationPass,
     types.ModelMap,
