@@ -10,8 +10,8 @@ import yaml
 from benchmarks.results.__main__ import with_starts
 from benchmarks.results.cell import Cell, filled
 from benchmarks.results.figures import FIGURES, draw
-from benchmarks.results.fill import fill
-from benchmarks.results.record import Measured, differences, measure, read_expected, write_expected
+from benchmarks.results.fill import fill, run_cell
+from benchmarks.results.record import Measured, differences, is_done, measure, read_expected, write_expected
 from benchmarks.results.render import DOCUMENT, STALE, is_stale, render, start_marker, write
 from benchmarks.results.table import read_table, tables
 from qpipe.config import resolve
@@ -151,6 +151,55 @@ def test_a_quantized_row_takes_the_model_it_starts_from(small_table, tmp_path):
     assert words[words.index("quantize") + 1] == str(first.folder(tmp_path) / "model")
     assert not [word for word in words if word.startswith("model.name")], "it would take the place of that model"
     assert f"model.name={tmp_path}" in first.command(tmp_path, {"small": tmp_path})
+
+
+def with_script(table, text="print('changed')\n"):
+    """The table with a script that changes the model which the second row starts from."""
+    (table.folder / "change.py").write_text(text)
+    document = yaml.safe_load((table.folder / "table.yaml").read_text())
+    document["settings"]["here"]["transform"] = "change.py"
+    (table.folder / "table.yaml").write_text(yaml.safe_dump(document))
+    return read_table(table.folder)
+
+
+def test_rows_start_from_what_a_script_makes_of_a_model(small_table, tmp_path, monkeypatch):
+    plain = [Cell(small_table, row, "here", 0) for row in ("first", "second")]
+    table = with_script(small_table)
+    first, second = (Cell(table, row, "here", 0) for row in ("first", "second"))
+    assert first.digest == plain[0].digest, "its own numbers are the same"
+    assert second.digest != plain[1].digest
+    changed = first.folder(tmp_path) / "transformed"
+    assert f"teacher.name={changed}" in second.command(tmp_path, {})
+    assert f"teacher.name={plain[0].folder(tmp_path) / 'model'}" in plain[1].command(tmp_path, {})
+    called = []
+    monkeypatch.setattr("benchmarks.results.fill._call", lambda words, log, jobs: called.append(words[1:]))
+    finish(first, tmp_path, 0.5)
+    assert not is_done(first, tmp_path), "others cannot start yet"
+    run_cell(first, tmp_path, {}, 1)
+    assert called == [[str(table.folder / "change.py"), str(first.folder(tmp_path)), str(changed)]]
+    changed.mkdir()
+    assert is_done(first, tmp_path)
+    run_cell(first, tmp_path, {}, 1)
+    finish(second, tmp_path, 0.5)
+    assert is_done(second, tmp_path), "nothing starts from it"
+    assert len(called) == 1
+    (table.folder / "change.py").write_text("print('otherwise')\n")
+    assert Cell(table, "second", "here", 0).digest != second.digest
+    (table.folder / "change.py").unlink()
+    with pytest.raises(ValueError, match=r"has no script 'change.py'"):
+        read_table(table.folder)
+
+
+def test_headings_come_above_the_rows_that_were_measured(small_table, tmp_path):
+    named = {row: small_table.rows[row].model_copy(update={"section": f"about {row}"}) for row in small_table.rows}
+    table = small_table.model_copy(update={"rows": named})
+    for seed in (0, 1):
+        finish(Cell(table, "second", "here", seed), tmp_path, 0.5)
+    write_expected(table.expected("second"), {"here": measure(table, "second", "here", tmp_path)})
+    lines = render(table).splitlines()
+    assert lines[2] == "| **about second** |  |  |  |"
+    assert lines[3].startswith("| second | 0.500")
+    assert "about first" not in render(table)
 
 
 def test_a_page_without_the_marker_is_an_error(small_table, tmp_path):

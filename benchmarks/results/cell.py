@@ -45,13 +45,25 @@ class Cell:
         """Hash of all that decides the cell's numbers, but for the code and the machine."""
         row = self.table.rows[self.row]
         recipe = read_yaml(self.table.recipe(self.row).read_text(), self.row)
-        parts = [recipe, self.overrides, row.command, self.sweep and self.sweep.arguments()]
-        text = json.dumps([*parts, self.start.digest if self.start else None], sort_keys=True)
+        parts: list[object] = [recipe, self.overrides, row.command, self.sweep and self.sweep.arguments()]
+        parts.append(self.start.digest if self.start else None)
+        if self.start is not None and self.start.transform is not None:
+            parts.append(self.start.transform.read_text())
+        text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def folder(self, runs: Path) -> Path:
         """Its run directory."""
         return runs / f"{self.table.name}-{self.setting}-{self.row}-s{self.seed}-{self.digest}"
+
+    @property
+    def transform(self) -> Path | None:
+        """The script that changes its model before others start from it."""
+        return self.table.transform(self.row, self.setting)
+
+    def model(self, runs: Path) -> Path:
+        """The model that others start from."""
+        return self.folder(runs) / ("model" if self.transform is None else "transformed")
 
     def command(self, runs: Path, folders: Mapping[str, Path]) -> list[str]:
         """The command that makes the run.
@@ -66,12 +78,18 @@ class Cell:
         if row.command == "quantize":
             assert start is not None, f"{self.row} quantizes no model: give it `start`"
             values = [value for value in values if not value.startswith("model.name=")]  # it is the one quantized
-            words = ["quantize", str(start.folder(runs) / "model"), recipe, "--out", str(out)]
+            words = ["quantize", str(start.model(runs)), recipe, "--out", str(out)]
         else:
             words = ["launch", recipe, "--out", str(out)]
-            values += [f"teacher.name={start.folder(runs) / 'model'}"] if start else []
+            values += [f"teacher.name={start.model(runs)}"] if start else []
             words += ["--resume"] if (out / "config.yaml").is_file() else []
         return [sys.executable, "-m", "qpipe.cli", *words, *(word for value in values for word in ("--set", value))]
+
+    def transform_command(self, runs: Path) -> list[str] | None:
+        """The command that changes its model, where there is one."""
+        if self.transform is None:
+            return None
+        return [sys.executable, str(self.transform), str(self.folder(runs)), str(self.model(runs))]
 
     def sweep_command(self, runs: Path) -> list[str] | None:
         """The command that evaluates variants, where the row has any."""

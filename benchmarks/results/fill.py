@@ -25,6 +25,9 @@ def run_cell(cell: Cell, runs: Path, folders: Mapping[str, Path], jobs: int) -> 
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not (folder / "results.json").is_file():
         _call(cell.command(runs, folders), folder.with_suffix(".log"), jobs)
+    transform = cell.transform_command(runs)
+    if transform is not None and not cell.model(runs).is_dir():
+        _call(transform, folder.with_suffix(".log"), jobs)
     sweep = cell.sweep_command(runs)
     if sweep is not None and not (folder / "variants.json").is_file():
         _call(sweep, folder.with_suffix(".log"), jobs)

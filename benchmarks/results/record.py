@@ -43,9 +43,12 @@ def point_name(variant: str, value: float | None) -> str:
 
 
 def is_done(cell: Cell, runs: Path) -> bool:
-    """Whether the run of a cell is finished, variants included."""
+    """Whether the run of a cell is finished, variants and the model that others start from included."""
     folder = cell.folder(runs)
-    return (folder / "results.json").is_file() and (cell.sweep is None or (folder / "variants.json").is_file())
+    parts = [folder / "results.json"]
+    parts += [folder / "variants.json"] if cell.sweep is not None else []
+    parts += [cell.model(runs)] if cell.transform is not None else []
+    return all(part.exists() for part in parts)
 
 
 def measure(table: Table, row: str, setting: str, runs: Path) -> Measured | None:

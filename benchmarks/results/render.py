@@ -58,9 +58,14 @@ def _metric_rows(table: Table, settings: list[str], recorded: dict[str, dict[str
     heads = [f"{table.settings[s].title}{f', {m}' if several else ''}" for s, m in columns]
     relative = [f"{table.settings[s].title}, change" for s in settings] if table.relative_to else []
     rows = [["", *heads, *relative, "bits per weight", "file, MB"]]
+    section = shown = None
     for row, entry in recorded.items():
+        section = table.rows[row].section or section
         if not entry:
             continue
+        if section != shown:
+            rows.append([f"**{section}**", *[""] * (len(rows[0]) - 1)])
+            shown = section
         cells = [_value(table, row, s, m, entry) for s, m in columns]
         if table.relative_to:
             base = recorded[table.relative_to]

@@ -28,6 +28,7 @@ class Row(Part):
 
     title: str
     start: str | None = Field(None, description="row whose model of the same seed it starts from")
+    section: str | None = Field(None, description="heading above it, and above the rows after it")
     command: Literal["launch", "quantize"] = "launch"
     sweep: bool = Field(True, description="whether its variants are evaluated, where the table has any")
 
@@ -42,6 +43,11 @@ class Setting(Part):
     rows: tuple[str, ...] | None = Field(None, description="default: all")
     skip: tuple[str, ...] = ()
     full: bool = Field(False, description="too long for two CPU cores: run with `--full` only")
+    transform: str | None = Field(
+        None,
+        description="script of the table's folder, called with a run and a folder, that makes of each model what "
+        "other rows start from",
+    )
 
     def placeholders(self) -> set[str]:
         """Names of the folders that it needs."""
@@ -99,6 +105,12 @@ class Table(Part):
                 raise ValueError(f"{self.name}: row {name!r} comes before {start!r}, which it starts from")
         return names
 
+    def transform(self, row: str, setting: str) -> Path | None:
+        """The script that changes a row's model before others start from it; None where there is none."""
+        name = self.settings[setting].transform
+        started = any(other.start == row for other in self.rows.values())
+        return self.folder / name if name is not None and started else None
+
     def recipe(self, row: str) -> Path:
         """The recipe of a row."""
         return self.folder / row / RECIPE_FILE
@@ -113,13 +125,16 @@ def read_table(folder: Path) -> Table:
 
     Raises:
         ConfigError: `table.yaml` is no mapping.
-        ValueError: a key or value in it is not allowed, or a row has no recipe or a recipe no row.
+        ValueError: a key or value in it is not allowed, a row has no recipe or a recipe no row, or a script is missing.
     """
     document: Mapping[str, Any] = read_yaml((folder / TABLE_FILE).read_text(), str(folder / TABLE_FILE))
     table = Table(name=folder.name, folder=folder, **document)
     found = {path.parent.name for path in folder.glob(f"*/{RECIPE_FILE}")}
     if found != table.rows.keys():
         raise ValueError(f"{folder}: rows and recipes differ in {', '.join(sorted(found ^ table.rows.keys()))}")
+    for setting in table.settings.values():
+        if setting.transform is not None and not (folder / setting.transform).is_file():
+            raise ValueError(f"{folder} has no script {setting.transform!r}, which a setting names under `transform`")
     return table
 
 
