@@ -1,4 +1,8 @@
-"""A run killed with SIGKILL at a random step and resumed ends in the bits of one that was never interrupted."""
+"""A run killed with SIGKILL at a random step and resumed ends in the bits of one that was never interrupted.
+
+Among them are ranges of activations that were learned or calibrated on two processes, orders of features, and what
+the export holds of both.
+"""
 
 import json
 import os
@@ -9,12 +13,23 @@ import sys
 import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from qpipe.config import dump
 from qpipe.testing import tiny_config
 from qpipe.testing.contract import weights_hash
 
 STEPS = 40
+RANGES = [
+    {"site": "{block}.*query:input", "quantizer": "lsq+-activation", "options": {"bits": 4}},
+    {
+        "site": "{block}.*output.dense:input",
+        "quantizer": "uniform-activation",
+        "options": {"granularity": "tensor", "dynamic": False},
+    },
+]
+"""One that is learned, and one that is calibrated on the wrapped model."""
 
 
 def command(config, out, *more):
@@ -42,8 +57,8 @@ def kill_at(process, out, step, timeout=240):
 @pytest.mark.parametrize(
     ("engine", "zero", "precision", "teacher"),
     [
-        ("deepspeed", 2, "bfloat16", "named"),
-        pytest.param("deepspeed", 3, "float32", "fine-tuned", marks=pytest.mark.slow),
+        ("deepspeed", 3, "bfloat16", "named"),
+        pytest.param("deepspeed", 2, "float32", "fine-tuned", marks=pytest.mark.slow),
         pytest.param("accelerate", 1, "float32", "fine-tuned", marks=pytest.mark.slow),
     ],
 )
@@ -52,7 +67,9 @@ def test_resumed_equals_uninterrupted(tmp_path, engine, zero, precision, teacher
     kill_step = random.SystemRandom().randrange(6, STEPS - 3)
     config = tiny_config(
         tmp_path,
-        {"kure": {"skip_above": None}, "ti-g": {}},
+        {"kure": {"skip_above": None}, "ti-g": {}, "peg": {"groups": 4, "learned": True}},
+        quantization__rules=RANGES,
+        export__format="native",
         teacher__name=str(tmp_path / "teacher") if teacher == "named" else None,
         train__max_steps=STEPS,
         train__keep_best=True,
@@ -79,3 +96,18 @@ def test_resumed_equals_uninterrupted(tmp_path, engine, zero, precision, teacher
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "resuming after step" in done.stdout + done.stderr
     assert weights_hash(killed) == weights_hash(whole), f"seed {seed}, killed at step {kill_step}"
+    state, layout = (load_file(whole / "model" / "quantizers.safetensors"), described(whole))
+    again = load_file(killed / "model" / "quantizers.safetensors")
+    assert state.keys() == again.keys() and all(torch.equal(state[name], again[name]) for name in state)
+    assert layout == described(killed)
+    grouped = [entry for entry in layout if entry["granularity"] == "group"]
+    assert len(grouped) == 6 and all(entry["order"] != sorted(entry["order"]) for entry in grouped)
+    for entry in grouped:
+        order = state[f"{entry['module']}:{entry['slot']}/order"]
+        assert entry["order"] == order.tolist()
+    assert len(layout) > len(grouped) + 2 and json.loads((whole / "results.json").read_text())["verified"]
+
+
+def described(out):
+    """Activations of the export."""
+    return json.loads((out / "export" / "quantization.json").read_text())["activations"]

@@ -39,10 +39,18 @@ def plain_python(tmp_path_factory):
     return python
 
 
+STATIC = {
+    "site": "{block}.*:input",
+    "quantizer": "uniform-activation",
+    "options": {"granularity": "tensor", "dynamic": False, "symmetric": False},
+}
+"""Calibrated ranges, one for each input of a linear map."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["w4a8", "w3a8", "w2"])
-def test_same_logits_without_qpipe(plain_python, tmp_path, preset):
-    run = qpipe.execute(tiny_config(tmp_path, quantization__preset=preset))
+@pytest.mark.parametrize(("preset", "rules"), [("w4a8", []), ("w3a8", []), ("w2", []), ("w8", [STATIC])])
+def test_same_logits_without_qpipe(plain_python, tmp_path, preset, rules):
+    run = qpipe.execute(tiny_config(tmp_path, quantization__preset=preset, quantization__rules=rules))
     about = json.loads((run.out / "export" / "qpipe.json").read_text())
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     threads = str(about["environment"]["num_threads"])
