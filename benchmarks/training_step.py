@@ -45,6 +45,12 @@ KURE = replace(W4, plugins={"kure": {}})
 A8 = ({"site": BLOCK_INPUTS, "quantizer": "uniform-activation", "options": {"bits": 8}},)
 EMBEDDING = ({"site": "{embedding}:weight", "quantizer": "uniform", "options": {"bits": 8}},)
 WITH_TEACHER = replace(FULL, kind="train+teacher")
+TERNARY_A8 = Spec(kind="train+teacher", rules=A8)
+
+
+def ternary_with(name: str, **options: Any) -> Spec:
+    """Ternary weights, 8-bit inputs, and a plugin that learns from the teacher."""
+    return replace(TERNARY_A8, plugins={"ternary-twn": {}, name: options})
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,12 @@ CASES = (
     Case("kure-32", "4-bit weights per channel with `kure`, batch of 32", replace(KURE, batch=32),
          replace(W4, batch=32), "4-bit weights per channel, batch of 32"),
     Case("ti-g", "4-bit weights and `ti-g`, first phase", replace(W4, kind="train+teacher", plugins={"ti-g": {}}),
+         WITH_TEACHER, "full precision and a teacher's forward pass"),
+    Case("ternary-a8", "ternary weights, 8-bit inputs per token", Spec(rules=A8, plugins={"ternary-twn": {}})),
+    Case("ti-g-ternary", "ternary weights, 8-bit inputs and `ti-g`, first phase", ternary_with("ti-g"),
+         WITH_TEACHER, "full precision and a teacher's forward pass"),
+    Case("ternarybert", "ternary weights, 8-bit inputs and `distillation`, preset `ternarybert`",
+         ternary_with("distillation", preset="ternarybert"),
          WITH_TEACHER, "full precision and a teacher's forward pass"),
     Case("evaluate", "evaluation forward, 4-bit weights per channel", replace(W4, kind="evaluate"),
          replace(FULL, kind="evaluate"), "full precision, evaluation forward"),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -28,6 +28,11 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="hub revision")
     tokenizer: str | None = Field(None, description="where the tokenizer (or image processor) is; default: `name`")
     config: dict[str, Any] = Field(default_factory=dict, description="overrides of the model's own configuration")
+    keep_layers: Literal["every-other"] | tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None,
+        description="the student keeps these blocks of the model, numbered from 0, in this order; every-other: the "
+        "second, the fourth and so on; null: all",
+    )
     trust_remote_code: bool = False
 
 
@@ -38,6 +43,17 @@ class TeacherConfig(Section):
     epochs: float = Field(2.0, gt=0, description="length of the fine-tuning, where there is one")
     learning_rate: float = Field(5e-5, gt=0)
     init_student: bool = Field(True, description="start the student from the teacher's weights")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="type in which the teacher computes and is kept; auto: the run's compute type"
+    )
+    placement: Literal["auto", "whole", "sharded", "cpu"] = Field(
+        "auto",
+        description="where its weights are: whole on every process, sharded over all, or sharded in CPU memory; "
+        "auto: as the student's (engine.zero: 3, engine.fsdp, engine.offload: all)",
+    )
+    cache: str | None = Field(
+        None, description="folder that keeps what plugins capture of the teacher, for later epochs and runs; null: none"
+    )
 
 
 class DataConfig(Section):
@@ -232,9 +248,21 @@ class RunConfig(Section):
     seed: int = 0
     out: str = Field("runs/default", description="the run directory")
 
+    @model_validator(mode="after")
+    def _can_shard_the_teacher(self) -> RunConfig:
+        sharded = self.teacher.placement in ("sharded", "cpu")
+        if sharded and self.engine.name == "accelerate" and not self.engine.fsdp:
+            raise ValueError(
+                f"teacher.placement: {self.teacher.placement} needs DeepSpeed, or engine.fsdp: true with Accelerate; "
+                "set one of them, or teacher.placement: whole"
+            )
+        return self
+
 
 INDIFFERENT = (
     "export.",
+    "teacher.cache",
+    "teacher.placement",
     "train.eval_batch_size",
     "train.keep_checkpoints",
     "train.log_every",

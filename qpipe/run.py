@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor, nn
     from torch.optim.lr_scheduler import LRScheduler
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from qpipe.host import Host
     from qpipe.model.instrument import Instruments
     from qpipe.quant.plan import Plan
+    from qpipe.stages.signal_cache import SignalCache
     from qpipe.types import Task, TrainingPhase, WeightLoss
 
 
@@ -56,6 +59,8 @@ class Run:
         teacher: the full-precision model, or None.
         instruments: access to sites, taps and signals of the student.
         teacher_instruments: the same of the teacher, where a plugin asks for signals.
+        teacher_forward: what calls the teacher, once the engine holds it.
+        teacher_cache: what is kept on disk of its signals, where the configuration says so.
         plan: which quantizer sits at which site.
         weight_losses: penalties on weights that are in place.
         scheduler: the learning-rate schedule.
@@ -76,6 +81,8 @@ class Run:
     teacher: nn.Module | None = None
     instruments: Instruments = None  # type: ignore[assignment]
     teacher_instruments: Instruments | None = None
+    teacher_forward: Callable[..., Any] | None = None
+    teacher_cache: SignalCache | None = None
     plan: Plan = None  # type: ignore[assignment]
     weight_losses: tuple[WeightLoss, ...] = ()
     scheduler: LRScheduler = None  # type: ignore[assignment]

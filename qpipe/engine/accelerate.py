@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from qpipe.config import EngineConfig, TrainConfig
-from qpipe.engine.base import Processes, choose_device, resolve_precision
+from qpipe.engine.base import Placement, Processes, choose_device, resolve_precision
 from qpipe.engine.clipping import clip_each, plain_fragments
-from qpipe.engine.sharding import Shards, whole_tensor
+from qpipe.engine.sharding import Shards, shard_frozen, whole_tensor
 from qpipe.errors import ConfigError
 
 
@@ -64,6 +64,13 @@ class AccelerateEngine(Processes):
         else:
             self._model = self._accelerator.prepare_model(model)
         self._optimizer, self._scheduler, self._train = optimizer, scheduler, train
+
+    def hold(self, model: nn.Module, placement: Placement, blocks: Sequence[nn.Module] = ()) -> Callable[..., Any]:
+        """Shard with FSDP2, where there are several processes."""
+        if placement == "whole" or self.world_size == 1:
+            return super().hold(model, "whole")
+        shard_frozen(model, blocks, self.device, offload=placement == "cpu")
+        return model
 
     def serve(self, model: nn.Module) -> None:
         """Take a model for evaluation only, as it is."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from qpipe.config import EngineConfig, TrainConfig
+
+Placement = Literal["whole", "sharded", "cpu"]
+"""Where a model without gradients has its weights: on every process, sharded, or sharded in CPU memory."""
 
 
 class Engine(Protocol):
@@ -47,6 +50,16 @@ class Engine(Protocol):
         """Take over the model (already on `device`, in `dtype`) and its optimizer.
 
         `blocks` are modules that may be sharded one by one.
+        """
+
+    def hold(self, model: nn.Module, placement: Placement, blocks: Sequence[nn.Module] = ()) -> Callable[..., Any]:
+        """Take over a second model, for forward passes without gradients, and return what calls it. Collective.
+
+        Args:
+            model: frozen, in its own type, in CPU memory or on `device`.
+            placement: of its weights; sharded ones are whole only while their module runs, and then every process has
+                to make the same calls.
+            blocks: modules that may be sharded one by one.
         """
 
     def begin_micro_batch(self, last: bool) -> None:
@@ -104,6 +117,13 @@ class Processes:
     rank: int
     world_size: int
     device: torch.device
+
+    def hold(self, model: nn.Module, placement: Placement, blocks: Sequence[nn.Module] = ()) -> Callable[..., Any]:
+        """Move a whole model to the device; engines that can shard one extend this."""
+        if placement != "whole":
+            raise ValueError(f"{type(self).__name__} cannot hold a model that is {placement}")
+        model.to(self.device)
+        return model
 
     def barrier(self) -> None:
         """Wait for all processes."""

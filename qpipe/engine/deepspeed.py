@@ -6,7 +6,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from qpipe.config import EngineConfig, TrainConfig
-from qpipe.engine.base import Processes, choose_device, join_processes, resolve_precision
+from qpipe.engine.base import Placement, Processes, choose_device, join_processes, resolve_precision
 from qpipe.engine.clipping import clip_each, zero_fragments
 from qpipe.engine.operators import build_cpu_operators
 from qpipe.errors import ConfigError
@@ -63,6 +63,7 @@ class DeepSpeedEngine(Processes):
         self.dtype = resolve_precision(config, self.device)
         self.partitioned = False
         self._engine: Any = None
+        self._held: list[Any] = []
         self._clip = 0.0
         self._norm: float | None = None
 
@@ -106,6 +107,22 @@ class DeepSpeedEngine(Processes):
         self._clip = train.clip if train.clips_tensors else 0.0
         if self._clip:
             refuse_separate_gradients(self._engine.optimizer)
+
+    def hold(self, model: nn.Module, placement: Placement, blocks: Sequence[nn.Module] = ()) -> Callable[..., Any]:
+        """Shard with ZeRO stage 3 whatever the stage of the trained model: an engine of its own, without optimizer."""
+        if placement == "whole":
+            return super().hold(model, placement)
+        settings = frozen_settings(self.config, model, placement)
+        # Partitioned one by one, so that the device never holds all of them.
+        remote = "cpu" if placement == "cpu" else None
+        self._deepspeed.zero.Init(module=model, config_dict_or_path=settings, remote_device=remote)
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = buffer if buffer is None else buffer.to(self.device)
+        held, *_ = self._deepspeed.initialize(model=model, config=settings, dist_init_required=False)
+        self._held.append(held.eval())
+        call: Callable[..., Any] = held
+        return call
 
     def begin_micro_batch(self, last: bool) -> None:
         """Nothing to do: DeepSpeed counts micro-batches itself."""
@@ -153,9 +170,30 @@ class DeepSpeedEngine(Processes):
 
     def close(self) -> None:
         """Release DeepSpeed's buffers and hooks."""
-        if self._engine is not None:
-            self._engine.destroy()
-            self._engine = None
+        for engine in (self._engine, *self._held):
+            if engine is not None:
+                engine.destroy()
+        self._engine, self._held = None, []
+
+
+def frozen_settings(config: EngineConfig, model: nn.Module, placement: Placement) -> dict[str, Any]:
+    """The DeepSpeed configuration of a model without gradients, sharded.
+
+    What `engine.config_file` says of stage 3 holds here too, where the trained model has that stage.
+    """
+    zero: dict[str, Any] = {"stage": 3}
+    if config.zero == 3:
+        extra = merge_config_file({"zero_optimization": zero}, config)["zero_optimization"]
+        zero |= {key: value for key, value in extra.items() if key.startswith("stage3_")}
+    if placement == "cpu":
+        zero["offload_param"] = {"device": "cpu"}
+    bfloat16 = all(p.dtype == torch.bfloat16 for p in model.parameters())
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # required, and without meaning here
+        "bf16": {"enabled": bfloat16},
+        "zero_optimization": zero,
+        "steps_per_print": 10**9,
+    }
 
 
 def refuse_separate_gradients(optimizer: Any) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -99,6 +99,23 @@ class Shards:
         set_state_dict(
             self._model, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
+
+
+def shard_frozen(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, offload: bool) -> None:
+    """Shard a model that gets no gradients over all processes, in place. Collective.
+
+    Args:
+        model: in CPU memory or on `device`; every process has the same weights.
+        blocks: modules of `model` whose weights are whole only while they run.
+        device: where it computes.
+        offload: keep the shards in CPU memory.
+    """
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    away = offload and device.type != "cpu"
+    policy = CPUOffloadPolicy() if away else OffloadPolicy()
+    for module in (*blocks, model):
+        # Without a backward pass the outermost weights would stay whole.
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
 
 
 def _tensors(state: dict[str, Any]) -> Iterator[Tensor]:

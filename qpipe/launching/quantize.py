@@ -44,6 +44,8 @@ def configuration(
     recipe = _mapping(source, folder)
     section = {**(recipe.get("model") or {}), "name": str(folder) if folder else model}
     section.pop("revision", None)
+    if source is None:
+        section.pop("keep_layers", None)  # the run that made the model has left the other layers out
     recipe["model"] = section
     config = resolve(recipe, overrides, plugins)
     target = out or (Path(config.out) if source and "out" in recipe else Path(DEFAULT_OUT))

@@ -27,6 +27,7 @@ class Instruments:
         map: where its parts are.
         context: shared by its quantizers and taps.
         sites: every site it has, by `path:slot`.
+        tapped: names of the sites where `add_tap` put something.
     """
 
     def __init__(self, model: nn.Module, model_map: ModelMap, host_class: HostClass) -> None:
@@ -39,6 +40,7 @@ class Instruments:
         self._wanted: frozenset[SignalKind] = frozenset()
         self._store: dict[tuple[str, int], Tensor] = {}
         self._capturing = False
+        self.tapped: set[str] = set()
         self.sites = self._discover()
 
     def _discover(self) -> dict[str, Site]:
@@ -152,7 +154,11 @@ class Instruments:
         site = self.site(site_name)
         if site.slot == "weight":
             raise SiteError(f"taps see activations; {site_name!r} is a weight (use a quantizer or a weight loss)")
-        add_sorted(self.module(site).taps_at(site.slot), Tap(stage, fn, active))
+        self.tapped.add(site_name)
+        self._add_tap(site, Tap(stage, fn, active))
+
+    def _add_tap(self, site: Site, tap: Tap) -> None:
+        add_sorted(self.module(site).taps_at(site.slot), tap)
 
     # --- signals ------------------------------------------------------------------------------------------------------
 
@@ -172,7 +178,7 @@ class Instruments:
             self._store[kind, layer] = x
             return x
 
-        self.add_tap(site_name, TapStage.OBSERVE, keep, lambda: kind in self._wanted)
+        self._add_tap(self.site(site_name), Tap(TapStage.OBSERVE, keep, lambda: kind in self._wanted))
 
     def want(self, kinds: frozenset[SignalKind], store: dict[tuple[str, int], Tensor]) -> None:
         """Capture `kinds` into `store` from the next forward pass on.

@@ -15,8 +15,9 @@ from qpipe.engine.base import Engine
 from qpipe.errors import ModelError
 from qpipe.host import Host
 from qpipe.model.instrument import Instruments
+from qpipe.model.reduce import keep_layers
 from qpipe.run import Run
-from qpipe.types import Task
+from qpipe.types import ModelMap, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,8 +61,16 @@ def instrument(host: Host, model: nn.Module) -> Instruments:
     Raises:
         ModelError: no plugin knows the model's map.
     """
-    model_map = host.first("qpipe_model_map", ModelError(f"no plugin maps {type(model).__name__}"), model=model)
-    return Instruments(model, model_map, lambda m: host.hook.qpipe_quantize_module(module=m))
+    return Instruments(model, model_map(host, model), lambda m: host.hook.qpipe_quantize_module(module=m))
+
+
+def model_map(host: Host, model: nn.Module) -> ModelMap:
+    """Where the parts of a model are.
+
+    Raises:
+        ModelError: no plugin knows.
+    """
+    return host.first("qpipe_model_map", ModelError(f"no plugin maps {type(model).__name__}"), model=model)
 
 
 def build(
@@ -92,6 +101,8 @@ def build(
     if isinstance(teacher, str) and config.teacher.init_student:
         start = config.model.model_copy(update={"name": teacher, "revision": None})
     student = load_model(host, start, task, data.num_labels, strict)
+    if start.keep_layers is not None:
+        keep_layers(student, model_map(host, student).blocks, start.keep_layers)
     override_dropout(student, config.train.dropout)
     name_labels(student, data)
     run = Run(config, host, engine, task, data, student)

@@ -31,6 +31,7 @@ from qpipe.stages.prepare import prepare, wrap
 from qpipe.stages.ranges import initialize_ranges
 from qpipe.stages.self_check import self_check
 from qpipe.stages.teacher import ensure_teacher, is_needed
+from qpipe.stages.teaching import require_cacheable, wanted_signals
 from qpipe.stages.train import total_steps, train
 from qpipe.stages.trained import alone, restore, save_float
 from qpipe.types import Site
@@ -157,6 +158,8 @@ def rehearse(config: RunConfig, engine: Engine, data: TaskData) -> None:
         run.total_steps = total_steps(run)
         prepare(run)
         require_targets(run)
+        if config.teacher.cache is not None:
+            require_cacheable(run, wanted_signals(run).teacher)
     finally:
         log.setLevel(level)
 

@@ -21,10 +21,12 @@ from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.tensor import QTensor
 from qpipe.run import Run
 from qpipe.stages.build import instrument
+from qpipe.stages.casting import cast, float32_buffers
 from qpipe.stages.gather import STORED
 from qpipe.stages.param_groups import parameter_groups
 from qpipe.stages.phases import make_phases
 from qpipe.stages.recomputing import recompute
+from qpipe.stages.teaching import hold_teacher
 from qpipe.types import Exporter, Rule, Site
 
 SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -266,8 +268,6 @@ def wrap(run: Run) -> None:
     """Move the models to the device, make optimizer and schedule, and hand everything to the engine."""
     train = run.config.train
     cast(run.student, run)
-    if run.teacher is not None:
-        cast(run.teacher, run)
     recompute(run)
     hook = run.host.hook
     optimizer = hook.qpipe_optimizer(run=run, groups=parameter_groups(run))
@@ -277,28 +277,5 @@ def wrap(run: Run) -> None:
         run.engine.wrap(run.student, optimizer, run.scheduler, train, blocks)
     run.instruments.context.partitioned = run.engine.partitioned
     run.instruments.context.weights_changed()
-
-
-def cast(model: nn.Module, run: Run) -> None:
-    """Move a model to the run's device and type, as `from_pretrained` would load the export."""
-    with float32_buffers(model):
-        model.to(run.engine.device, run.engine.dtype)
-
-
-@contextmanager
-def float32_buffers(model: nn.Module) -> Iterator[None]:
-    """Undo, at the end, what casts do to buffers that must stay in float32.
-
-    These are buffers that are not saved (rotary frequencies, which `from_pretrained` keeps in float32 too) and the
-    calibrated state of quantizers.
-    """
-    kept = [
-        (module, name, buffer)
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if buffer.dtype == torch.float32
-        and (isinstance(module, Quantizer) or name in module._non_persistent_buffers_set)
-    ]
-    yield
-    for module, name, buffer in kept:
-        setattr(module, name, buffer.to(getattr(module, name).device))
+    if run.teacher is not None:
+        hold_teacher(run)

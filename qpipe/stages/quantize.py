@@ -13,10 +13,11 @@ from qpipe.host import Host, load_plugins
 from qpipe.run import Run
 from qpipe.stages.build import build
 from qpipe.stages.calibrate import calibrate
+from qpipe.stages.casting import cast
 from qpipe.stages.evaluate import evaluate
 from qpipe.stages.execute import conclude, record_start, refuse_used, report_error, timed
 from qpipe.stages.initialize import initialize
-from qpipe.stages.prepare import cast, prepare
+from qpipe.stages.prepare import prepare
 from qpipe.stages.ranges import initialize_ranges
 from qpipe.stages.self_check import self_check
 from qpipe.stages.trained import alone

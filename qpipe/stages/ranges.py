@@ -12,7 +12,7 @@ from qpipe.quant.learned import GridActivation
 from qpipe.quant.quantizer import QuantContext
 from qpipe.run import Run
 from qpipe.stages.calibrate import inference, show
-from qpipe.stages.prepare import cast
+from qpipe.stages.casting import cast
 
 logger = logging.getLogger("qpipe.stages")
 

@@ -23,7 +23,8 @@ from qpipe.host import load_plugins
 from qpipe.run import Run, Step
 from qpipe.stages.build import build
 from qpipe.stages.calibrate import calibration_batches, inference, inputs_of
-from qpipe.stages.prepare import cast, prepare
+from qpipe.stages.casting import cast
+from qpipe.stages.prepare import prepare
 from qpipe.stages.train import task_loss
 from qpipe.stages.trained import alone, restore
 from qpipe.stages.variants import options_with_bits, rebuilt, switched_off

@@ -23,6 +23,9 @@ from qpipe.stages.teacher_fit import require_same_language
 from qpipe.stages.train import total_steps, train
 from qpipe.stages.trained import save_float
 
+LEFT_OUT = ("model.keep_layers", "teacher.precision")
+"""Keys that do not decide the teacher's weights: it keeps all layers, and is fine-tuned in the run's type."""
+
 
 def is_needed(config: RunConfig, host: Host) -> bool:
     """True if a teacher is named, or a plugin says it needs one."""
@@ -40,6 +43,7 @@ def teacher_config(config: RunConfig) -> RunConfig:
     )
     return config.model_copy(
         update={
+            "model": config.model.model_copy(update={"keep_layers": None}),
             "plugins": {},
             "quantization": QuantizationConfig(),
             "train": train_config,
@@ -51,7 +55,7 @@ def teacher_config(config: RunConfig) -> RunConfig:
 def fingerprint(config: RunConfig) -> str:
     """Hash of everything that decides the teacher's weights: the configuration, and the files that it names."""
     decisive = config.model_dump(mode="json", exclude={"out", "plugins", "quantization", "export"})
-    for key in INDIFFERENT:
+    for key in (*INDIFFERENT, *LEFT_OUT):
         section, _, name = key.partition(".")
         decisive.get(section, {}).pop(name, None)
     named = (config.model.name, config.model.tokenizer, config.data.train, config.data.validation)

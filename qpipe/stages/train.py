@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,8 @@ from qpipe.stages.diagnose import first_non_finite
 from qpipe.stages.evaluate import evaluate, is_better
 from qpipe.stages.phases import enter_phase
 from qpipe.stages.self_check import self_check
-from qpipe.types import Loss, Signals
+from qpipe.stages.teaching import extra_inputs, teacher_signals, wanted_signals
+from qpipe.types import Loss
 
 
 @dataclass
@@ -112,27 +112,6 @@ def steps_from(run: Run, start: int) -> Iterator[tuple[int, list[dict[str, Tenso
             step += 1
 
 
-def teacher_signals(run: Run, step: Step, wanted: Signals) -> None:
-    """Run the teacher once for all plugins, if any of them needs it in this step."""
-    if not wanted.teacher:
-        return
-    instruments = run.teacher_instruments
-    if run.teacher is None or instruments is None:
-        raise ConfigError("a plugin asks for teacher signals but declares no `needs_teacher = True`")
-    instruments.want(wanted.teacher, step.teacher)
-    instruments.context.taps_active = True
-    try:
-        with torch.no_grad():
-            output = run.teacher(**inputs_of(step.batch), **_extra(wanted.teacher))
-    finally:
-        instruments.context.taps_active = False
-    instruments.take_outputs(output, wanted.teacher, step.teacher)
-
-
-def _extra(kinds: frozenset[Any]) -> dict[str, bool]:
-    return {"output_hidden_states": True} if "hidden_states" in kinds else {}
-
-
 def micro_step(run: Run, step: Step, losses: list[Loss]) -> dict[str, Tensor]:
     """Forward and backward of one micro-batch; returns the weighted loss parts.
 
@@ -143,16 +122,14 @@ def micro_step(run: Run, step: Step, losses: list[Loss]) -> dict[str, Tensor]:
     run.step = step
     run.engine.begin_micro_batch(step.is_last_micro_batch)
     run.host.hook.qpipe_step_start(run=run, step=step)
-    wanted = Signals()
-    for signals in run.host.hook.qpipe_signals(run=run):
-        wanted |= signals if signals is not None else Signals()
+    wanted = wanted_signals(run)
     teacher_signals(run, step, wanted)
     run.instruments.want(wanted.student, step.student)
     context.weight_losses.clear()
     context.micro_batch = step.index * run.config.train.accumulation + step.number
     context.due_weight_losses = due_weight_losses(run, step)
     context.taps_active = True
-    step.output = run.engine.forward(**inputs_of(step.batch), **_extra(wanted.student))
+    step.output = run.engine.forward(**inputs_of(step.batch), **extra_inputs(wanted.student))
     run.instruments.take_outputs(step.output, wanted.student, step.student)
     parts = {loss.name: _weight(loss, step.index) * loss.fn(step) for loss in losses}
     parts |= weight_loss_parts(run)
@@ -281,6 +258,8 @@ def after_step(run: Run, progress: Progress) -> None:
             due_save = True
     if due_save:
         checkpoint.save(run, vars(progress).copy())
+    if run.teacher_cache is not None and (due_save or progress.step % per_epoch == 0):
+        run.teacher_cache.flush()
 
 
 def finish(run: Run, progress: Progress) -> None:

@@ -17,8 +17,9 @@ from qpipe.files import disk_errors, write_json
 from qpipe.host import load_plugins
 from qpipe.run import Run
 from qpipe.stages.build import build
+from qpipe.stages.casting import cast
 from qpipe.stages.gather import float_state, quantizer_state
-from qpipe.stages.prepare import cast, prepare
+from qpipe.stages.prepare import prepare
 
 QUANTIZERS = "quantizers.safetensors"
 DETAILS = "qpipe_model.json"
@@ -64,7 +65,7 @@ def restore(run_dir: Path) -> Run:
     details = json.loads((folder / DETAILS).read_text())
     engine = AccelerateEngine(alone(config).engine)
     engine.dtype = getattr(torch, details["dtype"])
-    trained = config.model.model_copy(update={"name": str(folder), "revision": None})
+    trained = config.model.model_copy(update={"name": str(folder), "revision": None, "keep_layers": None})
     run = build(config.model_copy(update={"model": trained}), load_plugins(config.plugins), engine)
     run.config = config.model_copy(update={"out": str(run_dir)})
     run.trained = True

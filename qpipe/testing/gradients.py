@@ -60,6 +60,8 @@ def trace(config: RunConfig, steps: int) -> tuple[list[dict[str, Tensor]], dict[
                 gradients.append(full_gradients(run))
             run.engine.step()
         run.instruments.context.weights_changed()
+    if run.teacher_cache is not None:
+        run.teacher_cache.flush()
     packed, _ = packed_weights(run)
     codes = {f"codes/{name}": weight.tensor.integers() for name, weight in packed.items()}
     learned = {f"{s}/{n}" for s, q in run.instruments.quantizers().items() for n, _ in q.named_parameters()}

@@ -1,4 +1,4 @@
-"""What the processes of tests/distributed/test_failures.py run; called by name through `run_distributed`."""
+"""What the processes of tests/distributed run; called by name through `run_distributed`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 import qpipe
 from qpipe import CheckpointError, Loss, Plugin, TrainingError, hookimpl
@@ -18,6 +20,7 @@ from qpipe.engine import connect
 from qpipe.engine.sharding import Shards
 from qpipe.files import write_json
 from qpipe.host import load_plugins
+from qpipe.testing import gradients
 
 EXECUTE: Any = importlib.import_module("qpipe.stages.execute")
 RANK = int(os.environ.get("RANK", "0"))
@@ -104,3 +107,24 @@ def running_statistics(config: dict[str, Any], folder: str) -> None:
     run = qpipe.execute(resolve(config))
     sums = {n: float(b.double().sum()) for n, b in run.student.named_buffers() if n.endswith("running_mean")}
     write_json(Path(folder) / f"rank-{RANK}.json", sums)
+
+
+def traces(cases: dict[str, dict[str, Any]], steps: int, folder: str) -> dict[str, int]:
+    """Write traces; how many numbers of the teacher's weights rank 0 held in each."""
+    original: Any = gradients.assemble
+    held = []
+
+    def assemble(*arguments: Any) -> Any:
+        run = original(*arguments)
+        held.append(sum(local_size(parameter) for parameter in run.teacher.parameters()))
+        return run
+
+    gradients.assemble = assemble
+    return dict(zip(gradients.write_traces(cases, steps, folder), held, strict=True))
+
+
+def local_size(parameter: nn.Parameter) -> int:
+    """Elements that this process holds of a parameter."""
+    if hasattr(parameter, "ds_tensor"):
+        return int(parameter.ds_tensor.numel()) + parameter.numel()
+    return int(parameter.to_local().numel()) if isinstance(parameter, DTensor) else parameter.numel()

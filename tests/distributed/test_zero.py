@@ -1,6 +1,7 @@
 """Two gloo processes under ZeRO 0, 1, 2 and 3, DDP and FSDP2 compute what one process computes."""
 
 import json
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -23,7 +24,9 @@ ESTIMATED = [
 LEARNED = {"site": "{block}.*query:input", "quantizer": "lsq+-activation", "options": {"bits": 4, "init": "percentile"}}
 """Ranges that are parameters, and begin with what calibration has seen."""
 TRAINED = ("zero0", "zero1", "zero2", "zero3", "ddp", "fsdp")
-CASES = ("zero0", "zero1", "zero2", "zero3", "zero3-recomputing", "ddp", "fsdp", "fsdp-recomputing")
+HELD = ("zero1-teacher-cpu", "zero3-cached")
+"""Other ways to have a teacher: sharded in CPU memory beside a whole student, and read from one process's cache."""
+CASES = ("zero0", "zero1", "zero2", "zero3", "zero3-recomputing", "ddp", "fsdp", "fsdp-recomputing", *HELD)
 PLUGINS = {"kure": {"skip_above": None}, "ternary-twn": {}, "ti-g": {"fraction": 0.7}}
 
 
@@ -53,20 +56,31 @@ def traces(tmp_path_factory):
     cases["fsdp"] = {**config, "engine": {**config["engine"], "fsdp": True}}
     recomputing = {**config["train"], "activation_checkpointing": True}
     cases |= {f"{name}-recomputing": {**cases[name], "train": recomputing} for name in ("zero3", "fsdp")}
+    elsewhere = {**config["teacher"], "placement": "cpu"}
+    cases["zero1-teacher-cpu"] = {**cases["zero1"], "teacher": elsewhere}
+    cached = {**config["teacher"], "cache": str(folder / "cache")}
+    write_traces({"one-caching": {**config, "teacher": cached}}, STEPS, str(folder))
+    (folder / "cached.json").write_text(json.dumps(cache_files(folder)))
+    cases["zero3-cached"] = {**cases["zero3"], "teacher": cached}
     trained = {**config, "train": {**config["train"], "learning_rate": 1e-3}}
     write_traces({"one-trained": trained}, STEPS, str(folder))
     cases |= {f"{name}-trained": {**cases[name], "train": trained["train"]} for name in TRAINED}
-    run_distributed("qpipe.testing.gradients:write_traces", cases=cases, steps=STEPS, folder=str(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        held = run_distributed("cases:traces", cases=cases, steps=STEPS, folder=str(folder))
+    (folder / "held.json").write_text(json.dumps(held))
     return folder
+
+
+def cache_files(folder):
+    return sorted(path.name for path in folder.glob("cache/*/*.safetensors"))
 
 
 pytestmark = pytest.mark.xdist_group("zero")
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    "case", ["zero0", "zero1", "zero2", "zero3", "ddp", "fsdp", "zero3-recomputing", "fsdp-recomputing"]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_gradients_and_codes_equal_one_process(traces, case):
     one, two = load_file(traces / "one.safetensors"), load_file(traces / f"{case}.safetensors")
     assert sum(key.startswith("gradient/0/") for key in one) > 30
@@ -88,6 +102,23 @@ def test_two_processes_follow_one_through_updates(traces, case):
     moved = [key for key in one if key.startswith("learned/")]
     assert moved and all(bool((one[key] != start[key]).any()) for key in moved), "training moves learned ranges"
     compare(one, two, after_update=2e-2)
+
+
+@pytest.mark.distributed
+def test_the_teacher_is_sharded_where_the_student_is_or_where_that_is_asked_for(traces):
+    held = json.loads((traces / "held.json").read_text())
+    whole = held["zero0"]
+    assert held["zero1"] == held["zero2"] == held["ddp"] == whole
+    for case in ("zero3", "fsdp", "zero1-teacher-cpu"):
+        # Shards are padded to equal sizes.
+        assert whole / 2 <= held[case] < 0.55 * whole, case
+
+
+@pytest.mark.distributed
+def test_several_processes_read_what_one_cached(traces):
+    compare(load_file(traces / "one.safetensors"), load_file(traces / "one-caching.safetensors"), tolerance=0.0)
+    before = json.loads((traces / "cached.json").read_text())
+    assert len(before) == 1 and cache_files(traces) == before, "a process that misses an example writes a file"
 
 
 @pytest.mark.distributed

@@ -13,6 +13,7 @@ import qpipe
 from qpipe import ConfigError, Loss, ModelError, Plugin, Signals, SiteError, hookimpl
 from qpipe.config import resolve
 from qpipe.host import load_plugins
+from qpipe.stages.execute import evaluate_run
 from qpipe.stages.teacher import ensure_teacher
 from qpipe.testing import tiny_config, tiny_model
 from qpipe.testing.tiny import tiny_text_data
@@ -34,7 +35,8 @@ class Distil(Plugin):
         def count(*_):
             self.calls += 1
 
-        run.teacher.register_forward_hook(count)
+        if run.teacher is not None:
+            run.teacher.register_forward_hook(count)
 
     @hookimpl
     def qpipe_signals(self):
@@ -205,3 +207,25 @@ def test_what_is_wrong_shows_before_it_is_trained(changes, error, message, tmp_p
     with pytest.raises(error, match=message):
         qpipe.execute(tiny_config(tmp_path, **changes))
     assert trainings == []
+
+
+def test_a_student_with_fewer_layers_starts_from_the_teachers_and_is_read_back(tmp_path, use, trainings):
+    """The teacher keeps all layers; the run, its export and its resumed twin have one."""
+    use(Distil())
+    config = tiny_config(
+        tmp_path, model__keep_layers="every-other", teacher__epochs=1, train__max_steps=2, train__learning_rate=1e-9
+    )
+    run = qpipe.execute(config)
+    teacher = load_file(run.out / "teacher" / "model" / "model.safetensors")
+    student = load_file(run.out / "model" / "model.safetensors")
+    assert sum("encoder.layer.1." in name for name in teacher) > 0
+    assert not any("encoder.layer.1." in name for name in student)
+    assert len(run.teacher.bert.encoder.layer) == 2 and len(run.student.bert.encoder.layer) == 1
+    for name, value in student.items():
+        source = teacher[name.replace("encoder.layer.0.", "encoder.layer.1.")]
+        assert torch.allclose(value, source, atol=1e-6), name
+    assert run.results["verified"], "the packed model has one layer too"
+    assert evaluate_run(run.out) == run.results["evaluation"]
+    (run.out / "results.json").unlink()
+    qpipe.execute(config, resume=True)
+    assert trainings == [False], "the same teacher serves"

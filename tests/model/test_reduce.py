@@ -1,0 +1,70 @@
+"""A student with some of the model's layers computes what those layers alone compute."""
+
+import re
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
+from transformers import AutoModelForSequenceClassification as Classifier
+
+from qpipe import ConfigError, ModelError
+from qpipe.builtin.models import Models
+from qpipe.model.reduce import chosen_layers, keep_layers
+from qpipe.testing import tiny_model
+
+CLASSES = {"vit": AutoModelForImageClassification, "llama": AutoModelForCausalLM, "qwen3": AutoModelForCausalLM}
+FAMILIES = ("bert", "roberta", "ernie", "distilbert", "vit", "llama", "qwen3")
+
+
+def blocks(model):
+    return Models().qpipe_model_map(model=model).blocks
+
+
+def output(model, family):
+    torch.manual_seed(1)
+    inputs = torch.rand(2, 3, 16, 16) if family == "vit" else torch.randint(5, 20, (2, 7))
+    with torch.no_grad():
+        return model.eval()(inputs).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_equals_a_small_model_with_the_weights_of_these_layers(family, tmp_path):
+    folder, kept = tiny_model(tmp_path / "model", family, num_hidden_layers=4), (3, 1)
+    loader = CLASSES.get(family, Classifier)
+    whole, reduced = loader.from_pretrained(folder), loader.from_pretrained(folder)
+    keep_layers(reduced, blocks(reduced), kept)
+    small = AutoConfig.from_pretrained(folder)
+    small.num_hidden_layers = 2
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[:2]
+    expected = loader.from_config(small)
+    state = {}
+    for name, value in whole.state_dict().items():
+        layer = re.search(r"(layers?\.)(\d+)\.", name)
+        if layer and int(layer[2]) not in kept:
+            continue
+        state[name if not layer else name.replace(layer[0], f"{layer[1]}{kept.index(int(layer[2]))}.", 1)] = value
+    expected.load_state_dict(state, strict=True)
+    assert torch.equal(output(reduced, family), output(expected, family))
+    assert not torch.equal(output(reduced, family), output(whole, family))
+    reduced.save_pretrained(tmp_path / "saved")
+    again = loader.from_pretrained(tmp_path / "saved")
+    assert again.config.num_hidden_layers == 2 and torch.equal(output(again, family), output(reduced, family))
+
+
+def test_every_other():
+    assert chosen_layers("every-other", 12) == [1, 3, 5, 7, 9, 11]
+    assert chosen_layers("every-other", 5) == [1, 3]
+    assert chosen_layers((0, 2), 3) == [0, 2]
+
+
+@pytest.mark.parametrize(("wanted", "depth"), [((), 4), ((1, 1), 4), ((4,), 4), ("every-other", 1)])
+def test_layers_that_are_not_there(wanted, depth):
+    with pytest.raises(ConfigError, match=f"must name at least one of the blocks 0 to {depth - 1}"):
+        chosen_layers(wanted, depth)
+
+
+def test_a_model_without_a_list_of_blocks(tmp_path):
+    model = AutoModelForImageClassification.from_pretrained(tiny_model(tmp_path / "resnet", "resnet"))
+    with pytest.raises(ModelError, match="the blocks of ResNetForImageClassification are not known as one list"):
+        keep_layers(model, (), "every-other")
