@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from qpipe.config import RunConfig, resolve
@@ -32,3 +33,17 @@ def load(source: Path | RunConfig) -> Run:
     run.config = source
     record_start(run)
     return run
+
+
+def loader(source: Path | RunConfig) -> tuple[Path, Callable[[], Run]]:
+    """The run directory of what is analyzed, and what loads it.
+
+    A run is loaded when a part needs it; a model at once, so that `out` is known to be its own.
+
+    Raises:
+        QpipeError: see `load`.
+    """
+    if isinstance(source, Path):
+        return source, lambda: load(source)
+    run = load(source)
+    return run.out, lambda: run

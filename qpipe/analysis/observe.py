@@ -113,7 +113,7 @@ def collect(run: Run, names: Sequence[str], sample: Sequence[Example]) -> dict[s
     with observing(run, {name: keep(name) for name in names}), inference(run):
         for example in sample:
             now.clear()
-            run.engine.forward(**example.batch)
+            run.student(**example.batch)
             for name, value in now.items():
                 found.setdefault(name, []).append(value[0].to("cpu", torch.float32))
     return found

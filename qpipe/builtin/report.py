@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qpipe.errors import CheckpointError
 from qpipe.plugin import Plugin, hookimpl
-from qpipe.report import analysis, robustness, sections
+from qpipe.report import analysis, convergence, robustness, sections
 from qpipe.types import ReportSection
 
 SECTIONS: tuple[tuple[int, str, Callable[[Path], str | None]], ...] = (
@@ -18,6 +18,7 @@ SECTIONS: tuple[tuple[int, str, Callable[[Path], str | None]], ...] = (
     (50, "Quantization error", sections.weights),
     (55, "Robustness", robustness.robustness),
     (57, "Where quantization acts", analysis.analysis),
+    (58, "Convergence", convergence.convergence),
     (900, "Configuration", sections.configuration),
 )
 """Order, title and body; a body that is None is no section. Sections of plugins come before the configuration unless
@@ -25,7 +26,7 @@ they ask for another place."""
 
 
 class ReportSections(Plugin):
-    """Result, training curves, layers, size, quantization error, robustness, analysis and configuration."""
+    """Result, training curves, layers, size, quantization error, robustness, analysis, convergence, configuration."""
 
     @hookimpl
     def qpipe_report_sections(self, run_dir: Path) -> Iterable[ReportSection]:

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
-from qpipe.cli.options import ConfigArgument, JsonOption, PluginsOption, SetOption, split_names
+from qpipe.cli.options import JsonOption, PluginsOption, SetOption, split_names
 from qpipe.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
     from qpipe.config import RunConfig
 
+T = TypeVar("T")
+
 ALL = "ablation,outliers,ranges,attention,noise"
+COMPARED = "curves,layers,ranking"
 SHOWN = 5
 
 
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="RUN|MODEL", help="Run directory, or a fine-tuned model: folder or hub name.")
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RUN...|MODEL [CONFIG]",
+        help="Run directories; or a fine-tuned model, folder or hub name, and a YAML configuration.",
+    ),
+]
+Parts = Annotated[
+    str | None,
+    typer.Option(
+        help=f"What to measure, with commas: {ALL}, layers, ranking, hessian, landscape, curves. Default: the first "
+        f"five; of several runs {COMPARED}."
+    ),
 ]
 By = Annotated[
     Literal["role", "kind", "block", "site"],
@@ -28,7 +43,11 @@ Sites = Annotated[
     list[str] | None, typer.Option("--sites", metavar="PATTERN", help="Activation sites to look at. Default: all.")
 ]
 Examples = Annotated[
-    int | None, typer.Option(min=1, help="Validation examples that the ablation evaluates. Default: all.")
+    int | None,
+    typer.Option(
+        min=1,
+        help="Examples that ablation and layers (default: all), hessian and landscape (default: 256) evaluate.",
+    ),
 ]
 Sequences = Annotated[int, typer.Option(min=1, help="Validation examples whose activations are looked at.")]
 Suggest = Annotated[
@@ -36,15 +55,30 @@ Suggest = Annotated[
 ]
 Within = Annotated[float, typer.Option(min=0, help="Largest loss of the metric that the plan may have.")]
 Bits = Annotated[int, typer.Option(min=2, max=16, help="Width of the sites that the plan picks.")]
+Teacher = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RUN|MODEL", help="Full-precision model that layers and ranking compare with. Default: the run's."
+    ),
+]
+Text = Annotated[str | None, typer.Option(help="Sentence whose attention maps ranking shows. Default: an example.")]
+Eigenvalues = Annotated[int, typer.Option(min=1, help="Eigenvalues of the Hessian of each batch.")]
+NormWeight = Annotated[
+    float,
+    typer.Option(min=0, help="Factor of the sum of norms in the Hessian's loss; 0.01 in public code."),
+]
+Points = Annotated[int, typer.Option(min=3, help="Points of the landscape along each direction; odd.")]
+Filters = Annotated[
+    Literal["rows", "columns"], typer.Option(help="What of each weight the landscape's directions are scaled to.")
+]
 Out = Annotated[Path, typer.Option(help="Where results about a model go; those about a run go into it.")]
 
 
 def analyze(
-    model: ModelArgument,
-    config: ConfigArgument = None,
+    sources: Sources,
     plugins: PluginsOption = "",
     set_: SetOption = None,
-    parts: Annotated[str, typer.Option(help="What to measure, with commas.")] = ALL,
+    parts: Parts = None,
     by: By = "role",
     sites: Sites = None,
     examples: Examples = None,
@@ -52,58 +86,104 @@ def analyze(
     suggest: Suggest = None,
     within: Within = 0.005,
     bits: Bits = 16,
+    teacher: Teacher = None,
+    text: Text = None,
+    eigenvalues: Eigenvalues = 3,
+    norm_weight: NormWeight = 0.0,
+    points: Points = 11,
+    filters: Filters = "rows",
     out: Out = Path("runs/analysis"),
     again: Annotated[bool, typer.Option("--again", help="Measure anew what was measured before.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Find out what quantization does to a model, and where.
+    """Find out what quantization does to a model, where, and how runs converge.
 
     For a run, or for a model that is quantized as `qpipe quantize` would: the metric without each group of sites and
     with it alone, outliers and the dimensions and tokens that have them, ranges of tokens, attention, and quantization
-    noise. Writes analysis/*.json into the run directory, for `qpipe report`; goes on where it was interrupted.
+    noise; the distance of each layer and each attention head to the teacher's, eigenvalues of the loss's Hessian, its
+    landscape, and curves. Several runs are shown in the same figures. Writes analysis/*.json into each run directory,
+    for `qpipe report`; goes on where it was interrupted.
     """
+    if suggest is not None and len(sources) > 1 and _is_run(sources[1]):
+        raise typer.BadParameter("--suggest makes a plan for one run; name one")
+    wanted = split_names(parts or (COMPARED if len(sources) > 1 and _is_run(sources[1]) else ALL))
+    inputs = _inputs(sources, set_ or [], split_names(plugins), out)
     from qpipe.launching.worker import quiet_libraries
 
-    source = _source(model, config, set_ or [], split_names(plugins), out)
     quiet_libraries()
-    from qpipe.analysis.analyze import Request
-    from qpipe.analysis.analyze import analyze as measure
-    from qpipe.analysis.load import load
+    from qpipe.analysis.analyze import Request, analyze_runs
+    from qpipe.analysis.load import loader
 
     allowed = within if suggest is not None else None
-    request = Request(tuple(split_names(parts)), by, tuple(sites or ()), examples, sequences, allowed, bits)
-    run = load(source)
-    found = measure(run, request, again, lambda text: typer.echo(text, err=True))
+    request = Request(
+        tuple(wanted), by, tuple(sites or ()), examples, sequences, allowed, bits, teacher, text, eigenvalues,
+        norm_weight, points, filters,
+    )  # fmt: skip
+    found = analyze_runs(dict(map(loader, inputs)), request, again, lambda line: typer.echo(line, err=True), _track)
     if suggest is not None:
-        _write(suggest, found["ablation"]["suggestion"], model)
+        _write(suggest, next(iter(found.values()))["ablation"]["suggestion"], sources[0])
     if as_json:
-        print_json(found)
+        print_json(found if len(found) > 1 else next(iter(found.values())))
         return
     _print(found)
     if suggest is not None:
         typer.echo(f"plan: {suggest}; use it with --set quantization.plan={suggest}")
-    typer.echo(f"next: qpipe report {run.out}")
+    typer.echo(f"next: qpipe report {next(iter(found))}")
 
 
-def _source(model: str, config: Path | None, overrides: list[str], plugins: list[str], out: Path) -> Path | RunConfig:
+def _track(items: Sequence[T], what: str) -> Iterable[T]:
+    """A progress bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(items, what, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _is_run(source: str) -> bool:
+    from qpipe.rundir import CONFIG_NAME
+
+    return (Path(source) / CONFIG_NAME).is_file()
+
+
+def _inputs(sources: list[str], overrides: list[str], plugins: list[str], out: Path) -> list[Path | RunConfig]:
     from qpipe.errors import ConfigError
     from qpipe.launching import prepare
     from qpipe.launching.quantize import configuration
-    from qpipe.rundir import CONFIG_NAME
 
-    if (Path(model) / CONFIG_NAME).is_file():
-        if config is not None or overrides or plugins:
+    first, *rest = sources
+    if not _is_run(first):
+        if len(rest) > 1 or any(_is_run(source) for source in rest):
             raise ConfigError(
-                f"{model} is a run, which is analyzed as it was trained: leave out configuration, --set and --plugins, "
-                f"or name its model: {model}/model"
+                f"{first} is no run directory: name runs only, or one model and at most a configuration file; "
+                f"`qpipe quantize {first}` makes a run of a model"
             )
-        return Path(model)
-    resolved = configuration(model, config, overrides, plugins, out)
-    prepare.check(resolved)
-    return resolved
+        resolved = configuration(first, Path(rest[0]) if rest else None, overrides, plugins, out)
+        prepare.check(resolved)
+        return [resolved]
+    other = next((source for source in rest if not _is_run(source)), None)
+    if other is not None or overrides or plugins:
+        raise ConfigError(
+            f"{first} is a run, which is analyzed as it was trained: leave out configuration, --set and --plugins, or "
+            f"name its model: {first}/model" + (f" ({other} is no run directory)" if other else "")
+        )
+    paths = [Path(source) for source in sources]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ConfigError("a run is named twice; name each once")
+    return list(paths)
 
 
-def _print(found: dict[str, Any]) -> None:
+def _print(results: dict[str, dict[str, Any]]) -> None:
+    if len(results) == 1:
+        _print_sites(next(iter(results.values())))
+    from qpipe.report.convergence import summary_rows
+
+    columns, rows = summary_rows(results)
+    if columns:
+        print_table(("run", *columns), rows)
+
+
+def _print_sites(found: dict[str, Any]) -> None:
     ablation, outliers, noise = (found.get(part) for part in ("ablation", "outliers", "noise"))
     if ablation:
         rows = [[g["group"], g["sites"], g["without"], g["alone"]] for g in ablation["groups"]]

@@ -15,6 +15,7 @@ from qpipe.errors import CheckpointError, ConfigError
 METRICS_FILE = "metrics.jsonl"
 VARIANTS_FILE = "variants.json"
 ANALYSIS_FOLDER = "analysis"
+COMPARED_FILE = "compared.json"
 
 
 class PlanEntry(BaseModel):

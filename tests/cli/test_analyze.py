@@ -1,6 +1,7 @@
 """`qpipe analyze` from the command line."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -48,12 +49,35 @@ def test_a_model_is_analyzed_as_it_would_be_quantized(finished, tmp_path):
     assert "holds results of another configuration" in str(other.exception)
 
 
+def test_runs_are_compared(finished, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for copy in (first, second):
+        shutil.copytree(finished, copy, ignore=shutil.ignore_patterns("analysis", "export"))
+    words = (first, second, "--teacher", finished.parent / "teacher", "--sequences", "1", "--examples", "2")
+    done = call(*words)
+    assert done.exit_code == 0, done.output
+    rows = [line.split() for line in done.output.splitlines() if line.startswith(str(tmp_path))]
+    assert [row[0] for row in rows if len(row) > 1] == [str(first), str(second)]
+    assert {p.stem for p in (second / "analysis").iterdir()} == {"curves", "layers", "ranking", "compared"}
+    assert json.loads((second / "analysis" / "compared.json").read_text()) == {"runs": [str(first.resolve())]}
+    assert call(*words, "--json").stdout.count('"hidden_states"') == 2
+    for words, message in (
+        ((first, first), "named twice"),
+        ((first, second / "model"), "is no run directory"),
+        ((first / "model", second), "name runs only, or one model"),
+    ):
+        assert message in str(call(*words).exception)
+    assert "--suggest makes a plan for one run" in call(first, second, "--suggest", tmp_path / "plan.yaml").output
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--set", "seed=1"), "leave out configuration, --set and --plugins"),
         (("--parts", "outlier"), "did you mean 'outliers'"),
         (("--parts", "outliers", "--sites", "bert.nothing*"), "matches no site"),
+        (("--parts", "landscape", "--points", "4"), "an odd number of points"),
+        (("--parts", "layers"), "was trained without a teacher"),
         (("--parts", "noise", "--suggest", "plan.yaml"), "name the part `ablation` too"),
     ],
 )

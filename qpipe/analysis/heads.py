@@ -1,0 +1,83 @@
+"""Heads: attention maps beside the teacher's, and how far the order within their rows has moved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from qpipe.analysis.attention import attention_maps
+from qpipe.analysis.observe import Example, collect
+from qpipe.analysis.ranking import cover_length, mean_over_examples, ranking_loss
+from qpipe.analysis.session import Session
+from qpipe.analysis.teacher import layer_map
+from qpipe.errors import ConfigError, ModelError
+from qpipe.run import Run
+from qpipe.types import Json
+
+SHOWN = 32
+"""Tokens of a shown map."""
+
+
+def probabilities(run: Run, sample: list[Example]) -> list[list[Tensor]]:
+    """Attention after softmax, by layer and example, `[heads, tokens, tokens]`.
+
+    Raises:
+        ConfigError: the model has no attention that could be observed.
+    """
+    names = [f"{path}:probs" for path in run.instruments.map.attention]
+    if not names:
+        raise ConfigError(f"{type(run.student).__name__} has no attention that could be observed; leave the part out")
+    values = collect(run, names, sample)
+    return [values[name] for name in names]
+
+
+def sentence(run: Run, text: str) -> Example:
+    """A sentence as the model reads it.
+
+    Raises:
+        ConfigError: the model does not read text.
+    """
+    tokenizer: Any = run.data.tokenizer
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        raise ConfigError(f"{type(run.student).__name__} does not read text; leave --text out")
+    encoded = tokenizer(text, truncation=True, max_length=run.config.data.max_length, return_tensors="pt")
+    batch = {name: value.to(run.engine.device) for name, value in encoded.items()}
+    return Example(batch, list(tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())))
+
+
+def ranking(session: Session) -> dict[str, Json]:
+    """Ranking loss and cover length of every head, means over examples; and maps of one example, the teacher's beside.
+
+    Returns:
+        `loss` and `cover`, by layer and head; `layers`, the names of the attention modules; `tokens`, `maps` and
+        `teacher_maps` of the shown example, by layer and head.
+
+    Raises:
+        ModelError: student and teacher have other numbers of heads, or depths that do not fit.
+        ConfigError: no attention can be observed, or a text is given to a model of images.
+    """
+    run, teacher, text = session.run, session.teacher, session.request.text
+    sample = list(session.sample)
+    shown = sample[0] if text is None else sentence(run, text)
+    ours = probabilities(run, [shown, *sample])
+    every = probabilities(teacher, [shown, *sample])
+    theirs = [every[block] for block in layer_map(run, teacher)]
+    if ours[0][0].shape != theirs[0][0].shape:
+        raise ModelError(
+            f"the quantized model has {ours[0][0].shape[0]} heads and its teacher {theirs[0][0].shape[0]}; heads are "
+            "compared one by one"
+        )
+    pairs = [list(zip(a[1:], b[1:], strict=True)) for a, b in zip(ours, theirs, strict=True)]
+    loss, cover = [], []
+    for layer in session.track(pairs, "ranking, layers"):
+        loss.append(mean_over_examples([ranking_loss(a, b) for a, b in layer]))
+        cover.append(mean_over_examples([cover_length(a, b) for a, b in layer]))
+    return {
+        "loss": loss,
+        "cover": cover,
+        "layers": list(run.instruments.map.attention),
+        "tokens": shown.tokens[:SHOWN],
+        "maps": attention_maps([layer[:1] for layer in ours], [[]], SHOWN)["maps"],
+        "teacher_maps": attention_maps([layer[:1] for layer in theirs], [[]], SHOWN)["maps"],
+    }

@@ -1,0 +1,90 @@
+"""Request: what `qpipe analyze` is asked to measure, and what each number depends on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from qpipe.analysis.groups import By
+from qpipe.analysis.landscape import Filters
+from qpipe.errors import ConfigError, suggest
+from qpipe.types import Json
+
+FEW = 256
+"""Examples for the parts that go over them many times."""
+
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "ablation": ("by", "sites", "examples", "within", "bits"),
+    "outliers": ("sites", "sequences"),
+    "ranges": ("sites", "sequences"),
+    "attention": ("sequences",),
+    "noise": ("sequences",),
+    "layers": ("examples", "teacher"),
+    "ranking": ("sequences", "teacher", "text"),
+    "hessian": ("few", "eigenvalues", "norm_weight"),
+    "landscape": ("few", "points", "filters"),
+    "curves": (),
+}
+"""Of each part: the settings that its numbers depend on, besides the model."""
+
+NEEDS_TEACHER = ("layers", "ranking")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure.
+
+    Attributes:
+        parts: any of `SETTINGS`.
+        by: how quantized activations are grouped for the ablation.
+        sites: patterns over activation sites for ablation, outliers and ranges; none: all.
+        examples: examples that ablation, layers, hessian and landscape evaluate. None: all of the validation split;
+            `FEW` for the last two.
+        sequences: validation examples whose activations are looked at.
+        within: largest loss of the metric that a suggested plan may have; None: suggest none.
+        bits: width of the sites that a suggestion picks.
+        teacher: the model to compare with; None: the one that the run learned from.
+        text: a sentence whose attention maps are shown; None: the first validation example.
+        eigenvalues: of each batch.
+        norm_weight: factor of the sum of the parameters' norms in the loss whose Hessian is taken.
+        points: of the landscape along each direction.
+        filters: what the landscape's directions are scaled by.
+    """
+
+    parts: tuple[str, ...]
+    by: By = "role"
+    sites: tuple[str, ...] = ()
+    examples: int | None = None
+    sequences: int = 10
+    within: float | None = None
+    bits: int = 16
+    teacher: str | None = None
+    text: str | None = None
+    eigenvalues: int = 3
+    norm_weight: float = 0.0
+    points: int = 11
+    filters: Filters = "rows"
+
+    def __post_init__(self) -> None:
+        for part in self.parts:
+            if part not in SETTINGS:
+                raise ConfigError(f"part {part!r} is unknown{suggest(part, SETTINGS)}; there are {', '.join(SETTINGS)}")
+        if self.within is not None and "ablation" not in self.parts:
+            raise ConfigError("a plan is suggested from the ablation: name the part `ablation` too")
+        if self.points < 3 or self.points % 2 == 0:
+            raise ConfigError(
+                f"a landscape has an odd number of points, 3 or more, to meet the model; not {self.points}"
+            )
+
+    @property
+    def few(self) -> int:
+        """Examples of the parts that go over them many times."""
+        return self.examples or FEW
+
+    def settings(self, part: str) -> dict[str, Json]:
+        """What the numbers of a part depend on, besides the model."""
+        values = {**asdict(self), "few": self.few}
+        found = {key: values[key] for key in SETTINGS[part]}
+        return {
+            "examples" if key == "few" else key: list(value) if isinstance(value, tuple) else value
+            for key, value in found.items()
+        }

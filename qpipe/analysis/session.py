@@ -1,0 +1,118 @@
+"""Session: one run under analysis, with what several parts need, made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from qpipe.analysis.groups import select
+from qpipe.analysis.ledger import Ledger
+from qpipe.analysis.observe import Example, collect, examples
+from qpipe.analysis.request import Request
+from qpipe.analysis.teacher import load_reference
+from qpipe.errors import ConfigError, SiteError
+from qpipe.report.inputs import ANALYSIS_FOLDER
+from qpipe.run import Run
+
+T = TypeVar("T")
+Told = Callable[[str], None]
+
+PER_TOKEN = ("input", "output", "sum", "stream")
+"""Slots whose tensors may be `[batch, tokens, features]`."""
+
+
+class Track(Protocol):
+    """Shows how far a loop has come."""
+
+    def __call__(self, items: Sequence[T], what: str) -> Iterable[T]:
+        """The items, one after another."""
+
+
+def untracked(items: Sequence[T], what: str) -> Iterable[T]:
+    """The items; nothing is shown."""
+    return items
+
+
+class Session:
+    """What the parts of an analysis share.
+
+    Attributes:
+        out: the run directory.
+        request: what to measure.
+        told: called with a line about every step.
+        track: shows how far a loop has come.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        load: Callable[[], Run],
+        request: Request,
+        told: Told = lambda text: None,
+        track: Track = untracked,
+    ) -> None:
+        self.out, self.request, self.told, self.track = out, request, told, track
+        self._load = load
+
+    def file(self, part: str) -> Path:
+        """Where the result of a part is."""
+        return self.out / ANALYSIS_FOLDER / f"{part}.json"
+
+    def ledger(self, part: str) -> Ledger:
+        """The intermediate results of a part."""
+        return Ledger(self.file(part).with_name(f".{part}.partial.json"), self.request.settings(part))
+
+    @cached_property
+    def run(self) -> Run:
+        """The run, with its quantizers in place and calibrated; loaded when a part needs it.
+
+        Raises:
+            ConfigError: there are several processes.
+        """
+        run = self._load()
+        if run.engine.world_size > 1:
+            raise ConfigError(
+                f"an analysis is the work of one process, and there are {run.engine.world_size}; start `qpipe analyze` "
+                "by itself, not with torchrun or accelerate launch"
+            )
+        return run
+
+    @cached_property
+    def teacher(self) -> Run:
+        """The full-precision model to compare with, in the place of the student; see `load_reference`."""
+        return load_reference(self.run, self.request.teacher)
+
+    @cached_property
+    def sample(self) -> list[Example]:
+        """The first `request.sequences` validation examples."""
+        return examples(self.run, self.request.sequences)
+
+    @cached_property
+    def values(self) -> dict[str, list[Tensor]]:
+        """Values `[tokens, features]` of the sample at every activation site of that form.
+
+        Raises:
+            SiteError: there is none.
+        """
+        run, patterns = self.run, self.request.sites
+        every = [name for name, site in run.instruments.sites.items() if site.slot in PER_TOKEN]
+        with_role = {name for names in run.instruments.map.sites.values() for name in names}
+        first = [name for name in every if name in run.plan.sites] or [name for name in every if name in with_role]
+        names = select(run, every if patterns or not first else first, patterns)
+        lengths = [len(next(iter(example.batch.values()))[0]) for example in self.sample]
+        fitting = {
+            name: seen
+            for name, seen in collect(run, names, self.sample).items()
+            if all(v.ndim == 2 for v in seen) and _same_tokens(seen, self.sample, lengths)
+        }
+        if not fitting:
+            raise SiteError("no site gives [tokens, features]; choose others with --sites")
+        return fitting
+
+
+def _same_tokens(seen: Sequence[Any], sample: Sequence[Example], lengths: list[int]) -> bool:
+    return len(seen) == len(sample) and (not sample[0].tokens or [len(v) for v in seen] == lengths)

@@ -1,0 +1,320 @@
+"""Distance to the teacher, curvature and landscape of a run, against values computed in another way."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from qpipe import ConfigError, ModelError
+from qpipe.analysis import curvature
+from qpipe.analysis import session as session_module
+from qpipe.analysis.analyze import Request, analyze, analyze_runs, measure
+from qpipe.analysis.curvature import trained_parameters, validation_batches
+from qpipe.analysis.hessian import hessian_product, norms, top_eigenvalues
+from qpipe.analysis.landscape import moved, normalized, offsets, random_direction
+from qpipe.analysis.ledger import Ledger
+from qpipe.analysis.session import Session
+from qpipe.analysis.slopes import frozen, twice_differentiable
+from qpipe.analysis.teacher import layer_map
+from qpipe.quant.activation import ActivationOptions, UniformActivation
+from qpipe.quant.grid import GridQuantizer
+from qpipe.quant.quantizer import Quantizer, straight_through
+from qpipe.quant.tensor import QTensor
+from qpipe.report.convergence import convergence, rise, summary_rows
+from qpipe.run import Step
+from qpipe.stages.calibrate import inputs_of
+from qpipe.stages.sensitivity import load, mean_loss, sample
+from qpipe.stages.train import task_loss
+from qpipe.testing import tiny_model
+
+
+@pytest.fixture(scope="module")
+def run(finished):
+    return load(finished.out)
+
+
+@pytest.fixture
+def here(run, tmp_path):
+    """The run with another directory, so that nothing measured before is found."""
+    before = run.config
+    run.config = before.model_copy(update={"out": str(tmp_path / "run")})
+    yield run
+    run.config = before
+
+
+@pytest.fixture
+def teacher(finished):
+    return str(finished.out.parent / "teacher")
+
+
+def plain(folder):
+    return AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def test_layer_errors_are_those_of_the_plain_models(here, finished, teacher):
+    here.instruments.context.enabled = False
+    found = analyze(here, Request(("layers",), examples=3, teacher=teacher))["layers"]
+    here.instruments.context.enabled = True
+    models = plain(finished.out / "model"), plain(teacher)
+    squares, count = torch.zeros(3, dtype=torch.float64), 0
+    with torch.no_grad():
+        for index in range(3):
+            batch = inputs_of(here.data.collate([here.data.validation[index]]))
+            kept = batch["attention_mask"][0].bool()
+            ours, theirs = (m(**batch, output_hidden_states=True).hidden_states for m in models)
+            for layer in range(3):
+                squares[layer] += (ours[layer][0, kept] - theirs[layer][0, kept]).double().square().sum()
+            count += int(kept.sum()) * 32
+    assert found["hidden_states"]["mse"] == pytest.approx((squares / count).tolist(), rel=1e-3)
+    assert len(found["attention_output"]["mse"]) == 2 and found["layers"] == [1, 2]
+
+
+def test_a_model_is_no_distance_from_itself(here, finished):
+    own = str(finished.out / "model")
+    request = Request(("layers", "ranking"), examples=2, sequences=2, teacher=own)
+    quantized = analyze(here, request)
+    assert quantized["layers"]["hidden_states"]["mse"][-1] > 0
+    here.instruments.context.enabled = False
+    found = analyze(here, request, again=True)
+    here.instruments.context.enabled = True
+    assert max(found["layers"]["hidden_states"]["mse"] + found["layers"]["attention_output"]["mse"]) < 1e-10
+    assert max(max(layer) for layer in found["ranking"]["loss"]) < 1e-6
+    assert torch.tensor(found["ranking"]["maps"]).equal(torch.tensor(found["ranking"]["teacher_maps"]))
+
+
+def test_maps_of_a_sentence(here, teacher):
+    text = "the movie was great"
+    found = analyze(here, Request(("ranking",), sequences=1, teacher=teacher, text=text))["ranking"]
+    assert found["tokens"] == ["[CLS]", *text.split(), "[SEP]"]
+    assert torch.tensor(found["maps"]).shape == (2, 4, 6, 6)
+    torch.testing.assert_close(torch.tensor(found["teacher_maps"]).sum(-1), torch.ones(2, 4, 6), atol=4e-4, rtol=0)
+
+
+class Half(Quantizer):
+    """Levels at multiples of 1/2; weights beyond `limit` get no gradient."""
+
+    def __init__(self, limit=torch.inf):
+        super().__init__()
+        self.limit = limit
+
+    def encode(self, value):
+        return QTensor((value * 2).round(), torch.full((1,), 0.5), torch.zeros(1), 8)
+
+    def surrogate(self, value):
+        def gradient(rows, grad, out):
+            return (torch.mul(grad, rows.abs() < self.limit, out=out), ())[1]
+
+        return GridQuantizer.with_gradient(Rows(), value, gradient)
+
+
+class Rows:
+    """What `with_gradient` needs of a quantizer."""
+
+    def rows_of(self, value):
+        return value
+
+
+def test_curvature_passes_quantizers_with_the_slope_that_training_uses():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 5, generator=generator)
+    weight = torch.randn(1, 5, generator=generator).requires_grad_()
+    quantizer = Half(limit=0.8)
+    quantizer.surrogate = frozen(quantizer)
+    loss = 0.5 * (x @ quantizer(weight).T).square().sum()
+    free = (weight.detach().abs() < 0.8).float()
+    assert 0 < free.sum() < 5
+    expected = torch.linalg.eigvalsh((x * free).T @ (x * free)).sort(descending=True).values[:2]
+    found = top_eigenvalues(hessian_product(loss, [weight]), [weight], 2, generator, tolerance=1e-7)
+    assert [value.value for value in found] == pytest.approx(expected.tolist(), rel=1e-3)
+    assert found[0].residual < 0.02
+
+
+def test_curvature_passes_static_ranges_where_they_do_not_clip():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(12, 5, generator=generator), torch.randn(1, 5, generator=generator).requires_grad_()
+    quantizer = UniformActivation(ActivationOptions(dynamic=False, granularity="tensor"))
+    quantizer.low.fill_(-1)
+    quantizer.high.fill_(1)
+    quantizer.freeze_range()
+    value = x @ weight.T
+    inside = x[(value.detach().abs() < 1).flatten()]
+    assert 0 < len(inside) < 12
+    loss = 0.5 * quantizer(value).square().sum()
+    found = top_eigenvalues(hessian_product(loss, [weight]), [weight], 1, generator, tolerance=1e-7)
+    assert found[0].value == pytest.approx(float(torch.linalg.eigvalsh(inside.T @ inside)[-1]), rel=1e-3)
+
+
+def test_gradients_that_mix_elements_are_refused():
+    quantizer = Half()
+    quantizer.site = "here:weight"
+    quantizer.surrogate = lambda value: straight_through(value / value.abs().max(), value)
+    with pytest.raises(ConfigError, match="here:weight: the gradient of Half goes from one element to others"):
+        frozen(quantizer)(torch.randn(3, 4))
+
+
+def test_products_are_differences_of_gradients(here):
+    """The whole model, fused attention included; without quantizers, whose values jump."""
+    here.instruments.context.enabled = False
+    with twice_differentiable(here):
+        batch = validation_batches(here, 4)[0]
+        parameters = trained_parameters(here)
+        vector = random_direction(parameters, "rows", torch.Generator().manual_seed(0))
+
+        def loss():
+            return task_loss(here).fn(Step(0, False, batch, here.student(**inputs_of(batch))))
+
+        product = hessian_product(loss(), list(parameters.values()))(list(vector.values()))
+        sides = []
+        for by in (1e-2, -1e-2):
+            with moved(parameters, [vector], [by]):
+                sides.append(torch.autograd.grad(loss(), list(parameters.values()), allow_unused=True))
+    here.instruments.context.enabled = True
+    pairs = [(p, (a - b) / 2e-2) for p, a, b in zip(product, *sides, strict=True) if a is not None]
+    ours, theirs = (torch.cat([pair[side].flatten() for pair in pairs]) for side in (0, 1))
+    assert float((ours - theirs).norm() / theirs.norm()) < 0.02
+
+
+def test_norms_of_zeros_have_no_curvature():
+    weights = [torch.zeros(3, requires_grad=True), torch.tensor([3.0, 4.0], requires_grad=True)]
+    product = hessian_product(norms(weights), weights)
+    first, second = product([torch.ones(3), torch.tensor([4.0, -3.0])])
+    assert torch.equal(first, torch.zeros(3))
+    torch.testing.assert_close(second, torch.tensor([0.8, -0.6]))
+
+
+def test_an_interrupted_hessian_goes_on(here, monkeypatch):
+    train = here.config.train.model_copy(update={"eval_batch_size": 8})
+    here.config = here.config.model_copy(update={"train": train})
+    request, real, calls = Request(("hessian",), examples=16, eigenvalues=1), curvature._eigenvalues, []
+
+    def interrupted(run, batch, request, number):
+        calls.append(number)
+        if calls == [0, 1]:
+            raise KeyboardInterrupt
+        return real(run, batch, request, number)
+
+    monkeypatch.setattr(curvature, "_eigenvalues", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        analyze(here, request)
+    found = analyze(here, request)["hessian"]
+    assert calls == [0, 1, 1]
+    assert [len(batch) for batch in found["batches"]] == [1, 1]
+    assert {path.name for path in (here.out / "analysis").iterdir()} == {"hessian.json"}
+
+
+def test_landscape_meets_the_model_and_leaves_it_alone(here):
+    before = {name: p.detach().clone() for name, p in here.student.named_parameters()}
+    found = analyze(here, Request(("landscape",), examples=16, points=3))["landscape"]
+    assert all(torch.equal(before[name], p) for name, p in here.student.named_parameters())
+    batches, loss = sample(here, 16), task_loss(here)
+    assert found["losses"][1][1] == pytest.approx(mean_loss(here, batches, loss), rel=1e-6)
+    parameters, generator = trained_parameters(here), torch.Generator().manual_seed(here.config.seed)
+    first, second = (random_direction(parameters, "rows", generator) for _ in range(2))
+    for name, p in parameters.items():
+        p.data += first[name] - second[name]
+    here.instruments.context.weights_changed()
+    assert found["losses"][2][0] == pytest.approx(mean_loss(here, batches, loss), rel=1e-5)
+    for name, p in parameters.items():
+        p.data.copy_(before[name])
+    here.instruments.context.weights_changed()
+
+
+def test_directions_are_as_long_as_the_weights_and_offsets_meet_0():
+    generator = torch.Generator().manual_seed(0)
+    weight, drawn = (torch.randn(4, 3, 2, generator=generator) for _ in range(2))
+    rows = normalized(drawn, weight, "rows").flatten(1).norm(dim=1)
+    torch.testing.assert_close(rows, weight.flatten(1).norm(dim=1))
+    torch.testing.assert_close(normalized(drawn, weight, "columns").norm(dim=0), weight.norm(dim=0))
+    assert offsets(5) == [-1, -0.5, 0, 0.5, 1]
+
+
+def test_outliers_and_ranges_look_once(here, monkeypatch):
+    passes, real = [], session_module.collect
+    monkeypatch.setattr(session_module, "collect", lambda *words: passes.append(1) or real(*words))
+    analyze(here, Request(("outliers", "ranges"), sequences=2))
+    assert passes == [1]
+
+
+def test_what_does_not_fit_is_named(here, finished, teacher, tmp_path):
+    with pytest.raises(ConfigError, match="was trained without a teacher; name the full-precision model"):
+        analyze(here, Request(("layers",)))
+    with pytest.raises(ConfigError, match="an odd number of points"):
+        Request(("landscape",), points=4)
+    deep = tiny_model(tmp_path / "deep", num_hidden_layers=3)
+    with pytest.raises(ModelError, match="2 blocks and its teacher 3"):
+        analyze(here, Request(("layers",), examples=1, teacher=str(deep)))
+    wide = tiny_model(tmp_path / "wide", hidden_size=64)
+    with pytest.raises(ModelError, match="compare models of one width"):
+        analyze(here, Request(("layers",), examples=1, teacher=str(wide)))
+    double = tiny_model(tmp_path / "double", num_hidden_layers=4)
+    session = Session(here.out, lambda: here, Request(("layers",), teacher=str(double)))
+    assert layer_map(here, session.teacher) == [1, 3]
+
+
+def test_several_processes_are_refused(here, monkeypatch):
+    monkeypatch.setattr(here.engine, "world_size", 2)
+    with pytest.raises(ConfigError, match="work of one process, and there are 2"):
+        analyze(here, Request(("hessian",)))
+
+
+def test_curves_need_no_model(finished, tmp_path):
+    shutil.copy(finished.out / "metrics.jsonl", tmp_path)
+    found = measure(Session(tmp_path, lambda: pytest.fail("loaded"), Request(("curves",))))["curves"]
+    assert [step for step, _ in found["training"]["loss"]] == [1, 2, 3, 4, 5, 6]
+    assert found["evaluation"]["accuracy"] == [[6, finished.results["evaluation"]["accuracy"]]]
+    with pytest.raises(ConfigError, match="no curve"):
+        measure(Session(tmp_path / "none", lambda: pytest.fail("loaded"), Request(("curves",))))
+
+
+def test_a_ledger_drops_what_was_measured_with_other_settings(tmp_path):
+    ledger = Ledger(tmp_path / "a" / "part.json", {"points": 3})
+    ledger.put("0", 1.5)
+    assert "0" in Ledger(tmp_path / "a" / "part.json", {"points": 3})
+    assert "0" not in Ledger(tmp_path / "a" / "part.json", {"points": 5})
+    ledger.close()
+    assert not (tmp_path / "a" / "part.json").exists()
+
+
+def test_numbers_of_a_landscape_and_a_hessian():
+    landscape = {"losses": [[1.0, 2.0, 3.0], [2.0, 0.5, 2.0], [3.0, 2.0, 1.0]]}
+    assert rise(landscape) == pytest.approx(16 / 8 - 0.5)
+    assert rise({"losses": [[None, 2.0, 3.0], [2.0, 0.5, 2.0], [3.0, 2.0, 1.0]]}) is None
+    hessian = {"batches": [[{"value": -3.0}], [{"value": 1.0}]]}
+    columns, rows = summary_rows({"a": {"hessian": hessian}, "b": {}})
+    assert columns == ["largest |eigenvalue|"] and rows == [["a", 2.0], ["b", None]]
+
+
+def test_runs_are_shown_together(here, finished, teacher, tmp_path):
+    parts = ("layers", "ranking", "hessian", "landscape", "curves")
+    request = Request(parts, examples=4, sequences=1, points=3, eigenvalues=1, teacher=teacher)
+    first, second = here.out, tmp_path / "other"
+    for out in (first, second):
+        out.mkdir(exist_ok=True)
+        shutil.copy(finished.out / "metrics.jsonl", out)
+    analyze_runs({first: lambda: here, second: lambda: here}, request)
+    html = convergence(first)
+    assert html.count("<svg") == 6
+    assert all(name in html for name in ("other", "Distance to the teacher", "Order within", "Curvature", "landscape"))
+    assert "Not shown" not in html
+    (second / "analysis" / "hessian.json").unlink()
+    noted = json.loads((second / "analysis" / "layers.json").read_text())
+    noted["settings"]["examples"] = 5
+    (second / "analysis" / "layers.json").write_text(json.dumps(noted))
+    assert "layers of other, hessian of other" in convergence(first)
+    assert convergence(tmp_path) is None
+
+
+def test_quantizers_come_back_as_they_were(here):
+    before = {name: type(q).surrogate for name, q in here.instruments.quantizers().items()}
+    context = here.instruments.context
+    context.compiled = True
+    with twice_differentiable(here):
+        assert not context.compiled, "compiled gradients would be constants to a second derivative"
+    assert context.compiled
+    context.compiled = False
+    for name, quantizer in here.instruments.quantizers().items():
+        assert "surrogate" not in vars(quantizer) and type(quantizer).surrogate is before[name]
+    assert not any(isinstance(module, nn.Linear) and module.training for module in here.student.modules())
