@@ -17,7 +17,7 @@ from qpipe.errors import ConfigError
 from qpipe.quant.quantizer import Quantizer
 from qpipe.run import Run
 from qpipe.stages.calibrate import inference
-from qpipe.stages.prepare import cast
+from qpipe.stages.casting import cast
 
 CLOSE = 1e-5
 
