@@ -1,0 +1,92 @@
+"""From files, mappings and overrides to a validated configuration, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from qpipe.config.overrides import apply_overrides
+from qpipe.config.sections import RunConfig
+from qpipe.config.yaml_text import read_yaml, yaml_text
+from qpipe.errors import ConfigError
+from qpipe.host import describe
+
+
+def default_recipe() -> dict[str, Any]:
+    """The recipe of `qpipe launch` without a configuration file, as a mapping."""
+    return read_yaml(files("qpipe").joinpath("recipes/default.yaml").read_text(), "the default recipe")
+
+
+def resolve(
+    source: str | Path | Mapping[str, Any] | None = None,
+    overrides: Iterable[str] = (),
+    plugins: Iterable[str] = (),
+) -> RunConfig:
+    """Make a configuration from a file (or mapping, or the default recipe), plugin names and `--set` overrides.
+
+    Raises:
+        ConfigError: the file is missing or a key or value is not allowed; the message names each problem.
+    """
+    if source is None:
+        data = default_recipe()
+    elif isinstance(source, Mapping):
+        data = dict(source)
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise ConfigError(f"configuration {str(path)!r} does not exist; give a YAML file, or none for the default")
+        data = read_yaml(path.read_text(), str(path))
+    data["plugins"] = {**(data.get("plugins") or {})}
+    for name in plugins:
+        data["plugins"].setdefault(name, {})
+    data["plugins"] = {k: v or {} for k, v in data["plugins"].items()}
+    data = with_plan(apply_overrides(data, overrides))
+    try:
+        return RunConfig(**data)
+    except ValidationError as error:
+        raise ConfigError(f"configuration: {_describe_nested(error)}") from error
+
+
+def with_plan(data: dict[str, Any]) -> dict[str, Any]:
+    """Put the rules of `quantization.plan` after `quantization.rules`, so that the configuration stands alone.
+
+    Raises:
+        ConfigError: the file is missing, or holds anything but `quantization.rules`.
+    """
+    section = data.get("quantization")
+    if not isinstance(section, dict) or section.get("plan") is None:
+        return data
+    path = Path(str(section["plan"]))
+    if not path.is_file():
+        raise ConfigError(
+            f"quantization.plan {str(path)!r} does not exist; `qpipe inspect sensitivity --out` writes one"
+        )
+    found = read_yaml(path.read_text(), str(path))
+    inner = found.get("quantization")
+    if list(found) != ["quantization"] or not isinstance(inner, dict) or list(inner) != ["rules"]:
+        raise ConfigError(f"{path} must hold `quantization: {{rules: [...]}}` and nothing else")
+    rules = [*(section.get("rules") or ()), *(inner["rules"] or ())]
+    return {**data, "quantization": {**section, "rules": rules, "plan": None}}
+
+
+def _describe_nested(error: ValidationError) -> str:
+    """Like `describe`, with the allowed keys of the section that the problem is in."""
+    sections: dict[str, type[BaseModel]] = {
+        name: field.annotation
+        for name, field in RunConfig.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    }
+    first = error.errors()[0]["loc"]
+    if len(first) > 1 and first[0] in sections:
+        model = sections[str(first[0])]
+        return describe(error, model)
+    return describe(error, RunConfig)
+
+
+def dump(config: RunConfig) -> str:
+    """The configuration as YAML; `resolve` of it gives an equal configuration."""
+    return yaml_text(config.model_dump(mode="json"))
