@@ -83,6 +83,7 @@ def test_every_forward_pass_of_training_draws_anew(tmp_path, monkeypatch):
         assert 0.4 < float((one == other).float().mean()) < 0.6, "independent draws agree in every second element"
 
 
+@pytest.mark.slow
 def test_contract():
     """Resumes bit for bit, and two processes under ZeRO-3 draw what one process draws."""
     check_rules(RULES, quantization__noise=0.5, train__accumulation=2)
