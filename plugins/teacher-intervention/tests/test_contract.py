@@ -3,7 +3,6 @@ from qpipe_teacher_intervention import GradualIntervention, MapIntervention, Out
 
 from qpipe.testing import check_plugin
 
-
 SLOW = pytest.mark.slow
 
 
