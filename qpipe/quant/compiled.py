@@ -82,6 +82,15 @@ def turn_off(context: QuantContext, reason: str) -> None:
     logger.warning("quantization.compile: %s; weights are quantized in eager mode from here on", reason)
 
 
+def _unrelated(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same memory, without the record of what each tensor is a view of; one tensor stays one tensor.
+
+    The compiler makes code of its own for every kind of tensor behind a view, and keeps only a few variants.
+    """
+    made: dict[int, Tensor] = {}
+    return [made.setdefault(id(tensor), tensor.data) for tensor in tensors]
+
+
 @overload
 def over_rows(
     context: QuantContext,
@@ -123,7 +132,7 @@ def over_rows(
     """
     if context.compiled and out.device.type == "cpu":
         try:
-            return compiled(fn)(out, *tensors, *constants)
+            return compiled(fn)(*_unrelated([out, *tensors]), *constants)
         except Exception as error:  # The compiler's errors have no common base; the eager path does the same work.
             turn_off(context, f"compiling {fn.__name__} failed ({type(error).__name__}: {str(error)[:200]})")
     count, size = out.shape[0], block_rows(out)
