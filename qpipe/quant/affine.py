@@ -85,7 +85,7 @@ class AffineActivation(Quantizer):
         return self.quantize_within(value)[0]
 
     def quantize_within(self, value: Tensor, ends: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
-        """`quantize`, and which elements are between `ends`, bool; None without them.
+        """`quantize`, and 1 where an element is between `ends`, else 0, uint8; None without them.
 
         Args:
             value: the activation.
@@ -96,7 +96,7 @@ class AffineActivation(Quantizer):
         ends = None if ends is None else (ends[0].to(working.dtype), ends[1].to(working.dtype))
         found = fused_quantize(self.context, working, scale, zero, code_range(self.bits), ends)
         if found is None or not self._agrees(found[0], working, scale, zero):
-            inside = None if ends is None else (working >= ends[0]) & (working <= ends[1])
+            inside = None if ends is None else ((working >= ends[0]) & (working <= ends[1])).to(torch.uint8)
             return self._eager(working, scale, zero).to(value.dtype), inside
         return found[0].to(value.dtype), found[1]
 

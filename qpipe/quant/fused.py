@@ -60,14 +60,15 @@ def clipped_rows(
     low: int,
     high: int,
 ) -> None:
-    """The same, and whether `bottom <= rows <= top` into `inside`, bool."""
-    inside.copy_((rows >= bottom) & (rows <= top))
+    """The same, and 1 where `bottom <= rows <= top` into `inside`, else 0."""
+    # The compiler writes numbers with vector instructions, and truth values one by one.
+    inside.copy_(torch.where((rows >= bottom) & (rows <= top), 1.0, 0.0))
     affine_rows(out, rows, scale, zero, low, high)
 
 
 def gated_rows(out: Tensor, grad: Tensor, inside: Tensor) -> None:
-    """`grad` where `inside`, else 0, into `out`, which may be `grad`."""
-    out.copy_(torch.where(inside, grad, 0.0))
+    """`grad` times `inside`, into `out`, which may be `grad`."""
+    out.copy_(grad * inside)
 
 
 def fused_quantize(
@@ -88,7 +89,7 @@ def fused_quantize(
         codes: smallest and largest.
         ends: of a range, one element each, in its dtype.
 
-    Returns the quantized value, and which elements are between `ends`, bool (None without them).
+    Returns the quantized value, and 1 where an element is between `ends`, uint8 (None without them).
     """
     if not context.compiled or value.device.type != "cpu" or zero.shape != scale.shape:
         return None
@@ -100,7 +101,7 @@ def fused_quantize(
     if ends is None:
         over_rows(context, affine_rows, out, (rows, *grid), codes)
         return result, None
-    inside = torch.empty_like(value, dtype=torch.bool)
+    inside = torch.empty_like(value, dtype=torch.uint8)
     mask = inside.as_strided(rows.shape, rows.stride())
     over_rows(context, clipped_rows, out, (mask, rows, *grid, *(end.view(1, 1) for end in ends)), codes)
     return result, inside
