@@ -129,7 +129,9 @@ class Clipped(torch.autograd.Function):
 
 
 def _gate_compiled(context: QuantContext, grad: Tensor, inside: Tensor) -> Tensor | None:
-    rows = memory_rows(grad) if context.compiled and grad.device.type == "cpu" else None
+    # Gradients are on in a backward pass that will be differentiated again, which compiled code leaves no trace for.
+    usable = context.compiled and grad.device.type == "cpu" and not torch.is_grad_enabled()
+    rows = memory_rows(grad) if usable else None
     if rows is None or grad.stride() != inside.stride():
         return None
     result = grad if is_owned(grad) else torch.empty_like(grad)

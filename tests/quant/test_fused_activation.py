@@ -70,6 +70,16 @@ def test_the_gradient_may_be_overwritten_where_nobody_holds_it():
     assert torch.equal(value.grad[inside], held[inside]) and not value.grad.abs()[value.abs() > 1.6].any()
 
 
+@needs_compiler
+def test_the_gradient_can_be_differentiated_again():
+    quantizer, value = made(True, **STATIC), torch.linspace(-3, 3, 48).view(2, 4, 6).requires_grad_()
+    (first,) = torch.autograd.grad(quantizer(value).square().sum(), value, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), value)
+    inside = (value >= quantizer.low) & (value <= quantizer.high)
+    assert torch.equal(second[inside], torch.full_like(second[inside], 2.0))
+    assert not second[value.abs() > 1.6].any()
+
+
 def test_rows_follow_memory():
     value = torch.arange(24.0).view(2, 3, 4)
     assert torch.equal(fused.memory_rows(value.transpose(0, 2)).flatten(), torch.arange(24.0))
