@@ -22,6 +22,9 @@ PROJECTIONS = (
 )
 """Names of the query, key and value projections in an attention module, and of its output projection."""
 
+IMAGE_STATISTICS = frozenset({"image_mean", "image_std"})
+"""Keys of `model.config` that are for the image processor: transformers' own models take no such arguments."""
+
 
 class Models(Plugin):
     """Hugging Face models by task."""
@@ -39,7 +42,7 @@ class Models(Plugin):
             "masked-lm": transformers.AutoModelForMaskedLM,
             "intent-slot": transformers.AutoModelForTokenClassification,
         }
-        overrides: dict[str, Any] = dict(spec.config)
+        overrides: dict[str, Any] = {k: v for k, v in spec.config.items() if k not in IMAGE_STATISTICS}
         if num_labels and not strict:
             overrides |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}
         if task.kind == "regression":
@@ -58,6 +61,8 @@ class Models(Plugin):
                 f"model {spec.name!r} does not load for task kind {task.kind!r}: {error}. "
                 "Give a folder, a hub name, or package:NAME/PATH"
             ) from error
+        for name in IMAGE_STATISTICS & spec.config.keys():  # so that the saved model says how its images are prepared
+            setattr(model.config, name, spec.config[name])
         if strict:
             refuse_untrained(spec.name, model, sorted(info["missing_keys"]), num_labels)
         return model
