@@ -51,7 +51,8 @@ class Setting(Part):
 
     def placeholders(self) -> set[str]:
         """Names of the folders that it needs."""
-        return {name for text in self.overrides for name in PLACEHOLDER.findall(text.partition("=")[2])}
+        texts = [*self.overrides, *(text for more in self.overrides_for.values() for text in more)]
+        return {name for text in texts for name in PLACEHOLDER.findall(text.partition("=")[2])}
 
 
 class Sweep(Part):
