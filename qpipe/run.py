@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qpipe.types import Signals
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -34,6 +36,7 @@ class Step:
         student: captured student signals by `(kind, layer)`; `("logits", 0)` for signals without layers.
         teacher: captured teacher signals, likewise; no gradients.
         number: of the micro-batch within the optimizer step, from 0.
+        signals: what plugins wanted in it.
     """
 
     index: int
@@ -43,6 +46,7 @@ class Step:
     student: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     teacher: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     number: int = 0
+    signals: Signals = field(default_factory=Signals)
 
 
 @dataclass

@@ -192,13 +192,18 @@ class Signals:
     `context` [batch, tokens, heads, head size]; `attention_output` the output of the attention's output projection,
     [batch, tokens, hidden]; `hidden_states` the embedding output and every block's output. `scores` and `probs` make
     the model build attention maps, so ask for them only while they are needed.
+
+    `evaluation` are signals of the teacher that taps added with `in_evaluation` need in evaluations during training.
+    Such an evaluation measures something else than the student by itself: it is logged, and never counts as the best
+    or as the run's result.
     """
 
     teacher: frozenset[SignalKind] = frozenset()
     student: frozenset[SignalKind] = frozenset()
+    evaluation: frozenset[SignalKind] = frozenset()
 
     def __or__(self, other: Signals) -> Signals:
-        return Signals(self.teacher | other.teacher, self.student | other.student)
+        return Signals(self.teacher | other.teacher, self.student | other.student, self.evaluation | other.evaluation)
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,7 @@ class AttentionSites(nn.Module):
         """True if anything at scores or probs is active now; otherwise the fused kernel computes the attention."""
         if self.context.enabled and any(slot in self.quantizers for slot in MAP_SLOTS):
             return True
-        if not self.context.taps_active:
-            return False
-        return any(tap.active() for slot in MAP_SLOTS for tap in self.taps[slot])
+        return any(tap.acts(self.context) for slot in MAP_SLOTS for tap in self.taps[slot])
 
     def forward(
         self,

@@ -139,14 +139,17 @@ class Instruments:
         stage: TapStage,
         fn: Callable[[Tensor], Tensor],
         active: Callable[[], bool] = always,
+        in_evaluation: bool = False,
     ) -> None:
-        """Put a function at a site. It runs in training steps only, while `active()` is true.
+        """Put a function at a site. It runs in training steps, while `active()` is true.
 
         Args:
             site_name: `path:slot`.
             stage: OBSERVE sees the model's own value, REPLACE changes it, QUANTIZE comes last.
             fn: tensor to tensor of the same shape.
             active: asked on every call; an active tap at scores or probs makes the model build attention maps.
+            in_evaluation: it runs also in those evaluations during training for which a plugin asks for signals of the
+                teacher (`Signals.evaluation`); `run.step` then holds the batch and these signals.
 
         Raises:
             SiteError: the model has no such site, or the site is a weight.
@@ -155,7 +158,7 @@ class Instruments:
         if site.slot == "weight":
             raise SiteError(f"taps see activations; {site_name!r} is a weight (use a quantizer or a weight loss)")
         self.tapped.add(site_name)
-        self._add_tap(site, Tap(stage, fn, active))
+        self._add_tap(site, Tap(stage, fn, active, in_evaluation))
 
     def _add_tap(self, site: Site, tap: Tap) -> None:
         add_sorted(self.module(site).taps_at(site.slot), tap)

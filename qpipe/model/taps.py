@@ -23,14 +23,19 @@ class Tap:
     stage: TapStage
     fn: Callable[[Tensor], Tensor]
     active: Callable[[], bool] = always
+    in_evaluation: bool = False
+
+    def acts(self, context: QuantContext) -> bool:
+        """Whether it acts in the forward pass under way."""
+        return (context.taps_active or (self.in_evaluation and context.evaluation_taps)) and self.active()
 
 
 def run_taps(taps: Sequence[Tap], x: Tensor, context: QuantContext) -> Tensor:
-    """Apply the active taps in order. Outside a training step none is active."""
-    if not taps or not context.taps_active:
+    """Apply the active taps in order. Outside a training step none is active, but for those of evaluations."""
+    if not taps or not (context.taps_active or context.evaluation_taps):
         return x
     for tap in taps:
-        if tap.active():
+        if tap.acts(context):
             x = tap.fn(x)
     return x
 

@@ -34,6 +34,7 @@ class QuantContext:
         micro_batch: number of the micro-batch under way, counted from the start of training.
         compiled: True where quantizers may use compiled code; the result is the same bit for bit.
         taps_active: True within a training step; observing and replacing taps do nothing otherwise.
+        evaluation_taps: True within an evaluation in which the taps act that were added for it.
         weight_losses: values of weight penalties met in this forward pass, by `(penalty, module path)`; of penalties on
             moments, what these are formed from.
         due_weight_losses: names of the weight penalties that act in this micro-batch.
@@ -54,6 +55,7 @@ class QuantContext:
     micro_batch: int = 0
     compiled: bool = False
     taps_active: bool = False
+    evaluation_taps: bool = False
     weight_losses: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     due_weight_losses: frozenset[str] = frozenset()
     estimators: Mapping[str, RangeEstimatorKind] = field(default_factory=lambda: ESTIMATORS)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,21 @@ from torch import Tensor
 from qpipe.data.joint import predict_joint
 from qpipe.data.loader import eval_loader
 from qpipe.data.metrics import IGNORED, masked_losses, token_losses
-from qpipe.run import Run
+from qpipe.run import Run, Step
 from qpipe.stages.calibrate import inference, inputs_of, to_device
 from qpipe.stages.gather import share_buffers
+from qpipe.stages.teaching import capture
 
 
-def evaluate(run: Run) -> dict[str, float]:
+def evaluate(run: Run, after: Step | None = None) -> dict[str, float]:
     """The task's metrics over the validation split, the same on every process.
 
     Taps that observe or replace are inactive; every quantizer acts.
+
+    Args:
+        run: prepared.
+        after: the training step before; where plugins wanted signals for evaluations in it, the taps act that were
+            added for evaluations.
     """
     rows: list[tuple[int, Any, Any]] = []
     share_buffers(run)
@@ -32,7 +39,8 @@ def evaluate(run: Run) -> dict[str, float]:
             world_size=run.engine.world_size,
         ):
             moved = to_device(batch, run)
-            output = run.engine.forward(**inputs_of(moved))
+            with evaluation_taps(run, moved, after):
+                output = run.engine.forward(**inputs_of(moved))
             predictions, references = predict(run.task.kind, output.logits, moved["labels"], run.data.label_names)
             rows += [(int(i), p, r) for i, p, r in zip(indices, predictions, references, strict=True) if int(i) >= 0]
     merged = sorted((row for part in run.engine.gather_objects(rows) for row in part), key=lambda row: row[0])
@@ -40,6 +48,22 @@ def evaluate(run: Run) -> dict[str, float]:
     if run.data.decode is not None:
         predicted, expected = run.data.decode(predicted, expected)
     return {metric.name: float(metric.fn(predicted, expected)) for metric in run.task.metrics}
+
+
+@contextmanager
+def evaluation_taps(run: Run, batch: dict[str, Tensor], after: Step | None) -> Iterator[None]:
+    """Within, taps added for evaluations act on a batch, if any plugin wanted signals of the teacher for them."""
+    if after is None or not after.signals.evaluation:
+        yield
+        return
+    run.step = Step(after.index, True, batch, signals=after.signals)
+    capture(run, inputs_of(batch), after.signals.evaluation, run.step.teacher)
+    run.instruments.context.evaluation_taps = True
+    try:
+        yield
+    finally:
+        run.instruments.context.evaluation_taps = False
+        run.step = None
 
 
 def stack(rows: Sequence[Any]) -> Any:

@@ -122,7 +122,7 @@ def micro_step(run: Run, step: Step, losses: list[Loss]) -> dict[str, Tensor]:
     run.step = step
     run.engine.begin_micro_batch(step.is_last_micro_batch)
     run.host.hook.qpipe_step_start(run=run, step=step)
-    wanted = wanted_signals(run)
+    wanted = step.signals = wanted_signals(run)
     teacher_signals(run, step, wanted)
     run.instruments.want(wanted.student, step.student)
     context.weight_losses.clear()
@@ -224,7 +224,7 @@ def train(run: Run, resume: bool = False) -> Progress:
         run.host.hook.qpipe_step_end(run=run, step=step, metrics=metrics)
         run.step = None
         progress.step = index + 1
-        after_step(run, progress)
+        after_step(run, progress, step)
     finish(run, progress)
     return progress
 
@@ -242,18 +242,28 @@ def step_metrics(run: Run, meter: Meter, started: float) -> dict[str, float]:
     return metrics
 
 
-def after_step(run: Run, progress: Progress) -> None:
-    """Evaluate and save where it is due, and where a phase ends."""
+def after_step(run: Run, progress: Progress, last: Step) -> None:
+    """Evaluate and save where it is due, and where a phase ends.
+
+    Args:
+        run: in training.
+        progress: after the step.
+        last: micro-batch of the step.
+    """
     train_config = run.config.train
     per_epoch = steps_per_epoch(run)
     ends = progress.step in {phase.stop for phase in run.phases}
     due_eval = progress.step % (train_config.eval_every or per_epoch) == 0 or ends
     due_save = progress.step % (train_config.save_every or per_epoch) == 0 or ends
     if due_eval:
-        metrics = evaluate(run)
+        intervening = bool(last.signals.evaluation)
+        metrics = evaluate(run, last)
         run.host.hook.qpipe_evaluated(run=run, metrics=metrics)
-        run.results["evaluation"] = metrics
-        if progress.step > run.phases[-1].start and is_better(run, metrics, progress.best_metric):
+        run.results.pop("evaluation", None)
+        if not intervening:
+            run.results["evaluation"] = metrics
+        counts = not intervening and progress.step > run.phases[-1].start
+        if counts and is_better(run, metrics, progress.best_metric):
             progress.best_step, progress.best_metric = progress.step, metrics[run.task.metrics[0].name]
             due_save = True
     if due_save:

@@ -244,7 +244,7 @@ def test_old_checkpoints_are_removed(tmp_path, fast):
 def test_training_can_end_from_every_checkpoint_that_is_kept(tmp_path, monkeypatch, fast):
     """The best of each is kept with it: here the newest was damaged and removed, as its message advises."""
     script = iter([0.5, 0.9, 0.7, 0.6, 0.95, 0.8, 0.8, 0.1, 0.2, 0.3])
-    monkeypatch.setattr(TRAIN, "evaluate", lambda run: {"accuracy": next(script)})
+    monkeypatch.setattr(TRAIN, "evaluate", lambda run, last=None: {"accuracy": next(script)})
     changes = {"eval_every": 1, "save_every": 1, "keep_best": True, "keep_checkpoints": 2}
     config = tiny_config(tmp_path, **{f"train__{key}": value for key, value in changes.items()}, train__max_steps=5)
     qpipe.execute(config)

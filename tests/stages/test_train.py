@@ -315,7 +315,7 @@ def test_epochs_count_full_batches(epochs, steps, tmp_path, assembled):
 def test_it_ends_with_the_weights_of_the_best_evaluation(tmp_path, monkeypatch, fast):
     """Scripted metrics: the best one is in the middle, and a NaN is never the best."""
     script = iter([0.5, 0.9, math.nan, 0.7, 0.6, 0.8, 0.123])
-    monkeypatch.setattr(TRAIN, "evaluate", lambda run: {"accuracy": next(script)})
+    monkeypatch.setattr(TRAIN, "evaluate", lambda run, last=None: {"accuracy": next(script)})
     config = tiny_config(
         tmp_path, train__eval_every=1, train__save_every=1, train__keep_best=True, train__keep_checkpoints=1
     )
@@ -330,7 +330,7 @@ def test_it_ends_with_the_weights_of_the_best_evaluation(tmp_path, monkeypatch, 
 
 def test_without_keep_best_it_ends_with_the_last_weights(tmp_path, monkeypatch, fast):
     script = iter([0.9, 0.5])
-    monkeypatch.setattr(TRAIN, "evaluate", lambda run: {"accuracy": next(script)})
+    monkeypatch.setattr(TRAIN, "evaluate", lambda run, last=None: {"accuracy": next(script)})
     run = qpipe.execute(tiny_config(tmp_path, train__eval_every=3))
     last = torch.load(run.out / "checkpoints" / "step-00000006" / "engine" / "state.pt", weights_only=True)["model"]
     for name, parameter in type(run.student).from_pretrained(run.out / "model").named_parameters():

@@ -43,6 +43,11 @@ class InterventionOptions(Options):
         None, gt=0, description="of the intervention, with `two_step`; null: `train.learning_rate`"
     )
     warmup: float | None = Field(None, ge=0, lt=1, description="part of it, likewise; null: `train.warmup`")
+    in_evaluation: bool = Field(
+        False,
+        description="the teacher's attention stands in at evaluations during the intervention too; they are logged, "
+        "and never count as the best or as the run's result",
+    )
     layer_map: tuple[Annotated[int, Field(gt=0)], ...] | None = Field(
         None,
         min_length=1,

@@ -77,7 +77,7 @@ class TeacherIntervention(Plugin):
         require_compatible(run, frozenset(kind for part in parts for kind in part.kind), norm)
         start = next((phase.start for phase in run.phases if phase.name == PHASE), 0)
         self.schedule = make_schedule(parts, self._steps(run), start, run.config.seed)
-        add_taps(run, lambda: self.kind, self._layers)
+        add_taps(run, lambda: self.kind, self._layers, self.options.in_evaluation)
         if norm:
             keep_ffn_inputs(run)
 
@@ -113,7 +113,8 @@ class TeacherIntervention(Plugin):
         replaced: frozenset[SignalKind] = frozenset() if self.kind is None else frozenset({REPLACED[self.kind]})
         # The teacher's taps need its forward pass, which a signal of its attention asks for.
         seen: frozenset[SignalKind] = frozenset({"attention_output"}) if self._compares_norms() else frozenset()
-        return Signals(teacher=compared | replaced | seen, student=compared)
+        evaluation = replaced if self.options.in_evaluation else frozenset()
+        return Signals(teacher=compared | replaced | seen, student=compared, evaluation=evaluation)
 
     @hookimpl
     def qpipe_losses(self, run: Run) -> Iterable[Loss]:

@@ -16,25 +16,28 @@ FFN_INPUT = "ffn_input"
 """Role of what enters the feed-forward network, and the key under which a step keeps it."""
 
 
-def add_taps(run: Run, current: Callable[[], Kind | None], layers: Sequence[int]) -> None:
+def add_taps(run: Run, current: Callable[[], Kind | None], layers: Sequence[int], in_evaluation: bool = False) -> None:
     """Put the replacements and gradient stops at their sites.
 
     Args:
         run: with both models.
         current: says which intervention acts now.
         layers: the teacher's layer for each layer of the student, from 0.
+        in_evaluation: whether the replacements act in evaluations during training too.
     """
     model_map, add = run.instruments.map, run.instruments.add_tap
+
+    def replace(site: str, kind: SignalKind, layer: int, acting: Callable[[], bool]) -> None:
+        add(site, TapStage.REPLACE, _replacement(run, kind, layer), acting, in_evaluation)
 
     def acting(*kinds: Kind) -> Callable[[], bool]:
         return lambda: current() in kinds
 
     for layer, attention in enumerate(model_map.attention):
         theirs = layers[layer]
-        add(f"{attention}:probs", TapStage.REPLACE, _replacement(run, "probs", theirs), acting("map"))
-        add(f"{attention}:context", TapStage.REPLACE, _replacement(run, "context", theirs), acting("context"))
-        output = f"{model_map.attention_output[layer]}:output"
-        add(output, TapStage.REPLACE, _replacement(run, "attention_output", theirs), acting("output"))
+        replace(f"{attention}:probs", "probs", theirs, acting("map"))
+        replace(f"{attention}:context", "context", theirs, acting("context"))
+        replace(f"{model_map.attention_output[layer]}:output", "attention_output", theirs, acting("output"))
         query, key, value = model_map.attention_inputs[layer]
         for path in dict.fromkeys((query, key)):
             add(f"{path}:input", TapStage.REPLACE, _stop, acting("output", "context", "map"))
@@ -69,7 +72,7 @@ def _stop(x: Tensor) -> Tensor:
 def _replacement(run: Run, kind: SignalKind, layer: int) -> Callable[[Tensor], Tensor]:
     def replace(x: Tensor) -> Tensor:
         if run.step is None:
-            raise RuntimeError(f"the replacement by {kind} of the teacher's layer {layer} ran outside a training step")
+            raise RuntimeError(f"the replacement by {kind} of the teacher's layer {layer} ran outside a step")
         result: Tensor = Inject.apply(x, run.step.teacher[kind, layer])
         return result
 

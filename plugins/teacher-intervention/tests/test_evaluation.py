@@ -1,0 +1,91 @@
+"""With `in_evaluation`, evaluations see the teacher's attention too; the run's result is of the student alone."""
+
+import importlib
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import qpipe
+from qpipe.testing import tiny_config, tiny_model
+
+EVALUATE = importlib.import_module("qpipe.stages.evaluate")
+EXECUTE = importlib.import_module("qpipe.stages.execute")
+STILL = {"quantization__preset": None, "train__learning_rate": 1e-12, "train__eval_every": 3, "train__keep_best": True}
+
+
+@pytest.fixture
+def logits(monkeypatch):
+    """Logits of every batch that is evaluated."""
+    seen = []
+    original = EVALUATE.predict
+
+    def watch(kind, values, *rest):
+        seen.append(values.clone())
+        return original(kind, values, *rest)
+
+    monkeypatch.setattr(EVALUATE, "predict", watch)
+    monkeypatch.setattr(EXECUTE, "verify", lambda *_, **__: SimpleNamespace(passed=True, metrics={}, lines=list))
+    return seen
+
+
+def scrambled(folder):
+    """A model whose attention computes something else than that of `folder/teacher`; all else is equal."""
+    path = tiny_model(folder / "scrambled", seed=1) / "model.safetensors"
+    state = load_file(path)
+    for name in (name for name in state if "attention.output.dense.weight" in name or "attention.self" in name):
+        state[name] = torch.randn(state[name].shape, generator=torch.Generator().manual_seed(0))
+    save_file(state, path, {"format": "pt"})
+    return path.parent
+
+
+def evaluated(run):
+    """`(step, metrics)` of the evaluations that were logged."""
+    lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if any("accuracy" in key for key in line)]
+
+
+@pytest.mark.parametrize("schedule", ["output", "context", "map"])
+def test_evaluation_is_of_the_student_with_the_teachers_attention(schedule, logits, tmp_path):
+    whole = tiny_config(tmp_path, train__max_steps=3, **STILL)
+    whole = whole.model_copy(update={"model": whole.model.model_copy(update={"name": str(tmp_path / "teacher")})})
+    qpipe.execute(whole)
+    expected = logits[0]
+    logits.clear()
+    config = tiny_config(
+        tmp_path,
+        {"ti-g": {"schedule": [{"kind": schedule, "fraction": 1}], "steps": 3, "in_evaluation": True}},
+        model__name=str(scrambled(tmp_path)),
+        teacher__name=str(tmp_path / "teacher"),
+        teacher__init_student=False,
+        out=str(tmp_path / "intervened"),
+        **STILL,
+    )
+    run = qpipe.execute(config)
+    during, after, last = logits[0], logits[1], logits[-1]
+    assert not torch.allclose(after, expected, atol=1e-3)
+    if schedule == "output":  # contexts and maps still pass the student's own projections
+        torch.testing.assert_close(during, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(during, after, atol=1e-3)
+    torch.testing.assert_close(after, last, atol=1e-5, rtol=1e-5)
+    assert run.results["best_step"] == 6, "the evaluation at step 3 must not count"
+    assert len(evaluated(run)) == 2
+
+
+def test_result_is_of_the_student_alone_where_the_intervention_never_ends(logits, tmp_path):
+    config = tiny_config(
+        tmp_path,
+        {"ti-o": {"fraction": 1, "in_evaluation": True}},
+        model__name=str(scrambled(tmp_path)),
+        teacher__name=str(tmp_path / "teacher"),
+        teacher__init_student=False,
+        **STILL,
+    )
+    run = qpipe.execute(config)
+    during, ended, alone = logits[0], logits[1], logits[2]
+    torch.testing.assert_close(ended, during, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(alone, ended, atol=1e-3)
+    assert run.results["best_step"] is None
+    assert "evaluation" in run.results
