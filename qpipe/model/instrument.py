@@ -62,8 +62,11 @@ class Instruments:
             for slot in SLOTS:
                 site = Site(path, slot, type(self.model.get_submodule(path)).__name__)
                 found[site.name] = site
-        mapped = [name for names in self.map.sites.values() for name in names if name not in found]
-        return found | {name: self._mapped_site(name) for name in mapped}
+        mapped = [name for names in self.map.sites.values() for name in names]
+        mapped += [
+            f"{path}:output" for path in self.map.attention_output
+        ]  # a part, where a projection is made of several
+        return found | {name: self._mapped_site(name) for name in mapped if name not in found}
 
     def _mapped_site(self, name: str) -> Site:
         """A site that only the map can tell: a sum of embeddings, a residual stream, the output of a whole part."""
