@@ -2,9 +2,9 @@
 
     python examples/binarybert/split.py RUN FOLDER
 
-RUN is a finished run of `qpipe launch` with a BERT classifier whose ternary weights have no `clip`. In FOLDER each module
-with such a weight is the sum of two of its shape. Their 1-bit weights add up to the ternary one, so that the model,
-quantized with `binary` at the granularity that the ternary weights had, starts where the run ended.
+RUN is a finished run of `qpipe launch` with a BERT classifier whose ternary weights have no `clip`. In FOLDER each
+of its ternary modules is the sum of two. Their 1-bit weights add up to the ternary one, so that the model, quantized
+with `binary` at the granularity that the ternary weights had, starts where the run ended.
 
 Bai et al., "BinaryBERT: Pushing the Limit of BERT Quantization" (ACL 2021), section 3.2.
 """
