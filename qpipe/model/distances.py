@@ -6,8 +6,11 @@ first, and then over examples, so that it does not depend on padding, nor on how
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -62,6 +65,8 @@ def hidden_cosine(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tens
 
 def hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     """Mean squared difference of states `[batch, tokens, hidden]`; Jiao et al., "TinyBERT" (2020), eq. 8."""
+    if mask is None:
+        return F.mse_loss(student.float(), teacher.float())
     return example_mean((student.float() - teacher.float()).square().mean(-1), mask)
 
 
@@ -105,15 +110,38 @@ def all_scores_mse(
 
     Args:
         student: scores `[batch, heads, queries, keys]`.
-        teacher: of the same shape.
+        teacher: of the same shape; gets no gradient.
         mask: `[batch, tokens]`, non-zero at real tokens, or None.
         causal: True if a query sees no later key.
         floor: scores down to here count as 0, with no gradient; published code finds masked entries by -100.
     """
-    ours, theirs = student.float(), teacher.float()
-    if floor is not None:
-        ours, theirs = F.threshold(ours, floor, 0.0), F.threshold(theirs, floor, 0.0)
-    visible, difference = visible_pairs(student, mask, causal, queries=False), ours - theirs
-    if visible is not None:
-        difference = difference.masked_fill(~(visible if visible.dim() == 2 else visible[:, None]), 0.0)
-    return difference.square().mean()
+    visible = visible_pairs(student, mask, causal, queries=False)
+    if visible is not None and visible.dim() == 3:
+        visible = visible[:, None]
+    value: Tensor = _MeanSquare.apply(student.float(), teacher.float(), None if visible is None else ~visible, floor)
+    return value
+
+
+class _MeanSquare(torch.autograd.Function):
+    """`all_scores_mse` of float32 scores, in as few passes over them as there can be: maps are the largest tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, hidden: Tensor | None, floor: float | None) -> Tensor:
+        if floor is None:
+            difference = student - teacher
+        else:
+            difference = F.threshold(student, floor, 0.0).sub_(F.threshold(teacher, floor, 0.0))
+        if hidden is not None:
+            difference.masked_fill_(hidden, 0.0)
+        ctx.floor = floor
+        ctx.save_for_backward(difference, None if floor is None else student)
+        return torch.linalg.vector_norm(difference).square() / difference.numel()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        difference, student = ctx.saved_tensors
+        result = difference * (2 * grad / difference.numel())
+        if student is not None:
+            result.masked_fill_(student <= ctx.floor, 0.0)
+        return result, None, None, None

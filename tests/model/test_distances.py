@@ -83,3 +83,33 @@ def test_sharing_out_a_batch_changes_nothing():
     short = distances.hidden_mse(student[1:, :1], teacher[1:, :1], MASK[1:, :1])
     torch.testing.assert_close(sum(halves) / 2, whole)
     torch.testing.assert_close(halves[1], short)
+
+
+def scores_by_autograd(student, teacher, mask, causal, floor):
+    """Mean squared difference of scores, written out."""
+    ours, theirs = student, teacher
+    if floor is not None:
+        ours, theirs = torch.where(ours > floor, ours, 0.0), torch.where(theirs > floor, theirs, 0.0)
+    counts = torch.ones_like(student, dtype=torch.bool)
+    if mask is not None:
+        counts &= mask[:, None, None, :].bool()
+    if causal:
+        counts &= torch.ones(student.shape[-2:], dtype=torch.bool).tril()
+    return (torch.where(counts, ours - theirs, 0.0) ** 2).sum() / student.numel()
+
+
+@pytest.mark.parametrize("floor", [None, -1.0])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_all_scores_mse_and_its_gradient(masked, causal, floor):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(3, 2, 5, 5, generator=generator) for _ in range(2))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]) if masked else None
+    student[0, 0, 0, 0] = -1.0  # at the floor itself
+    found, expected = student.clone().requires_grad_(), student.clone().requires_grad_()
+    ours = 3 * distances.all_scores_mse(found, teacher, mask, causal, floor)
+    theirs = 3 * scores_by_autograd(expected, teacher, mask, causal, floor)
+    torch.testing.assert_close(ours, theirs)
+    ours.backward()
+    theirs.backward()
+    torch.testing.assert_close(found.grad, expected.grad)
