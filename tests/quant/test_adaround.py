@@ -53,17 +53,32 @@ def test_loss_of_the_reference(case):
     close(torch.stack(found), GOLDEN.tensor(case, "loss_per_iter"))
 
 
-@pytest.mark.parametrize("case", GOLDEN.of("AdaRound"), ids=case_name)
-def test_optimisation_of_the_reference(case):
-    params, inputs, bias = case["params"], GOLDEN.tensor(case, "X"), GOLDEN.tensor(case, "bias")
-    weight = GOLDEN.tensor(case, "W")
+def learned_as_reference(case, dtype):
+    """The rounding of a layer after the recorded optimisation, computed in a type."""
+    params = case["params"]
+    inputs, bias, weight, delta = (GOLDEN.tensor(case, name).to(dtype) for name in ("X", "bias", "W", "delta"))
     high = 2 ** (params["n_bits"] - 1)
-    rounding = Rounding(weight, GOLDEN.tensor(case, "delta"), torch.zeros(1), -high, high - 1)
+    rounding = Rounding(weight, delta, torch.zeros(1, dtype=dtype), -high, high - 1)
     target = F.linear(inputs, weight, bias)
     batches = ((inputs[i], target[i]) for i in GOLDEN.tensor(case, "batch_idx").long())
     learn_rounding(rounding, lambda x, w: F.linear(x, w, bias), batches, params["iters"], params["lr"])
-    close(rounding.alpha, GOLDEN.tensor(case, "alpha_final"), rtol=0, atol=1e-3)
+    return rounding
+
+
+@pytest.mark.parametrize("case", GOLDEN.of("AdaRound"), ids=case_name)
+def test_optimisation_of_the_reference(case):
+    """The weights are exactly those recorded; `alpha` is as close as rounding lets two runs of these steps be.
+
+    Adam divides small gradients by their size, so that the last bits of matrix products, which differ between
+    processors, grow: float64 moves `alpha` by as much as another processor does.
+    """
+    inputs, bias, weight = (GOLDEN.tensor(case, name) for name in ("X", "bias", "W"))
+    rounding, exact = learned_as_reference(case, torch.float32), learned_as_reference(case, torch.float64)
+    moved = float((rounding.alpha.double() - exact.alpha).detach().abs().max())
+    assert moved < 0.05 * float(exact.alpha.detach().abs().max())
+    close(rounding.alpha, GOLDEN.tensor(case, "alpha_final"), rtol=0, atol=max(1e-3, moved))
     close(rounding.hard(), GOLDEN.tensor(case, "hard_w"), rtol=0, atol=1e-6)
+    target = F.linear(inputs, weight, bias)
     nearest, learned = ((F.linear(inputs, w, bias) - target).square().mean() for w in (
         GOLDEN.tensor(case, "nearest_w"), rounding.hard()
     ))  # fmt: skip

@@ -105,8 +105,8 @@ def test_an_interrupted_one_goes_on(tmp_path, trainings, monkeypatch):
     loop = importlib.import_module("qpipe.stages.train")
     original = loop.after_step
 
-    def interrupt(run, progress):
-        original(run, progress)
+    def interrupt(run, progress, last):
+        original(run, progress, last)
         if progress.step == 5:
             raise KeyboardInterrupt
 
