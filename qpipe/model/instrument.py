@@ -63,9 +63,8 @@ class Instruments:
                 site = Site(path, slot, type(self.model.get_submodule(path)).__name__)
                 found[site.name] = site
         mapped = [name for names in self.map.sites.values() for name in names]
-        mapped += [
-            f"{path}:output" for path in self.map.attention_output
-        ]  # a part, where a projection is made of several
+        # A part, where a projection is made of several modules.
+        mapped += [f"{path}:output" for path in self.map.attention_output]
         return found | {name: self._mapped_site(name) for name in mapped if name not in found}
 
     def _mapped_site(self, name: str) -> Site:

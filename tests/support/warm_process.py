@@ -31,10 +31,10 @@ PRELOADED = (
 
 def run_script(words: Sequence[str], cwd: str, environment: Mapping[str, str], errors: str) -> None:
     """In the child: run a script as `python` would."""
-    if any(name.partition(".")[0] == "qpipe" for name in sys.modules):
-        raise RuntimeError("qpipe is loaded in what stands for a fresh process")
     with Path(errors).open("w") as file:
         os.dup2(file.fileno(), 2)
+    if any(name.partition(".")[0] == "qpipe" for name in sys.modules):
+        raise RuntimeError("qpipe is loaded in what stands for a fresh process")
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
