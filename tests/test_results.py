@@ -168,7 +168,8 @@ def test_rows_start_from_what_a_script_makes_of_a_model(small_table, tmp_path, m
     first, second = (Cell(table, row, "here", 0) for row in ("first", "second"))
     assert first.digest == plain[0].digest, "its own numbers are the same"
     assert second.digest != plain[1].digest
-    changed = first.folder(tmp_path) / "transformed"
+    changed = first.model(tmp_path)
+    assert changed.name.startswith("transformed")
     assert f"teacher.name={changed}" in second.command(tmp_path, {})
     assert f"teacher.name={plain[0].folder(tmp_path) / 'model'}" in plain[1].command(tmp_path, {})
     called = []
@@ -185,9 +186,35 @@ def test_rows_start_from_what_a_script_makes_of_a_model(small_table, tmp_path, m
     assert len(called) == 1
     (table.folder / "change.py").write_text("print('otherwise')\n")
     assert Cell(table, "second", "here", 0).digest != second.digest
+    assert not is_done(first, tmp_path), "what the other script made is of no use"
     (table.folder / "change.py").unlink()
     with pytest.raises(ValueError, match=r"has no script 'change.py'"):
         read_table(table.folder)
+
+
+def test_settings_that_train_the_same_share_the_run(small_table, tmp_path, monkeypatch):
+    table = with_script(small_table)
+    document = yaml.safe_load((table.folder / "table.yaml").read_text())
+    document["settings"]["plain"] = {**document["settings"]["here"], "transform": None}
+    (table.folder / "table.yaml").write_text(yaml.safe_dump(document))
+    table = read_table(table.folder)
+    order = []
+
+    def run(cell, runs, folders, jobs):
+        order.append((cell.row, cell.setting))
+        if not (cell.folder(runs) / "results.json").is_file():
+            finish(cell, runs, 0.5)
+        cell.model(runs).mkdir()
+
+    monkeypatch.setattr("benchmarks.results.fill.run_cell", run)
+    cells = with_starts([Cell(table, "second", setting, 0) for setting in ("plain", "here")])
+    assert [cell.setting for cell in cells] == ["plain", "plain", "here", "here"]
+    first, planted = cells[0], cells[2]
+    assert first.folder(tmp_path) == planted.folder(tmp_path)
+    assert cells[1].folder(tmp_path) != cells[3].folder(tmp_path)
+    assert fill(cells, tmp_path, {}, 2, lambda cell: None) == []
+    assert order.index(("first", "here")) < order.index(("second", "here")), "its model is there before"
+    assert measure(table, "first", "plain", tmp_path) is None, "its second seed is missing"
 
 
 def test_headings_come_above_the_rows_that_were_measured(small_table, tmp_path):

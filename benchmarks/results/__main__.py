@@ -84,13 +84,13 @@ def cells_of(table: Table, row: str, setting: str) -> list[Cell]:
 
 
 def with_starts(cells: list[Cell]) -> list[Cell]:
-    """Cells after those that they start from, each once."""
-    ordered: dict[str, Cell] = {}
+    """Cells after those that they start from, each once, unless something else is made of its model."""
+    ordered: dict[tuple[str, str, Path | None], Cell] = {}
 
     def add(cell: Cell) -> None:
         if cell.start is not None:
             add(cell.start)
-        ordered.setdefault(f"{cell.table.name}/{cell.digest}", cell)
+        ordered.setdefault((cell.table.name, cell.digest, cell.transform), cell)
 
     for cell in cells:
         add(cell)

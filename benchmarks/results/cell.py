@@ -23,6 +23,10 @@ class Cell:
     setting: str
     seed: int
 
+    def __str__(self) -> str:
+        """Its row, setting and seed, for messages."""
+        return f"{self.table.name}: {self.row}, {self.setting}, seed {self.seed}"
+
     @property
     def start(self) -> Cell | None:
         """The cell whose model this one starts from."""
@@ -53,8 +57,8 @@ class Cell:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def folder(self, runs: Path) -> Path:
-        """Its run directory."""
-        return runs / f"{self.table.name}-{self.setting}-{self.row}-s{self.seed}-{self.digest}"
+        """Its run directory; settings that differ in nothing but what becomes of it share it."""
+        return runs / f"{self.table.name}-{self.row}-s{self.seed}-{self.digest}"
 
     @property
     def transform(self) -> Path | None:
@@ -63,7 +67,9 @@ class Cell:
 
     def model(self, runs: Path) -> Path:
         """The model that others start from."""
-        return self.folder(runs) / ("model" if self.transform is None else "transformed")
+        if self.transform is None:
+            return self.folder(runs) / "model"
+        return self.folder(runs) / f"transformed-{hashlib.sha256(self.transform.read_bytes()).hexdigest()[:12]}"
 
     def command(self, runs: Path, folders: Mapping[str, Path]) -> list[str]:
         """The command that makes the run.

@@ -66,23 +66,25 @@ def fill(
         What failed, in words. Cells that start from a failed one are left out.
     """
     waiting = [cell for cell in cells if not is_done(cell, runs)]
-    ready = {cell.digest for cell in cells} - {cell.digest for cell in waiting}
+    ready = {cell.model(runs) for cell in cells if cell not in waiting}
     running: dict[Future[None], Cell] = {}
     failures: list[str] = []
     with ThreadPoolExecutor(jobs) as pool:
         while waiting or running:
             for cell in list(waiting):
-                if len(running) < jobs and (cell.start is None or cell.start.digest in ready):
+                busy = {other.folder(runs) for other in running.values()}
+                startable = cell.start is None or cell.start.model(runs) in ready
+                if len(running) < jobs and startable and cell.folder(runs) not in busy:
                     waiting.remove(cell)
-                    print(f"running {cell.folder(runs).name}", flush=True)
+                    print(f"running {cell}", flush=True)
                     running[pool.submit(run_cell, cell, runs, folders, jobs)] = cell
             if not running:
-                return [*failures, *(f"{cell.folder(runs).name}: what it starts from is missing" for cell in waiting)]
+                return [*failures, *(f"{cell}: what it starts from is missing" for cell in waiting)]
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 cell = running.pop(future)
                 if future.exception() is None:
-                    ready.add(cell.digest)
+                    ready.add(cell.model(runs))
                     told(cell)
                 else:
                     failures.append(str(future.exception()))
