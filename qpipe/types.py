@@ -42,6 +42,11 @@ before it. `stream`, at a normalisation, is the residual stream that enters it, 
 (`input` changes what the normalisation alone receives). The others are stages of attention.
 """
 
+MAP_SLOTS: tuple[Slot, ...] = ("raw_scores", "scores", "probs")
+"""Slots whose tensors are `[batch, heads, tokens, tokens]`."""
+HEADS_FIRST_SLOTS: tuple[Slot, ...] = ("query", "key", "value", *MAP_SLOTS)
+"""Slots whose tensors are `[batch, heads, tokens, ...]`; in those of all others tokens are at axis 1."""
+
 ACTIVATION_SLOTS: frozenset[str] = frozenset(get_args(Slot)) - {"weight"}
 """What a quantizer that can serve any activation gives as its slots."""
 

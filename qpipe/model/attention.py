@@ -17,14 +17,13 @@ from transformers.masking_utils import sdpa_mask
 from qpipe.errors import ModelError
 from qpipe.model.taps import Tap, run_taps
 from qpipe.quant.quantizer import QuantContext, Quantizer
-from qpipe.types import Slot
+from qpipe.types import MAP_SLOTS, Slot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "qpipe"
 SLOTS: tuple[Slot, ...] = ("query", "key", "value", "raw_scores", "scores", "probs", "context")
-MAP_SLOTS = ("raw_scores", "scores", "probs")
 UNSUPPORTED = ("softcap", "position_bias", "s_aux")
 
 

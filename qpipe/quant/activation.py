@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from qpipe.errors import TrainingError
-from qpipe.quant.affine import ActivationRange
+from qpipe.quant.affine import ActivationRange, axes_of_token
 from qpipe.quant.calibrated import CalibratedActivation, RangeChoice
 from qpipe.quant.estimators import RangeGrid
 from qpipe.quant.fused import Clipped
@@ -22,7 +22,7 @@ class ActivationOptions(RangeChoice):
     """Options of `uniform-activation`."""
 
     bits: int = Field(8, ge=2, le=16, description="more than 8 need export.format: native")
-    granularity: Literal["token", "tensor"] = "token"
+    granularity: Literal["token", "tensor"] = Field("token", description="what has a range of its own; of a token all heads share it")
     dynamic: bool = Field(True, description="take the range of each batch; else calibrate one before training")
     symmetric: bool = True
 
@@ -44,7 +44,9 @@ class ActivationOptions(RangeChoice):
 
 
 class UniformActivation(CalibratedActivation):
-    """Affine quantization of an activation `[batch, tokens, features]` (or any shape, per tensor).
+    """Affine quantization of an activation, `[batch, tokens, features]` or as its slot has it (any shape, per tensor).
+
+    Per token, all heads share the range, and in attention maps that of a query holds for all keys.
 
     Scales are those of compressed-tensors 0.20 (`calculate_qparams`): symmetric `max|x| / 127.5` for 8 bits, asymmetric
     `(max - min) / 255`, over a range that includes 0. Dynamic ranges clip nothing, so their gradient passes unchanged;
@@ -123,7 +125,7 @@ class UniformActivation(CalibratedActivation):
         return torch.where(scale == 0, eps, scale), torch.nan_to_num(zero)
 
     def parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point for this input, in its dtype; `[batch, tokens, 1]` per token, else `[1]`.
+        """Scale and zero point for this input, in its dtype, as `AffineActivation` has them.
 
         Raises:
             TrainingError: per-token ranges asked of an input without a token axis, or static ranges not calibrated.
@@ -142,7 +144,7 @@ class UniformActivation(CalibratedActivation):
                 f"{self.site}: per-token ranges need [batch, tokens, features], got shape {tuple(x.shape)}; "
                 "set granularity: tensor there, or leave the site out with quantizer: none"
             )
-        axes = tuple(range(2, x.ndim))
+        axes = axes_of_token(self.slot, x.ndim)
         return self._dynamic(x.amin(axes, keepdim=True), x.amax(axes, keepdim=True))
 
     def _dynamic(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

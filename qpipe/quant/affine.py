@@ -14,11 +14,7 @@ from qpipe.quant.compiled import turn_off
 from qpipe.quant.fused import fused_quantize
 from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.tensor import QTensor, code_range
-
-HEADS_FIRST = ("query", "key", "value")
-"""Slots whose tensors are `[batch, heads, tokens, ...]`; all others have tokens at axis 1."""
-MAPS = ("scores", "probs")
-"""Slots with `[batch, heads, tokens, tokens]`."""
+from qpipe.types import HEADS_FIRST_SLOTS, MAP_SLOTS
 
 
 class ActivationRange(NamedTuple):
@@ -65,7 +61,8 @@ class AffineActivation(Quantizer):
     def parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point for this input, in its dtype.
 
-        `[batch, tokens, 1]` per token, `[features]` in groups of features, else `[1]`.
+        Per token of the input's shape with 1 in place of every axis but batch and tokens; `[features]` in groups of
+        features; else `[1]`.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement parameters_of")
 
@@ -127,9 +124,14 @@ class AffineActivation(Quantizer):
         """A positive scale as files hold it: float32 where codes have more digits than the export's type."""
         return self.rescaled(scale.float()) if self.bits > 8 else self.snap(scale)
 
+    @property
+    def slot(self) -> str:
+        """Of the site."""
+        return self.site.rpartition(":")[2]
+
     def counted(self, x: Tensor) -> Tensor:
         """The values that calibration counts, of any shape: those of padding tokens are left out."""
-        return without_padding(x, self.context.kept, self.site.rpartition(":")[2])
+        return without_padding(x, self.context.kept, self.slot)
 
 
 class FixedActivation(AffineActivation):
@@ -186,6 +188,17 @@ def by_feature(values: Tensor, order: Tensor) -> Tensor:
     return result
 
 
+def axes_of_token(slot: str, axes: int) -> tuple[int, ...]:
+    """The axes over which the values of one token of one sequence lie: heads, features, and keys of a map.
+
+    Args:
+        slot: of the site.
+        axes: number of axes of the activation, 3 or more.
+    """
+    token = 2 if slot in HEADS_FIRST_SLOTS and axes == 4 else 1
+    return tuple(axis for axis in range(1, axes) if axis != token)
+
+
 def without_padding(x: Tensor, kept: Tensor | None, slot: str) -> Tensor:
     """The values of an activation that belong to real tokens.
 
@@ -197,7 +210,8 @@ def without_padding(x: Tensor, kept: Tensor | None, slot: str) -> Tensor:
     if kept is None:
         return x
     kept = kept.bool()
-    if slot in MAPS and x.ndim == 4 and x.shape[0] == len(kept) and x.shape[2:] == (kept.shape[1],) * 2:
-        return x.permute(0, 2, 3, 1)[kept[:, :, None] & kept[:, None, :]]
-    by_token = x.transpose(1, 2) if slot in HEADS_FIRST and x.ndim == 4 else x
+    if slot in MAP_SLOTS and x.ndim == 4:
+        fits = x.shape[0] == len(kept) and x.shape[2:] == (kept.shape[1],) * 2
+        return x.permute(0, 2, 3, 1)[kept[:, :, None] & kept[:, None, :]] if fits else x
+    by_token = x.transpose(1, 2) if slot in HEADS_FIRST_SLOTS and x.ndim == 4 else x
     return by_token[kept] if by_token.ndim >= 3 and by_token.shape[:2] == kept.shape else x

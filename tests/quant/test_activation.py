@@ -90,6 +90,15 @@ def test_more_than_three_axes_share_a_range_per_token():
     assert torch.equal(make()(x).view(SHAPE), make()(x.view(SHAPE)))
 
 
+@pytest.mark.parametrize("slot", ["query", "key", "value", "raw_scores", "scores", "probs"])
+def test_a_token_has_one_range_over_its_heads(slot):
+    x = activation(torch.float32).view(3, 7, 4, 16).transpose(1, 2)
+    quantizer = make()
+    quantizer.attach(QuantContext(), f"m:{slot}")
+    assert torch.equal(quantizer(x).transpose(1, 2).reshape(SHAPE), make()(x.transpose(1, 2).reshape(SHAPE)))
+    assert quantizer.parameters_of(x)[0].shape == (3, 1, 7, 1)
+
+
 @pytest.mark.parametrize("options", [{}, {"granularity": "tensor"}, {"symmetric": False}], ids=str)
 def test_dynamic_gradient_passes_unchanged(options):
     x = activation(torch.float32).requires_grad_()

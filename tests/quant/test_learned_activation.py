@@ -342,15 +342,16 @@ def test_an_uncalibrated_range_shows():
     assert bool(make("pact")(activation()).isnan().all())
 
 
-@pytest.mark.parametrize("slot", ["input", "query", "context", "probs"])
-def test_padding_does_not_count(slot):
+@pytest.mark.parametrize("heads", [3, 5], ids="{} heads of 5 tokens".format)
+@pytest.mark.parametrize("slot", ["input", "query", "context", "raw_scores", "scores", "probs"])
+def test_padding_does_not_count(slot, heads):
     kept = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
+    pairs = kept[:, None, :, None] * kept[:, None, None, :]
     tokens = {
         "input": lambda m: m[:, :, None].expand(2, 5, 8),
-        "query": lambda m: m[:, None, :, None].expand(2, 3, 5, 4),
-        "context": lambda m: m[:, :, None, None].expand(2, 5, 3, 4),
-        "probs": lambda m: (m[:, None, :, None] * m[:, None, None, :]).expand(2, 3, 5, 5),
-    }[slot](kept.float())
+        "query": lambda m: m[:, None, :, None].expand(2, heads, 5, 4),
+        "context": lambda m: m[:, :, None, None].expand(2, 5, heads, 4),
+    }.get(slot, lambda m: pairs.float().expand(2, heads, 5, 5))(kept.float())
     real = activation(shape=tokens.shape)
     x = torch.where(tokens > 0, real, 1e3)
     quantizer = make("lsq+", context=QuantContext(kept=kept), site=f"m:{slot}")
