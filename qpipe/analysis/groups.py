@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Literal
 
 from qpipe.errors import ConfigError, SiteError, suggest
-from qpipe.quant.plan import expand
+from qpipe.quant.plan import expand, selects
 from qpipe.run import Run
 
 By = Literal["role", "kind", "block", "site"]
@@ -43,7 +42,7 @@ def grouped(sites: Iterable[str], by: By, roles: Mapping[str, Iterable[str]] | N
 
 
 def select(run: Run, names: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """Those of the names that any pattern matches, in their order; all if there is no pattern.
+    """Those of the names that any pattern selects as a rule would, in their order; all if there is no pattern.
 
     Raises:
         SiteError: a pattern matches none.
@@ -52,7 +51,8 @@ def select(run: Run, names: Sequence[str], patterns: Sequence[str]) -> list[str]
         return list(names)
     wanted: set[str] = set()
     for pattern in patterns:
-        found = {name for name in names if any(fnmatchcase(name, p) for p in expand(pattern, run.instruments.map))}
+        spelled = expand(pattern, run.instruments.map)
+        found = {name for name in names if any(selects(p, run.instruments.site(name)) for p in spelled)}
         if not found:
             raise SiteError(f"{pattern!r} matches no site{suggest(pattern, names)}; there are {len(names)}")
         wanted |= found

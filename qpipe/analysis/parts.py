@@ -59,7 +59,8 @@ def _attention(session: Session) -> dict[str, Json]:
     separator = getattr(run.data.tokenizer, "sep_token", None)
     spots = [[at for at, token in enumerate(e.tokens) if token == separator] for e in session.sample]
     names = [f"{path}:probs" for path in run.instruments.map.attention]
-    maps = attention_maps(probabilities(run, session.sample), spots)
+    with session.activations_as_they_are():
+        maps = attention_maps(probabilities(run, session.sample), spots)
     return {"tokens": session.sample[0].tokens, "layers": names, **maps}
 
 

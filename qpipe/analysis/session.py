@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -17,6 +18,7 @@ from qpipe.analysis.teacher import load_reference
 from qpipe.errors import ConfigError, SiteError
 from qpipe.report.inputs import ANALYSIS_FOLDER
 from qpipe.run import Run
+from qpipe.stages.variants import switched_off
 
 T = TypeVar("T")
 Told = Callable[[str], None]
@@ -91,9 +93,13 @@ class Session:
         """The first `request.sequences` validation examples."""
         return examples(self.run, self.request.sequences)
 
+    def activations_as_they_are(self) -> AbstractContextManager[None]:
+        """Within, weights are quantized and activations are not: a range that clips would hide what it clips."""
+        return switched_off(self.run, [name for name in self.run.plan.sites if not name.endswith(":weight")])
+
     @cached_property
     def values(self) -> dict[str, list[Tensor]]:
-        """Values `[tokens, features]` of the sample at every activation site of that form.
+        """Values `[tokens, features]` of the sample at every activation site of that form, no activation quantized.
 
         Raises:
             SiteError: there is none.
@@ -104,9 +110,11 @@ class Session:
         first = [name for name in every if name in run.plan.sites] or [name for name in every if name in with_role]
         names = select(run, every if patterns or not first else first, patterns)
         lengths = [len(next(iter(example.batch.values()))[0]) for example in self.sample]
+        with self.activations_as_they_are():
+            collected = collect(run, names, self.sample)
         fitting = {
             name: seen
-            for name, seen in collect(run, names, self.sample).items()
+            for name, seen in collected.items()
             if all(v.ndim == 2 for v in seen) and _same_tokens(seen, self.sample, lengths)
         }
         if not fitting:

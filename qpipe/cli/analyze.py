@@ -121,12 +121,14 @@ def analyze(
     )  # fmt: skip
     found = analyze_runs(dict(map(loader, inputs)), request, again, lambda line: typer.echo(line, err=True), _track)
     if suggest is not None:
-        _write(suggest, next(iter(found.values()))["ablation"]["suggestion"], sources[0])
+        suggestion = next(iter(found.values()))["ablation"]["suggestion"]
+        _write(suggest, suggestion, sources[0])
     if as_json:
         print_json(found if len(found) > 1 else next(iter(found.values())))
         return
     _print(found)
     if suggest is not None:
+        typer.echo(f"suggested: {_outcome(suggestion)}")
         typer.echo(f"plan: {suggest}; use it with --set quantization.plan={suggest}")
     typer.echo(f"next: qpipe report {next(iter(found))}")
 
@@ -206,7 +208,15 @@ def _write(path: Path, suggestion: dict[str, Any], model: str) -> None:
     from qpipe.config import yaml_text
     from qpipe.files import write_text
 
-    steps = "; ".join(f"{step['group']} {step['metric']:.4f}" for step in suggestion["chosen"]) or "no group needed"
-    head = f"# Written by qpipe analyze {model} --suggest: {suggestion['bits']} bits at {steps}\n"
+    head = f"# Written by qpipe analyze {model} --suggest: {_outcome(suggestion)}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, head + yaml_text({"quantization": {"rules": suggestion["rules"]}}))
+
+
+def _outcome(suggestion: dict[str, Any]) -> str:
+    """What a suggestion comes to: the chosen groups with the metric after each, and whether that is near enough."""
+    steps = "; ".join(f"{step['group']} {step['metric']:.4f}" for step in suggestion["chosen"])
+    text = f"{suggestion['bits']} bits at {steps}" if steps else "no group"
+    if suggestion["reached"]:
+        return text if steps else "no group needs more bits"
+    return f"{text}; no other group helps, and the loss is still more than {suggestion['within']:g}"

@@ -1,4 +1,4 @@
-"""Run as a script by `verify`, in a process of its own in which qpipe cannot be imported.
+"""Run as a script by `verify`, in a process of its own in which qpipe cannot be imported (imported, it hides nothing).
 
 `python -P _fresh.py JOB RESULT` reads a JSON list of jobs and writes a JSON list of findings. It holds to what anyone
 has who downloads a checkpoint: torch, transformers, compressed-tensors, safetensors and numpy.
@@ -24,7 +24,8 @@ class _NoQpipe:
             raise ImportError("qpipe is hidden while an export is verified")
 
 
-sys.meta_path.insert(0, _NoQpipe())
+if __name__ == "__main__":
+    sys.meta_path.insert(0, _NoQpipe())
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -100,16 +101,25 @@ def auto_class(job: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     return auto, config, {"trust_remote_code": trusted, **({"attn_implementation": wanted} if supported else {})}
 
 
-def run(model: Any, job: dict[str, Any]) -> None:
-    """Write the logits of the reference, and predictions of the prepared batches."""
-    reference = load_file(f"{job['directory']}/{job['reference']}")
-    inputs = {k.removeprefix("inputs."): v for k, v in reference.items() if k.startswith("inputs.")}
+def outputs_of(model: Any, reference: str, batches: str | None, kind: str) -> dict[str, torch.Tensor]:
+    """Logits of the reference inputs; predictions and references of the prepared batches, if there are any.
+
+    Args:
+        model: any that returns logits.
+        reference: safetensors file with `inputs.<name>`.
+        batches: safetensors file, or None.
+        kind: of the task.
+    """
+    inputs = {k.removeprefix("inputs."): v for k, v in load_file(reference).items() if k.startswith("inputs.")}
     with torch.inference_mode():
         logits = model(**inputs).logits  # compressed-tensors unpacks the weights before the first forward pass
-        outputs = {"logits": logits.contiguous()}
-        if job["batches"]:
-            outputs |= predict(model, load_file(job["batches"]), job["kind"])
-    save_file(outputs, job["outputs"])
+        return {"logits": logits.contiguous(), **(predict(model, load_file(batches), kind) if batches else {})}
+
+
+def run(model: Any, job: dict[str, Any]) -> None:
+    """Write what the model computes."""
+    reference = f"{job['directory']}/{job['reference']}"
+    save_file(outputs_of(model, reference, job["batches"], job["kind"]), job["outputs"])
 
 
 def stock(job: dict[str, Any]) -> dict[str, Any]:

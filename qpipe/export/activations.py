@@ -1,18 +1,28 @@
-"""Activation quantization of exported sites on a plain model, for checking logits."""
+"""Activation quantization of exported sites on a plain model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from qpipe.errors import FormatError
+from qpipe.host import load_plugins
+from qpipe.model.attention import SLOTS, AttentionSites, install
 from qpipe.quant.activation import ActivationOptions, UniformActivation
 from qpipe.quant.affine import ActivationRange, AffineActivation, FixedActivation
+from qpipe.quant.modules import QuantEmbedding
+from qpipe.quant.quantizer import QuantContext
+from qpipe.quant.sums import EmbeddingSums
+from qpipe.stages.build import model_map
+
+Record = Mapping[str, Any]
+Placed = list[tuple[str, AffineActivation]]
+Place = Callable[[nn.Module, Placed, QuantContext], None]
 
 
-def quantizer_of(site: Mapping[str, Any]) -> AffineActivation:
+def quantizer_of(site: Record) -> AffineActivation:
     """The quantizer of an exported site, given as the fields of `ActivationSite`.
 
     Raises:
@@ -24,34 +34,100 @@ def quantizer_of(site: Mapping[str, Any]) -> AffineActivation:
     return FixedActivation(ActivationRange(**{k: v for k, v in site.items() if k in ActivationRange._fields}))
 
 
-def quantize_activations(model: nn.Module, sites: Iterable[Mapping[str, Any]]) -> None:
-    """Quantize inputs and outputs of modules as recorded. The first positional argument is the input.
+def quantize_activations(model: nn.Module, sites: Iterable[Record]) -> None:
+    """Quantize activations as recorded: the model then computes what the run computed, bit for bit.
 
     Args:
-        model: a plain model, such as `load_native` gives; it gets hooks.
-        sites: the `activations` of `quantization.json`, or some of them; only `input` and `output`.
+        model: a plain model, such as `load_native` gives. It gets hooks; sites inside attention also make it use
+            qpipe's attention function, as the run did, and sums of embeddings change the class of these.
+        sites: the `activations` of `quantization.json`, or some of them.
 
     Raises:
-        FormatError: a site lies inside attention or a sum, which only a run can reach, or its range is incomplete.
+        FormatError: the model has no such module or no such place there, or a range is incomplete.
+        ModelError: a site lies inside attention, and the model does not follow transformers' attention interface.
     """
+    context = QuantContext()
+    placed: dict[str, Placed] = {}
+    modules = dict(model.named_modules())
+    for site in sites:
+        quantizer = quantizer_of(site)
+        quantizer.attach(context, f"{site['module']}:{site['slot']}")
+        place = "attention" if site["slot"] in SLOTS else site["slot"]
+        if place not in _PLACES:
+            raise FormatError(f"{quantizer.site}: there is no such slot; it is one of {', '.join((*_PLACES, *SLOTS))}")
+        if site["module"] not in modules:
+            raise FormatError(f"{type(model).__name__} has no module {site['module']!r} to quantize activations of")
+        placed.setdefault(place, []).append((site["module"], quantizer))
+    for place, put in _PLACES.items():
+        if place in placed:
+            put(model, placed[place], context)
 
-    def inputs(quantizer: AffineActivation) -> Any:
-        return lambda module, args: (quantizer(args[0]), *args[1:])
 
-    def outputs(quantizer: AffineActivation) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            return quantizer(output) if isinstance(output, Tensor) else (quantizer(output[0]), *output[1:])
+def _inputs(model: nn.Module, placed: Placed, context: QuantContext) -> None:
+    """The first positional argument is the input."""
+
+    def change(quantizer: AffineActivation) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        return lambda _, args: (quantizer(args[0]), *args[1:])
+
+    for path, quantizer in placed:
+        model.get_submodule(path).register_forward_pre_hook(change(quantizer))
+
+
+def _outputs(model: nn.Module, placed: Placed, context: QuantContext) -> None:
+    def change(quantizer: AffineActivation) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+        return lambda _, args, output: (
+            quantizer(output) if isinstance(output, Tensor) else (quantizer(output[0]), *output[1:])
+        )
+
+    for path, quantizer in placed:
+        module = model.get_submodule(path)
+        if isinstance(module, QuantEmbedding):  # a hook would come after what it does for sums
+            module.host("output", quantizer)
+        else:
+            module.register_forward_hook(change(quantizer))
+
+
+def _streams(model: nn.Module, placed: Placed, context: QuantContext) -> None:
+    """Changed in place: the residual connection holds the same tensor."""
+
+    def change(quantizer: AffineActivation) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            args[0].copy_(quantizer(args[0].clone()))
 
         return hook
 
-    for site in sites:
-        if site["slot"] not in ("input", "output"):
-            raise FormatError(
-                f"{site['module']}:{site['slot']} lies inside attention or a sum; evaluate the run itself instead "
-                "(qpipe evaluate)"
-            )
-        module = model.get_submodule(site["module"])
-        if site["slot"] == "input":
-            module.register_forward_pre_hook(inputs(quantizer_of(site)))
-        else:
-            module.register_forward_hook(outputs(quantizer_of(site)))
+    for path, quantizer in placed:
+        model.get_submodule(path).register_forward_pre_hook(change(quantizer))
+
+
+def _inside_attention(model: nn.Module, placed: Placed, context: QuantContext) -> None:
+    sites: dict[str, AttentionSites] = install(model, tuple(dict.fromkeys(path for path, _ in placed)), context)
+    for path, quantizer in placed:
+        sites[path].host(quantizer.slot, quantizer)
+
+
+def _sums(model: nn.Module, placed: Placed, context: QuantContext) -> None:
+    tables = model_map(load_plugins({}), model).embeddings
+    unknown = [quantizer.site for path, quantizer in placed if path not in tables[1:-1]]
+    if unknown:
+        raise FormatError(
+            f"{unknown[0]} is no sum of embeddings that is known: {type(model).__name__} adds {list(tables) or 'none'}"
+        )
+    for path in tables:
+        QuantEmbedding.adopt(model.get_submodule(path), path, context)
+    hosts: list[Any] = [model.get_submodule(path) for path in tables]
+    sums = EmbeddingSums(model.get_submodule(tables[0].rpartition(".")[0]), hosts)
+    for path, quantizer in placed:
+        host = hosts[tables.index(path)]
+        host.host("sum", quantizer)
+        sums.use(host)
+
+
+_PLACES: Mapping[str, Place] = {
+    "sum": _sums,
+    "input": _inputs,
+    "output": _outputs,
+    "stream": _streams,
+    "attention": _inside_attention,
+}
+"""Functions by where an activation lies, in the order in which they have to come."""

@@ -145,8 +145,6 @@ def _runs_without_qpipe(about: Mapping[str, Any]) -> bool:
 def _metric_source(about: Mapping[str, Any], folder: Path, wanted: bool, trusted: bool) -> Prepared:
     if not wanted:
         return Prepared(reason="not asked for")
-    if not _runs_without_qpipe(about):
-        return Prepared(reason="activations of native checkpoints are quantized within qpipe only")
     return prepare(about, folder / "batches.safetensors", trusted)
 
 
@@ -209,11 +207,12 @@ def _judge(case: _Case, found: Mapping[str, Any]) -> None:
         result.add(
             "weights", "pass", f"{count} quantized and {len(about['tensors'])} other tensors, difference exactly 0"
         )
-    _judge_logits(case)
+    outputs = _outputs(case)
+    status, detail = compare_logits(case.about, load_file(case.directory / REFERENCE)["logits"], outputs["logits"])
+    result.add("logits", status, detail)
     if case.prepared.batches is None:
         result.add("metric", "skip", case.prepared.reason)
     else:
-        outputs = load_file(case.outputs)
         ok, detail, result.metrics = compare_metrics(
             about, case.prepared, outputs["predictions"], outputs["references"]
         )
@@ -225,26 +224,22 @@ def needs_trust(case: _Case, error: str) -> bool:
     return not case.trusted and "trust_remote_code" in error
 
 
-def _judge_logits(case: _Case) -> None:
-    reference = load_file(case.directory / REFERENCE)
-    if not _runs_without_qpipe(case.about):
-        inside = [a for a in case.about["activations"] if a["slot"] not in ("input", "output")]
-        if inside:
-            site = f"{inside[0]['module']}:{inside[0]['slot']}"
-            reason = f"activations inside attention and inside sums ({site}) run only within qpipe"
-            case.result.add("logits", "skip", reason)
-            return
-        logits = native_logits(case.directory, case.about, reference, case.trusted)
-    else:
-        logits = load_file(case.outputs)["logits"]
-    status, detail = compare_logits(case.about, reference["logits"], logits)
-    case.result.add("logits", status, detail)
+def _outputs(case: _Case) -> dict[str, Tensor]:
+    """Logits of the reference, and predictions where there are batches: of the fresh process, or of qpipe itself."""
+    if _runs_without_qpipe(case.about):
+        return load_file(case.outputs)
+    return native_outputs(case.directory, case.about, case.prepared, case.trusted)
 
 
-def native_logits(
-    directory: Path, about: Mapping[str, Any], reference: Mapping[str, Tensor], trusted: bool = False
-) -> Tensor:
-    """Logits of a native checkpoint: decoded weights in the plain model, activations quantized by qpipe."""
+def native_outputs(
+    directory: Path, about: Mapping[str, Any], prepared: Prepared, trusted: bool = False
+) -> dict[str, Tensor]:
+    """What a native checkpoint computes: decoded weights in the plain model, activations quantized by qpipe.
+
+    Returns:
+        `logits` of the reference; `predictions` and `references` where there are batches.
+    """
+    from qpipe.export._fresh import outputs_of
     from qpipe.export.activations import quantize_activations
     from qpipe.export.native import load_native
 
@@ -253,12 +248,10 @@ def native_logits(
     try:
         model: Any = load_native(directory, about.get("attention"), trusted)
         quantize_activations(model, about["activations"])
-        inputs = {k.removeprefix("inputs."): v for k, v in reference.items() if k.startswith("inputs.")}
-        with torch.inference_mode():
-            logits: Tensor = model(**inputs).logits
+        batches = str(prepared.batches) if prepared.batches else None
+        return outputs_of(model, str(directory / REFERENCE), batches, prepared.kind)
     finally:
         torch.set_num_threads(threads)
-    return logits.contiguous()
 
 
 def changed_environment(about: Mapping[str, Any]) -> list[str]:

@@ -22,7 +22,9 @@ class ActivationOptions(RangeChoice):
     """Options of `uniform-activation`."""
 
     bits: int = Field(8, ge=2, le=16, description="more than 8 need export.format: native")
-    granularity: Literal["token", "tensor"] = Field("token", description="what has a range of its own; of a token all heads share it")
+    granularity: Literal["token", "tensor"] = Field(
+        "token", description="what has a range of its own; all heads of a token share it"
+    )
     dynamic: bool = Field(True, description="take the range of each batch; else calibrate one before training")
     symmetric: bool = True
 

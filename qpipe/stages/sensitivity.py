@@ -27,8 +27,8 @@ from qpipe.stages.casting import cast
 from qpipe.stages.prepare import prepare
 from qpipe.stages.train import task_loss
 from qpipe.stages.trained import alone, restore
-from qpipe.stages.variants import options_with_bits, rebuilt, switched_off
-from qpipe.types import Loss
+from qpipe.stages.variants import rebuilt, rule_with_bits, switched_off
+from qpipe.types import Json, Loss
 
 
 @dataclass(frozen=True)
@@ -149,13 +149,6 @@ def together(run: Run, chosen: Sequence[Choice], examples: int) -> float:
         return mean_loss(run, batches, loss) - before
 
 
-def rules(run: Run, chosen: Sequence[Choice]) -> list[dict[str, object]]:
+def rules(run: Run, chosen: Sequence[Choice]) -> list[dict[str, Json]]:
     """The choices as `quantization.rules`: the planned quantizer of each site with all its options."""
-    result: list[dict[str, object]] = []
-    for choice in chosen:
-        entry = run.plan.sites[choice.site]
-        options = options_with_bits(entry, choice.bits)
-        assert options is not None
-        values = options.model_dump(mode="json", exclude_none=True)
-        result.append({"site": choice.site, "quantizer": entry.quantizer, "options": values})
-    return result
+    return [rule_with_bits(run.plan.sites[choice.site], choice.bits) for choice in chosen]

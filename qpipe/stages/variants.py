@@ -22,6 +22,7 @@ from qpipe.quant.plan import PlannedSite, expand
 from qpipe.quant.quantizer import Quantizer
 from qpipe.run import Run
 from qpipe.stages.prepare import tied_sites
+from qpipe.types import Json
 
 
 def weight_sites(run: Run, patterns: Sequence[str] = ()) -> list[str]:
@@ -79,6 +80,23 @@ def options_with_bits(entry: PlannedSite, bits: int) -> BaseModel | None:
         return model(**{**entry.options.model_dump(), "bits": bits})
     except ValidationError as error:
         raise SiteError(f"{entry.site.name}, quantizer {entry.quantizer!r}: {describe(error, model)}") from error
+
+
+def rule_with_bits(entry: PlannedSite, bits: int) -> dict[str, Json]:
+    """A rule of a plan that gives a planned site another width and keeps all its other options.
+
+    Raises:
+        SiteError: its quantizer has no option `bits`, or does not allow that width.
+    """
+    options = options_with_bits(entry, bits)
+    if options is None:
+        raise SiteError(f"{entry.site.name}: quantizer {entry.quantizer!r} has no option `bits`; leave it out")
+    fields = type(options).model_fields
+    # A null that is not the default says something, such as a scale for each feature.
+    values = {
+        k: v for k, v in options.model_dump(mode="json").items() if v is not None or fields[k].default is not None
+    }
+    return {"site": entry.site.name, "quantizer": entry.quantizer, "options": values}
 
 
 def with_bits(run: Run, names: Iterable[str], bits: int) -> list[str]:

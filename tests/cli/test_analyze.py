@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import qpipe
 from qpipe.cli import app
+from qpipe.cli.analyze import _outcome
 from qpipe.config import resolve
 from qpipe.testing import tiny_config
 
@@ -25,7 +26,7 @@ def call(*words):
 
 def test_a_run_is_analyzed_and_a_plan_written_that_loads(finished, tmp_path):
     plan = tmp_path / "plan.yaml"
-    words = (finished, "--examples", "16", "--sequences", "2", "--suggest", plan, "--within", "0", "--bits", "8")
+    words = (finished, "--examples", "16", "--sequences", "2", "--suggest", plan, "--within", "0")
     done = call(*words)
     assert done.exit_code == 0, done.output
     assert "all quantized" in done.output
@@ -36,6 +37,17 @@ def test_a_run_is_analyzed_and_a_plan_written_that_loads(finished, tmp_path):
     resolve({"model": {"name": "m"}, "quantization": {"plan": str(plan)}})
     ablation = json.loads((finished / "analysis" / "ablation.json").read_text())
     assert rules == ablation["suggestion"]["rules"]
+    assert f"suggested: {plan.read_text().splitlines()[0].partition('--suggest: ')[2]}" in done.output
+    assert "no activation has fewer than 8 bits" in str(call(*words, "--bits", "8", "--again").exception)
+
+
+def test_what_a_suggestion_came_to_is_said():
+    steps = [{"group": "ffn_sum", "metric": 0.8}, {"group": "ffn_input", "metric": 0.85}]
+    made = {"bits": 16, "within": 0.01, "chosen": steps, "reached": True}
+    assert _outcome(made) == "16 bits at ffn_sum 0.8000; ffn_input 0.8500"
+    assert _outcome({**made, "reached": False}).endswith("no other group helps, and the loss is still more than 0.01")
+    assert _outcome({**made, "chosen": []}) == "no group needs more bits"
+    assert _outcome({**made, "chosen": [], "reached": False}).startswith("no group; no other group helps")
 
 
 def test_a_model_is_analyzed_as_it_would_be_quantized(finished, tmp_path):

@@ -41,10 +41,14 @@ def test_weights_and_logits_are_exact(verified, name):
     assert "difference exactly 0" in next(c.detail for c in result.checks if c.name == "logits"), text
 
 
-def test_qpipe_is_hidden_from_the_fresh_process():
+def test_qpipe_is_hidden_from_the_fresh_process(tmp_path):
     script = Path(qpipe.export.__file__).with_name("_fresh.py")
-    code = f"import runpy; runpy.run_path({str(script)!r}); import qpipe.errors"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    jobs = tmp_path / "jobs.json"
+    jobs.write_text("[]")
+    code = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__'); import qpipe.errors"
+    words = [sys.executable, "-c", code, str(jobs), str(tmp_path / "results.json")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (tmp_path / "results.json").read_text() == "[]"
     assert done.returncode == 1
     assert "qpipe is hidden" in done.stderr
 

@@ -51,6 +51,16 @@ def test_incomplete_ranges_are_refused(wrong):
         FixedActivation(GROUPED._replace(**wrong))
 
 
-def test_sites_that_only_a_run_reaches_are_refused():
-    with pytest.raises(FormatError, match="m:probs lies inside attention or a sum"):
-        quantize_activations(torch.nn.Linear(2, 2), [{"module": "m", "slot": "probs"}])
+@pytest.mark.parametrize(
+    ("site", "words"),
+    [
+        ({"module": "m", "slot": "output"}, "Linear has no module 'm'"),
+        ({"module": "", "slot": "weight"}, ":weight: there is no such slot; it is one of sum, input, output, stream"),
+        ({"module": "", "slot": "sum"}, ":sum is no sum of embeddings that is known: Linear adds none"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_places_that_a_model_lacks(site, words):
+    record = {**ActivationRange(8, True, "tensor", False)._asdict(), **site}
+    with pytest.raises(FormatError, match=words):
+        quantize_activations(torch.nn.Linear(2, 2), [record])

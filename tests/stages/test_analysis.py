@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import qpipe
 from qpipe import ConfigError, SiteError
 from qpipe.analysis import ablation as ablation_module
 from qpipe.analysis.ablation import WEIGHTS, ablate
@@ -15,9 +16,12 @@ from qpipe.analysis.groups import grouped, quantized, select
 from qpipe.analysis.noise import signal_to_noise
 from qpipe.analysis.observe import collect, examples, observing
 from qpipe.analysis.outliers import outliers, token_ranges
+from qpipe.analysis.session import Session
 from qpipe.analysis.suggest import suggest
 from qpipe.report.analysis import analysis
 from qpipe.stages.sensitivity import load
+from qpipe.stages.variants import switched_off
+from qpipe.testing import tiny_config
 
 OUTPUT = "bert.encoder.layer.0.output.dense:output"
 INPUT = "bert.encoder.layer.0.output.dense:input"
@@ -155,16 +159,42 @@ def test_suggestion_takes_groups_until_the_loss_is_small_enough(run, monkeypatch
         return values[frozenset(name for name in groups if set(groups[name]) <= set(sites))]
 
     monkeypatch.setattr("qpipe.analysis.suggest.at_bits", measured)
-    found = suggest(run, table, groups, within=0.02, bits=8)
+    found = suggest(run, table, groups, within=0.02)
     assert [step["group"] for step in found["chosen"]] == [second, first]
     assert found["reached"] is True
     assert [rule["site"] for rule in found["rules"]] == [*groups[second], *groups[first]]
-    assert all(rule["options"]["bits"] == 8 for rule in found["rules"])
-    assert suggest(run, table, groups, within=0.3, bits=8)["chosen"] == []
-    short = suggest(run, table, groups, within=0.0, bits=8)
+    assert all(rule["options"]["bits"] == 16 for rule in found["rules"])
+    assert suggest(run, table, groups, within=0.3)["chosen"] == []
+    short = suggest(run, table, groups, within=0.0)
     assert short["reached"] is False and len(short["chosen"]) == 2, "the third group does not help"
     with pytest.raises(ConfigError, match="0 or more"):
         suggest(run, table, groups, within=-1)
+    with pytest.raises(ConfigError, match="no activation has fewer than 8 bits, so a plan with 8 changes none"):
+        suggest(run, table, groups, within=0.02, bits=8)
+
+
+def test_outliers_are_not_hidden_by_a_range_that_clips(tmp_path):
+    """The input of a normalisation is looked at before its own quantizer, but behind those of what it is the sum of."""
+    clipping = {"granularity": "tensor", "dynamic": False, "range": "percentile", "range_options": {"percentile": 60}}
+    rules = [{"site": OUTPUT, "quantizer": "uniform-activation", "options": clipping}]
+    config = tiny_config(tmp_path, quantization__rules=rules, train__max_steps=1)
+    run = load(qpipe.execute(config).out)
+    after = "bert.encoder.layer.0.output.LayerNorm:input"
+    session = Session(run.out, lambda: run, Request(("outliers",), sequences=2, sites=(after,)))
+    found = session.values[after]
+    quantized_sum = collect(run, [after], session.sample)[after]
+    assert all(float((a - b).abs().max()) > 0.01 for a, b in zip(found, quantized_sum, strict=True))
+    activations = [name for name in run.plan.sites if not name.endswith(":weight")]
+    with switched_off(run, activations):
+        plainly = collect(run, [after], session.sample)[after]
+    assert all(torch.equal(a, b) for a, b in zip(found, plainly, strict=True))
+    assert run.instruments.quantizers()[OUTPUT].context.enabled, "it is on again"
+
+
+def test_patterns_select_as_in_rules(run):
+    names = list(run.instruments.sites)
+    assert not [name for name in select(run, names, ["*:output"]) if "LayerNorm" in name]
+    assert select(run, names, ["*.output.LayerNorm:output"])
 
 
 def test_lower_is_better_is_ranked_the_other_way(run, monkeypatch):
@@ -173,7 +203,7 @@ def test_lower_is_better_is_ranked_the_other_way(run, monkeypatch):
     effects = [{"group": first, "without": 2.5}, {"group": second, "without": 2.1}]
     table = {"higher_is_better": False, "quantized": 3.0, "full_precision": 2.0, "groups": effects}
     monkeypatch.setattr("qpipe.analysis.suggest.at_bits", lambda run, sites, bits: 2.1)
-    assert [step["group"] for step in suggest(run, table, groups, within=0.2, bits=8)["chosen"]] == [second]
+    assert [step["group"] for step in suggest(run, table, groups, within=0.2)["chosen"]] == [second]
 
 
 def test_parts_are_kept_and_not_measured_twice(run, tmp_path, monkeypatch):

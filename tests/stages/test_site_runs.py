@@ -3,10 +3,15 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import qpipe
-from qpipe import FormatError
+from qpipe import FixedActivation, FormatError
 from qpipe.config import resolve
+from qpipe.export.folder import METADATA, REFERENCE, read_json
+from qpipe.export.metric import Prepared
+from qpipe.export.verify import native_outputs
 from qpipe.stages import evaluate_run, plan_run
 from qpipe.stages.self_check import self_check
 from qpipe.testing import tiny_config, tiny_model
@@ -31,11 +36,29 @@ def test_trains_exports_and_verifies(family, activations, weights, tmp_path):
     slots = [entry.site.slot for entry in run.plan.sites.values()]
     assert (len(slots) - slots.count("weight"), slots.count("weight")) == (activations, weights)
     assert run.results["verified"] and run.results["self_check"]["max_logit_change"][0] > 0
+    assert run.results["reloaded"] == run.results["evaluation"], "packed, loaded and quantized at every site again"
     assert evaluate_run(run.out) == run.results["evaluation"]
     layout = json.loads((run.out / "export" / "quantization.json").read_text())
     assert len(layout["activations"]) == activations and len(layout["weights"]) == weights + ("tied" in family)
     norms = [entry for name, entry in layout["weights"].items() if entry["shape"] == [32]]
     assert len(norms) == 5 and {entry["granularity"] for entry in norms} == {"tensor"}
+
+
+def test_the_packed_checkpoint_computes_the_same(tmp_path, monkeypatch):
+    """Every activation passes its quantizer; the tiny model's own logits hardly tell those of scores from none."""
+    run = qpipe.execute(outputs(tmp_path, "bert", "w8a8-outputs"))
+    export, passed, plain = run.out / "export", [], FixedActivation.quantize
+
+    def quantize(quantizer, value, out=None):
+        passed.append(quantizer.site)
+        return plain(quantizer, value, out)
+
+    monkeypatch.setattr(FixedActivation, "quantize", quantize)
+    about = {**read_json(export / METADATA), **read_json(export / "quantization.json")}
+    found = native_outputs(export, about, Prepared())["logits"]
+    assert torch.equal(found, load_file(export / REFERENCE)["logits"])
+    assert sorted(passed) == sorted(name for name in run.plan.sites if not name.endswith(":weight"))
+    assert {name.rpartition(":")[2] for name in passed} == {"input", "output", "sum", "raw_scores", "probs"}
 
 
 @pytest.mark.parametrize("family", ["bert", "vit"])

@@ -6,13 +6,22 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from qpipe import ConfigError, Quantizer, QuantizerKind, SiteError
+from qpipe import ConfigError, Quantizer, QuantizerKind, Site, SiteError
 from qpipe.plugin import Options, Plugin, hookimpl
+from qpipe.quant.plan import PlannedSite
 from qpipe.quant.step_error import power_of_two, times
 from qpipe.quant.tensor import QTensor
 from qpipe.stages.sweep import Sweep, evaluate_points, sweep_run
 from qpipe.stages.trained import restore
-from qpipe.stages.variants import activation_sites, rebuilt, rescaled, switched_off, weight_sites, with_bits
+from qpipe.stages.variants import (
+    activation_sites,
+    rebuilt,
+    rescaled,
+    rule_with_bits,
+    switched_off,
+    weight_sites,
+    with_bits,
+)
 from qpipe.testing import tiny_config
 
 SITE = "bert.encoder.layer.1.intermediate.dense:weight"
@@ -119,6 +128,19 @@ def test_activations_too(run):
         halved = logits(run)
     with rescaled(run, weight_sites(run), times(0.5)):
         assert not torch.equal(logits(run), halved)
+
+
+class Grouped(Options):
+    bits: int = 8
+    groups: int | None = 6
+    spare: int | None = None
+
+
+def test_a_rule_keeps_a_null_that_is_not_the_default():
+    entry = PlannedSite(Site("m", "output", "Linear"), "grouped", Grouped(groups=None), "test")
+    assert rule_with_bits(entry, 16) == {
+        "site": "m:output", "quantizer": "grouped", "options": {"bits": 16, "groups": None},
+    }  # fmt: skip
 
 
 def test_default_sites_leave_out_embeddings(run):

@@ -24,9 +24,7 @@ def exported(request, tmp_path_factory):
         {"peg": {"groups": GROUPS}},
         train__max_steps=1,
         quantization__preset="a8-outputs",
-        quantization__rules=[*rules, *({"site": s, "quantizer": "none"} for s in ("*raw_scores", "*probs", "*:sum"))]
-        if request.param == "bert"
-        else [*rules, *({"site": s, "quantizer": "none"} for s in ("*raw_scores", "*probs"))],
+        quantization__rules=rules,
         export__format="native",
     )
     model = str(tiny_model(folder / request.param, request.param))
