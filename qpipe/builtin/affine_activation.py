@@ -6,7 +6,9 @@ section 4, whose code learns ranges like this.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -15,7 +17,7 @@ from torch import Tensor
 from qpipe.plugin import Plugin, hookimpl
 from qpipe.quant.compiled import over_rows
 from qpipe.quant.estimators import RangeGrid
-from qpipe.quant.learned import FirstRange, GridActivation, total
+from qpipe.quant.learned import SMALLEST_STEP, FirstRange, GridActivation, total
 from qpipe.quant.observed import Observed
 from qpipe.quant.quantizer import Quantizer
 from qpipe.types import ACTIVATION_SLOTS, QuantizerKind
@@ -25,19 +27,24 @@ class LearnedAffineOptions(FirstRange):
     """Options of `affine-activation`."""
 
     symmetric: bool = Field(False, description="zero point 0; else it is learned")
+    scale_domain: Literal["linear", "log"] = Field(
+        "linear",
+        description="what is learned: the scale, or its natural logarithm, so that a step of the optimizer changes the "
+        "scale by a factor, however large it is",
+    )
     lr_scale: float = Field(1.0, gt=0, description="factor on the learning rate of scale and zero point")
 
 
 class LearnedAffineActivation(GridActivation):
-    """`(clamp(round(x / s) + round(z), low, high) - round(z)) * s` with learned scale s and zero point z.
+    """`(clamp(round(x / s) + round(z), low, high) - round(z)) * s` with learned scale s, or log s, and zero point z.
 
     Rounding is passed through. The gradient reaches `x` inside, where the rounded value is within the codes, and
 
         dq/ds = round(x / s) - x / s inside, bound - round(z) outside,
         dq/dz = 0 inside, -s outside,
 
-    summed without LSQ's gradient scale. Where z itself is clamped to the codes, its gradient still passes, so that it
-    can come back (in the authors' code it cannot).
+    summed without LSQ's gradient scale; log s gets s times the gradient of s. Where z itself is clamped to the codes,
+    its gradient still passes, so that it can come back (in the authors' code it cannot).
     """
 
     def __init__(self, options: LearnedAffineOptions) -> None:
@@ -56,7 +63,13 @@ class LearnedAffineActivation(GridActivation):
 
     def step(self) -> Tensor:
         """The scale."""
-        return self.learned_scale.detach()
+        learned = self.learned_scale.detach()
+        return learned if self.options.scale_domain == "linear" else learned.float().exp()
+
+    def _set_step(self, scale: float) -> None:
+        self.learned_scale.fill_(
+            scale if self.options.scale_domain == "linear" else math.log(max(scale, SMALLEST_STEP))
+        )
 
     def zero_point(self, scale: Tensor) -> Tensor:
         """The parameter as an integer within the codes; 0 if levels are symmetric."""
@@ -86,16 +99,16 @@ class LearnedAffineActivation(GridActivation):
 
     def _cover(self, low: float, high: float) -> None:
         if not self.has_offset:
-            self.learned_scale.fill_(max(high, -low) / self.high)
+            self._set_step(max(high, -low) / self.high)
             return
         scale = (high - low) / (self.high - self.low)
-        self.learned_scale.fill_(scale)
+        self._set_step(scale)
         self.learned_zero.fill_(self.low - low / scale)
 
     def inherit(self, trained: Quantizer, value: Tensor | None) -> None:
         """Keep lowest and highest level; only the highest of symmetric ones."""
         assert isinstance(trained, LearnedAffineActivation)
-        scale = float(trained.learned_scale.detach())
+        scale = float(trained.step())
         zero = float(trained.learned_zero.detach()) if self.has_offset else 0.0
         with torch.no_grad():
             self._cover((trained.low - zero) * scale if self.has_offset else 0.0, (trained.high - zero) * scale)
@@ -106,6 +119,7 @@ class LearnedAffineActivation(GridActivation):
         """As the class says."""
         slopes = over_rows(self.context, plain_gradient, out, (rows, grad, scale, zero), (self.low, self.high))
         step, outside = total(slopes.unbind(1))
+        step = step if self.options.scale_domain == "linear" else step * scale.view(1)
         return (step, -scale.view(1) * outside) if self.has_offset else (step,)
 
 

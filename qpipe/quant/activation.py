@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,8 @@ from qpipe.quant.fused import Clipped
 from qpipe.quant.observed import Observed
 from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.tensor import code_range
+
+logger = logging.getLogger("qpipe.quant")
 
 
 class ActivationOptions(RangeChoice):
@@ -94,6 +97,10 @@ class UniformActivation(CalibratedActivation):
         # One vector of one logit is a single value too, and 0 to that value a range.
         if seen.count != 1 or seen.low == 0:
             seen.require_range(self.site)
+        else:
+            logger.warning(
+                "%s: one value, %g, is all that calibration saw, and its range ends there", self.site, seen.low
+            )
         low, high = self.range_of(seen)
         self.low.fill_(low)
         self.high.fill_(high)

@@ -6,6 +6,7 @@ ranges are those of one process.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -18,6 +19,8 @@ from qpipe.data.loader import train_loader
 from qpipe.errors import DataError
 from qpipe.quant.quantizer import QuantContext
 from qpipe.run import Run
+
+logger = logging.getLogger("qpipe.stages")
 
 
 def to_device(batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
@@ -68,11 +71,22 @@ def show(run: Run, context: QuantContext, forward: Callable[..., Any], count: in
         forward: takes the model's inputs.
         count: of batches.
     """
-    for number, batch in observed_batches(run, count):
-        context.kept = None if run.config.quantization.calibration_padding else batch.get("attention_mask")
-        context.calibration_batch = number
-        forward(**inputs_of(batch))
-    context.kept = None
+    seen = 0
+    try:
+        for number, batch in observed_batches(run, count):
+            context.kept = None if run.config.quantization.calibration_padding else batch.get("attention_mask")
+            context.calibration_batch = number
+            forward(**inputs_of(batch))
+            seen = number + 1
+    finally:
+        context.kept = None
+    if seen < count and run.engine.rank == 0:
+        logger.warning(
+            "calibration saw %d batches and not %d: there are no more training examples; give more, or lower "
+            "quantization.calibration_batches or calibration_batch_size",
+            seen,
+            count,
+        )
 
 
 def observed_batches(run: Run, count: int) -> Iterator[tuple[int, dict[str, Tensor]]]:

@@ -63,21 +63,26 @@ def test_plan_and_sites_of_a_real_model(cli, tmp_path):
     assert {row["site"] for row in plan} < {row["site"] for row in sites}
 
 
-def test_the_plan_counts_activations_by_role(cli, tmp_path):
+@pytest.mark.parametrize(("blocks", "activations"), [(2, 31), (12, 161)], ids=["two blocks", "as many as BERT-base"])
+def test_the_plan_counts_activations_by_role(cli, tmp_path, blocks, activations):
     from qpipe.config import dump
-    from qpipe.testing import tiny_config
+    from qpipe.testing import tiny_config, tiny_model
 
     path = tmp_path / "tiny.yaml"
     config = tiny_config(tmp_path, quantization__preset="w8a8-outputs", export__format="native")
     path.write_text(dump(config))
-    rows = json.loads(cli("inspect", "plan", path, "--json").out)
+    model = f"model.name={tiny_model(tmp_path / 'deep', num_hidden_layers=blocks)}"
+    rows = json.loads(cli("inspect", "plan", path, "--json", "--set", model).out)
     roles = [row["role"] for row in rows]
-    # Two blocks with 13 sites each; three at the embeddings, pooler and logits. Weights: 17 maps, 5 normalisations.
-    assert len(roles) - roles.count("weight") == 2 * 13 + 3 + 2 and roles.count("weight") == 17 + 5
-    assert roles.count("ffn_sum") == roles.count("scores") == roles.count("embedding_sum") == 2
-    lines = [line.split() for line in cli("inspect", "plan", path).out.splitlines()]
-    assert ["53", "sites:", "22", "weights,", "31", "activations"] in lines
-    assert ["ffn_sum", "2"] in lines and ["logits", "1"] in lines and ["weight", "22"] not in lines
+    # Activations: 13 in a block; three at the embeddings, pooler and logits.
+    # Weights: six maps and two normalisations in a block; three tables and their normalisation, pooler and head.
+    weights = blocks * (6 + 2) + 3 + 2 + 1
+    assert activations == blocks * 13 + 3 + 2 == len(roles) - roles.count("weight")
+    assert roles.count("weight") == weights
+    assert roles.count("ffn_sum") == roles.count("scores") == blocks and roles.count("embedding_sum") == 2
+    lines = [line.split() for line in cli("inspect", "plan", path, "--set", model).out.splitlines()]
+    assert [f"{activations + weights}", "sites:", f"{weights}", "weights,", f"{activations}", "activations"] in lines
+    assert ["ffn_sum", f"{blocks}"] in lines and ["logits", "1"] in lines and ["weight", f"{weights}"] not in lines
 
 
 def test_evaluate_and_export(cli, stages, tmp_path):

@@ -142,12 +142,14 @@ def test_static_ranges_must_be_calibrated():
         quantizer.calibrated(quantizer.observer())
 
 
-def test_calibration_refuses_a_constant():
+def test_calibration_refuses_a_constant(caplog):
     with pytest.raises(TrainingError, match="m:input saw nothing but the value 3 in calibration.*quantizer: none"):
         calibrated(torch.full((2, 2), 3.0), torch.float32)
     with pytest.raises(TrainingError, match="m:input saw nothing but the value 0 in calibration"):
         calibrated(torch.zeros(1, 1), torch.float32)
+    assert not caplog.records
     assert calibrated(torch.tensor([[3.0]]), torch.float32).high.item() == 3, "one logit of one example"
+    assert "m:input: one value, 3, is all that calibration saw" in caplog.text
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

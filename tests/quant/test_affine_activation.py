@@ -1,5 +1,7 @@
 """Learned scale and zero point with plain gradients against the code of their paper; where learned ranges begin."""
 
+import math
+
 import pytest
 import torch
 from golden_cases import Golden, case_name
@@ -7,13 +9,15 @@ from pydantic import ValidationError
 
 from qpipe import TrainingError
 from qpipe.builtin.affine_activation import LearnedAffineActivation, LearnedAffineOptions
+from qpipe.builtin.lsq import LsqOptions, LsqWeight
 from qpipe.builtin.lsq_activation import LsqActivation, LsqActivationOptions
 from qpipe.quant.quantizer import QuantContext
 
 UNIFORM = Golden("qct_uniform")
-TRAINED = [
-    c for c in UNIFORM.cases if c["tensors"].get("g") and c["params"]["axis"] is None and "linear" in str(c["params"])
-]
+TRAINED = [c for c in UNIFORM.cases if c["tensors"].get("g") and c["params"]["axis"] is None]
+BY_CHANNEL = [c for c in UNIFORM.cases if c["params"].get("axis") == "pc"]
+BY_FEATURE = [c for c in UNIFORM.cases if c["params"].get("axis") == 2]
+EDGES = [c for c in UNIFORM.cases if "EDGE" in c.get("note", "")]
 ASYMMETRIC = [c for c in TRAINED if c["function"].startswith("Asym")]
 SYMMETRIC = [c for c in TRAINED if c["function"].startswith("Sym")]
 
@@ -56,9 +60,9 @@ def compare(case, found, name):
 @pytest.mark.parametrize("case", ASYMMETRIC, ids=case_name)
 def test_learned_affine_is_the_reference_s(case):
     bits = case["params"]["n_bits"]
-    quantizer = calibrated(make(bits=bits), ends(case))
+    quantizer = calibrated(make(bits=bits, scale_domain=case["params"]["scale_domain"]), ends(case))
     low = -(2 ** (bits - 1))
-    torch.testing.assert_close(quantizer.step()[0], UNIFORM.tensor(case, "delta"))
+    torch.testing.assert_close(quantizer.learned_scale.detach()[0], UNIFORM.tensor(case, "delta"))
     torch.testing.assert_close(quantizer.learned_zero.detach()[0] - low, UNIFORM.tensor(case, "zero_float"))
     out, grad, scale, zero = gradients(quantizer, case)
     codes = quantizer.encode(UNIFORM.tensor(case, "x")).codes - low
@@ -87,13 +91,71 @@ def test_the_vectors_clip():
 
 @pytest.mark.parametrize("case", SYMMETRIC, ids=case_name)
 def test_learned_scale_of_symmetric_levels_is_the_reference_s(case):
-    quantizer = calibrated(make(bits=case["params"]["n_bits"], symmetric=True), ends(case))
-    torch.testing.assert_close(quantizer.step()[0], UNIFORM.tensor(case, "delta"))
+    domain = case["params"]["scale_domain"]
+    quantizer = calibrated(make(bits=case["params"]["n_bits"], symmetric=True, scale_domain=domain), ends(case))
+    torch.testing.assert_close(quantizer.learned_scale.detach()[0], UNIFORM.tensor(case, "delta"))
     out, grad, step = gradients(quantizer, case)
     assert torch.equal(quantizer.encode(UNIFORM.tensor(case, "x")).codes, UNIFORM.tensor(case, "x_int"))
     compare(case, out, "out")
     compare(case, grad, "grad_x")
     compare(case, step, "grad_delta")
+
+
+@pytest.mark.parametrize("case", BY_CHANNEL, ids=case_name)
+def test_weights_by_channel(case):
+    """As `lsq` without its gradient scale computes them, but that values count as clipped beyond the last level there,
+    and half a step later here."""
+    x, steps = UNIFORM.tensor(case, "x"), UNIFORM.tensor(case, "delta")
+    quantizer = LsqWeight(LsqOptions(bits=case["params"]["n_bits"], granularity="channel", grad_scale="none"))
+    quantizer.attach(QuantContext(), "m:weight")
+    quantizer.initialize(x)
+    with torch.no_grad():
+        (step,) = quantizer.parameters()
+        step.copy_(steps.view_as(step))
+    out, *found = gradients(quantizer, case)
+    assert torch.equal(quantizer.encode(x).codes.view_as(x), UNIFORM.tensor(case, "x_int"))
+    compare(case, out, "out")
+    steps_of_x, params = x / steps.view(-1, 1), case["params"]
+    same = (steps_of_x <= params["int_max"]) & (steps_of_x >= params["int_min"]) | (
+        steps_of_x.round() != steps_of_x.round().clamp(params["int_min"], params["int_max"])
+    )
+    assert 0.9 < same.double().mean() < 1
+    for value, name, where in zip(found, ("grad_x", "grad_delta"), (same, same.all(1)), strict=True):
+        expected = UNIFORM.tensor(case, name)
+        torch.testing.assert_close(value.view(expected.shape)[where], expected[where], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", EDGES, ids=case_name)
+def test_edges(case):
+    """A tensor of zeros is refused, where the reference takes 1e-8 for its range."""
+    symmetric = case["function"].startswith("Sym")
+    quantizer = make(bits=case["params"]["n_bits"], symmetric=symmetric)
+    if "zero tensor" in case["note"]:
+        with pytest.raises(TrainingError, match="saw nothing but the value 0"):
+            calibrated(quantizer, UNIFORM.tensor(case, "x"))
+        return
+    found = calibrated(quantizer, ends(case))(UNIFORM.tensor(case, "x")).detach()
+    torch.testing.assert_close(found, UNIFORM.tensor(case, "out"))
+
+
+def test_every_case_is_used():
+    """Those with a range for each feature in the tests of plugin `peg`."""
+    used = [*ASYMMETRIC, *SYMMETRIC, *BY_CHANNEL, *BY_FEATURE, *EDGES]
+    assert sorted(c["case"] for c in used) == sorted(c["case"] for c in UNIFORM.cases)
+    assert len(BY_CHANNEL) == 2 and len(BY_FEATURE) == 2 and len(EDGES) == 4
+    assert {c["params"]["scale_domain"] for c in (*ASYMMETRIC, *SYMMETRIC)} == {"linear", "log"}
+
+
+def test_a_step_of_the_logarithm_is_a_factor():
+    """Twice the range takes the same gradient of the parameter, and as many steps to change as much."""
+    narrow, wide = (calibrated(make(scale_domain="log"), activation() * factor) for factor in (1.0, 4.0))
+    for quantizer, factor in ((narrow, 1.0), (wide, 4.0)):
+        (quantizer(activation() * factor) / factor).sum().backward()
+    torch.testing.assert_close(narrow.learned_scale.grad, wide.learned_scale.grad, rtol=1e-3, atol=1e-3)
+    before = wide.step().clone()
+    with torch.no_grad():
+        wide.learned_scale -= 0.1
+    torch.testing.assert_close(wide.step(), before * math.exp(-0.1))
 
 
 def activation(seed=0):

@@ -158,6 +158,13 @@ def test_no_calibration_data(tmp_path):
         calibrated(config(tmp_path, rule(QUERY), quantization__calibration_batch_size=100_000))
 
 
+def test_fewer_batches_than_asked_for_are_reported(tmp_path, caplog):
+    calibrated(config(tmp_path, rule(QUERY), quantization__calibration_batches=1))
+    assert "calibration saw" not in caplog.text
+    calibrated(config(tmp_path, rule(QUERY), quantization__calibration_batches=10_000))
+    assert "and not 10000: there are no more training examples" in caplog.text
+
+
 class Mean(RangeEstimator):
     """From minus to plus a multiple of the mean magnitude."""
 

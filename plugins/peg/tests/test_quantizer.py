@@ -13,6 +13,8 @@ from qpipe import FixedActivation, SiteError, TrainingError, by_feature
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "qct_peg.json").read_text())["cases"]
 TENSORS = load_file(GOLDEN / "qct_peg.safetensors")
+UNIFORM = load_file(GOLDEN / "qct_uniform.safetensors")
+BY_FEATURE = [c for c in json.loads((GOLDEN / "qct_uniform.json").read_text())["cases"] if c["params"].get("axis") == 2]
 FEATURES = [c for c in CASES if c["params"]["axis"] == 2]
 """The others have a range for each token, which is no matter of groups."""
 
@@ -75,6 +77,23 @@ def test_reference(case):
     assert torch.equal(out.detach(), golden(case, "out"))
     (grad,) = torch.autograd.grad(out, x, golden(case, "g"))
     torch.testing.assert_close(grad, golden(case, "grad_x"), rtol=1e-6, atol=0)  # multiplied and divided by s there
+
+
+@pytest.mark.parametrize("case", BY_FEATURE, ids=lambda c: f"case{c['case']}")
+def test_learned_ranges_of_each_feature_are_the_reference_s(case):
+    """The reference's class for one axis, with the gradients that it has outside of its groups."""
+    compared = ("delta", "zero_float", "x_int", "out", "grad_x", "grad_delta", "grad_zero_float")
+    names = ("x", "g", "x_min", "x_max", *compared)
+    x, g, low, high, *expected = (UNIFORM[f"c{case['case']:02d}.{name}"].clone() for name in names)
+    bits = case["params"]["n_bits"]
+    ends = torch.stack([low, high]).flatten(1)
+    quantizer = calibrated(ends, bits=bits, groups=None, permute=False, learned=True)
+    out = quantizer(x.requires_grad_())
+    grads = torch.autograd.grad(out, (x, quantizer.steps, quantizer.zeros), g)
+    codes = quantizer.encode(x.detach()).integers() + 2.0 ** (bits - 1)
+    found = (quantizer.steps, quantizer.zeros, codes, out, *grads)
+    for value, wanted, name in zip(found, expected, compared, strict=True):
+        torch.testing.assert_close(value.detach().view(wanted.shape), wanted, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

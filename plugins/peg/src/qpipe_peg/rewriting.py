@@ -48,12 +48,14 @@ class OrderedNorm(nn.Module):
 
     def __init__(self, norm: nn.LayerNorm, record: Record, begin: bool) -> None:
         super().__init__()
-        order = torch.tensor(record["order"])
-        self.norm = nn.LayerNorm(len(order), norm.eps, bias=norm.bias is not None, dtype=norm.weight.dtype)
+        weight = norm.weight
+        order = torch.tensor(record["order"], device=weight.device)
+        biased = norm.bias is not None
+        self.norm = nn.LayerNorm(len(order), norm.eps, bias=biased, dtype=weight.dtype, device=weight.device)
         with torch.no_grad():
             for name, parameter in self.norm.named_parameters():
                 parameter.copy_(getattr(norm, name)[order])
-        self.quantizers = GroupQuantizers(record)
+        self.quantizers = GroupQuantizers(record).to(weight.device)
         self.begin = begin
         self.register_buffer("index", order if begin else order.argsort())
         self.index: Tensor
@@ -87,10 +89,10 @@ class SplitOutputs(nn.Module):
 
     def __init__(self, linear: nn.Linear, record: Record) -> None:
         super().__init__()
-        parts = torch.tensor(record["order"]).chunk(len(record["scale"]))
+        parts = torch.tensor(record["order"], device=linear.weight.device).chunk(len(record["scale"]))
         biases = [None if linear.bias is None else linear.bias[part] for part in parts]
         self.maps = nn.ModuleList(_part(linear.weight[part], b) for part, b in zip(parts, biases, strict=True))
-        self.quantizers = GroupQuantizers(record)
+        self.quantizers = GroupQuantizers(record).to(linear.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`, in order."""
@@ -170,7 +172,7 @@ def _replace(model: nn.Module, layer: FeedForward) -> None:
     last: Any = model.get_submodule(layer.h["module"])
     after: Any = model.get_submodule(layer.y["module"])
     name, first = _linear_before(model, layer.h["module"])
-    groups, order = len(layer.x["scale"]), torch.tensor(layer.x["order"])
+    groups, order = len(layer.x["scale"]), torch.tensor(layer.x["order"], device=first.weight.device)
     if (first.in_features, first.out_features) != (len(order), last.in_features):
         raise FormatError(f"{name} is not the linear map from {layer.x['module']} to {layer.h['module']}")
     model.set_submodule(layer.x["module"], OrderedNorm(before, layer.x, begin=True))
