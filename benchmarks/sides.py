@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qpipe.config import RunConfig, resolve
-from qpipe.data.loading import find_task
+from qpipe.data.loading import TaskData, find_task
 from qpipe.engine.base import Processes
 from qpipe.host import load_plugins
 from qpipe.run import Run, Step
 from qpipe.stages.build import instrument
-from qpipe.stages.calibrate import inference, inputs_of
+from qpipe.stages.calibrate import calibrate, inputs_of
 from qpipe.stages.prepare import prepare
+from qpipe.stages.ranges import initialize_ranges
 from qpipe.stages.train import collect_losses, micro_step
 
 TOKENS = 128
@@ -143,7 +145,13 @@ def quantized_run(spec: Spec, dtype: torch.dtype, layers: int, out: Path) -> Run
         {
             "model": {"name": "benchmark"},
             "task": "sst2",
-            "quantization": {"preset": spec.preset, "rules": list(spec.rules), "compile": spec.compile},
+            "quantization": {
+                "preset": spec.preset,
+                "rules": list(spec.rules),
+                "compile": spec.compile,
+                "calibration_batches": 1,
+                "calibration_batch_size": spec.batch,
+            },
             "train": {"accumulation": spec.micro_batches, "batch_size": spec.batch},
             "plugins": spec.plugins,
             "export": {"format": "native"},
@@ -154,24 +162,30 @@ def quantized_run(spec: Spec, dtype: torch.dtype, layers: int, out: Path) -> Run
     model = make_model(dtype, layers)
     engine = OneProcess(model, dtype, spec.micro_batches)
     task = find_task(host.collect("qpipe_tasks"), config.task)
-    run = Run(config, host, engine, task, None, model)  # type: ignore[arg-type]  # no stage here reads data
+    # All that these stages ask of an engine is there.
+    run = Run(config, host, engine, task, synthetic_data(spec), model)  # type: ignore[arg-type]
     run.instruments = instrument(host, model)
     run.total_steps = 1000
     if spec.kind == "train+teacher":
         run.teacher = make_model(dtype, layers).eval().requires_grad_(False)
     prepare(run)
-    calibrate_on(run, make_batches(spec))
+    initialize_ranges(run)
+    calibrate(run)
     return run
 
 
-def calibrate_on(run: Run, batches: list[dict[str, Tensor]]) -> None:
-    """Static ranges of the benchmark's own batches, instead of training data."""
-    for wanted in run.host.collect("qpipe_calibration", run=run).values():
-        wanted.start()
-        with inference(run):
-            for batch in batches:
-                run.engine.forward(**inputs_of(batch))
-        wanted.finish()
+def synthetic_data(spec: Spec) -> TaskData:
+    """The examples of the benchmark's batch, for calibration."""
+    rows: dict[str, list[Any]] = {}
+    for batch in make_batches(spec):
+        for name, value in batch.items():
+            rows.setdefault(name, []).extend(value.tolist())
+    data = Dataset.from_dict(rows)
+
+    def collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {name: torch.tensor([example[name] for example in examples]) for name in rows}
+
+    return TaskData(data, data, collate, None, 2, ())
 
 
 def quantized_side(spec: Spec, dtype: torch.dtype, layers: int, out: Path) -> Callable[[], None]:

@@ -44,8 +44,17 @@ W4 = Spec(rules=four_bits())
 KURE = replace(W4, plugins={"kure": {}})
 A8 = ({"site": BLOCK_INPUTS, "quantizer": "uniform-activation", "options": {"bits": 8}},)
 EMBEDDING = ({"site": "{embedding}:weight", "quantizer": "uniform", "options": {"bits": 8}},)
+OUTPUTS = ({"site": "{outputs}", "quantizer": "affine-activation", "options": {"bits": 8}},)
 WITH_TEACHER = replace(FULL, kind="train+teacher")
 TERNARY_A8 = Spec(kind="train+teacher", rules=A8)
+
+
+def learned(bits: int) -> Spec:
+    """Every weight and every activation with a learned range for the tensor, as in `examples/activations`."""
+    options = {"granularity": "tensor", "init": "min-max", "grad_scale": "none"}
+    every = {"site": "*:weight", "quantizer": "lsq", "options": {"bits": bits, **options}}
+    norms = {"site": "{norm}:weight", "quantizer": "lsq", "options": {"bits": 8, **options}}
+    return Spec(rules=(every, norms, *OUTPUTS))
 
 
 def ternary_with(name: str, **options: Any) -> Spec:
@@ -73,6 +82,8 @@ CASES = (
     Case("w8a8", "8-bit weights and outputs, static (`w8a8-outputs`: 57 activations)", Spec(preset="w8a8-outputs")),
     Case("w4a8-outputs", "4-bit weights, 8-bit outputs, static (57 activations)",
          Spec(preset="a8-outputs", rules=four_bits())),
+    Case("w8a8-learned", "8-bit weights and outputs, learned ranges (57 activations)", learned(8)),
+    Case("w4a8-learned", "4-bit weights and 8-bit outputs, learned ranges (57 activations)", learned(4)),
     Case("embedding", "4-bit weights, 8-bit embedding per row", replace(W4, rules=four_bits() + EMBEDDING)),
     Case("lsq", "4-bit weights per channel with learned steps (`lsq`)", Spec(rules=weights("lsq", bits=4))),
     Case("lsq-eager", "the same, eager", Spec(rules=weights("lsq", bits=4), compile="off")),

@@ -52,7 +52,7 @@ class Peg(Plugin):
     def qpipe_quantizers(self) -> Iterable[QuantizerKind]:
         """`peg`."""
         yield QuantizerKind(
-            NAME, PegActivation, PegOptions, SLOTS, "activations with a scale for each group of features, 2 to 8 bits"
+            NAME, PegActivation, PegOptions, SLOTS, "activations with a scale for each group of features, 2 to 16 bits"
         )
 
     @hookimpl
