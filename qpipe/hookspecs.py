@@ -106,6 +106,9 @@ class Specs:
 
         They follow one another in plugin order; the rest of the training comes last, with the configured learning rate
         and warm-up. `run.phases` holds them all, with their first steps, from `qpipe_model_prepared` on.
+
+        Before a plugin changes the data, the run is prepared once to find errors, and `run.total_steps` is a number
+        that no training reaches unless `train.max_steps` says what it will be.
         """
 
     @hookspec

@@ -69,7 +69,8 @@ class Run:
         weight_losses: penalties on weights that are in place.
         scheduler: the learning-rate schedule.
         total_steps: optimizer steps of the whole training; 0 where nothing will be trained, and so no teacher is there:
-            a plan that is only looked at, a finished run, quantization without training.
+            a plan that is only looked at, a finished run, quantization without training. A run that is only prepared to
+            find errors, before a plugin has changed its data, has a number that no training reaches.
         phases: the parts of the training, in order and without gaps; empty where nothing will be trained.
         trained: True for a finished run that was loaded to evaluate or export it.
         step: the micro-batch under way, None outside training.

@@ -30,13 +30,16 @@ from qpipe.stages.initialize import initialize, needs_data, require_targets
 from qpipe.stages.prepare import prepare, wrap
 from qpipe.stages.ranges import initialize_ranges
 from qpipe.stages.self_check import self_check
-from qpipe.stages.teacher import ensure_teacher, is_needed
+from qpipe.stages.teacher import ensure_teacher, is_needed, require_fine_tunable
 from qpipe.stages.teaching import require_cacheable, wanted_signals
 from qpipe.stages.train import total_steps, train
 from qpipe.stages.trained import alone, restore, save_float
 from qpipe.types import Site
 
 logger = logging.getLogger("qpipe.stages")
+
+UNDECIDED = 10**9
+"""Optimizer steps of a training whose length nobody knows yet: more than any has, so that every phase fits."""
 
 
 @contextmanager
@@ -93,9 +96,7 @@ def assemble(config: RunConfig, host: Host, seconds: dict[str, float], resume: b
     teacher_metrics: dict[str, float] = {}
     if is_needed(config, host):
         with timed(seconds, "teacher"):
-            teacher, teacher_metrics = ensure_teacher(
-                config, host, original, lambda: rehearse(config, engine, original)
-            )
+            teacher, teacher_metrics = ensure_teacher(config, host, original, lambda: rehearse(config, engine, data))
     with timed(seconds, "build"):
         run = build(config, host, engine, teacher, data)
         if teacher_metrics:
@@ -116,11 +117,14 @@ def assemble(config: RunConfig, host: Host, seconds: dict[str, float], resume: b
 def training_data(config: RunConfig, host: Host, engine: Engine, data: TaskData) -> TaskData:
     """What a plugin makes of the data; the data as they are if none makes anything of them. Collective.
 
+    What only the changed data can tell, the length of the training above all, is checked when they are there.
+
     Raises:
         QpipeError: a plugin cannot do with these data what it was asked to, or, found before it begins, the rest of
             the configuration does not fit.
     """
-    rehearse(config, engine, data)
+    require_fine_tunable(config, host, data)
+    rehearse(config, engine, data, config.train.max_steps or UNDECIDED)
     task = find_task(host.collect("qpipe_tasks"), config.task)
     changed = host.hook.qpipe_training_data(config=config, task=task, data=data, engine=engine)
     return data if changed is None else changed
@@ -143,8 +147,14 @@ def refuse_used(config: RunConfig, engine: Engine, resume: bool) -> None:
         raise ConfigError(problem)
 
 
-def rehearse(config: RunConfig, engine: Engine, data: TaskData) -> None:
-    """Prepare the run as if the teacher were there already, so that what is wrong shows before it is fine-tuned.
+def rehearse(config: RunConfig, engine: Engine, data: TaskData, steps: int | None = None) -> None:
+    """Prepare the run as if the teacher were there already, so that what is wrong shows before anything long begins.
+
+    Args:
+        config: resolved configuration.
+        engine: connected.
+        data: what the run trains on, or what a plugin has yet to change.
+        steps: optimizer steps of the training, where the data do not decide them yet.
 
     Raises:
         QpipeError: rules, options, plugins or export format do not fit the model.
@@ -154,14 +164,22 @@ def rehearse(config: RunConfig, engine: Engine, data: TaskData) -> None:
     log.setLevel(logging.WARNING)  # plugins tell what they do when it is done
     try:
         host = load_plugins(config.plugins)
-        run = build(config, host, engine, config.model if is_needed(config, host) else None, data)
-        run.total_steps = total_steps(run)
+        teacher = config.model if is_needed(config, host) else None
+        run = build(without_compiling(config), host, engine, teacher, data)
+        run.total_steps = total_steps(run) if steps is None else steps
         prepare(run)
         require_targets(run)
         if config.teacher.cache is not None:
             require_cacheable(run, wanted_signals(run).teacher)
     finally:
         log.setLevel(level)
+
+
+def without_compiling(config: RunConfig) -> RunConfig:
+    """The same run, which compiles only what it is told to: a rehearsal is too short for compiling to pay."""
+    if config.quantization.compile != "auto":
+        return config
+    return config.model_copy(update={"quantization": config.quantization.model_copy(update={"compile": "off"})})
 
 
 def record_start(run: Run) -> None:

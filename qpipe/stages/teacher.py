@@ -13,6 +13,7 @@ from qpipe.config import INDIFFERENT, QuantizationConfig, RunConfig
 from qpipe.data.loading import TaskData
 from qpipe.data.locate import locate
 from qpipe.engine import connect
+from qpipe.errors import ConfigError
 from qpipe.files import sha256, write_json
 from qpipe.host import Host, load_plugins
 from qpipe.run import Run
@@ -30,6 +31,25 @@ LEFT_OUT = ("model.keep_layers", "teacher.precision")
 def is_needed(config: RunConfig, host: Host) -> bool:
     """True if a teacher is named, or a plugin says it needs one."""
     return config.teacher.name is not None or any(p.needs_teacher for p in host.plugins.values())
+
+
+def require_fine_tunable(config: RunConfig, host: Host, data: TaskData) -> None:
+    """Refuse data on which no teacher can be fine-tuned, if the run has to fine-tune one.
+
+    Args:
+        config: resolved configuration.
+        host: the plugins.
+        data: what `load_data` gives for this configuration.
+
+    Raises:
+        ConfigError: they do not fill a single batch.
+    """
+    size = config.train.batch_size
+    if is_needed(config, host) and config.teacher.name is None and len(data.train) < size:
+        raise ConfigError(
+            f"train.batch_size {size} exceeds the {len(data.train)} training examples that the teacher is fine-tuned "
+            "on; lower it, give more data, or name a teacher with teacher.name"
+        )
 
 
 def teacher_config(config: RunConfig) -> RunConfig:

@@ -63,15 +63,20 @@ def steps_per_epoch(run: Run) -> int:
     count = len(run.data.train) // run.config.train.batch_size
     if count == 0:
         raise ConfigError(
-            f"train.batch_size {run.config.train.batch_size} exceeds the {len(run.data.train)} training examples"
+            f"train.batch_size {run.config.train.batch_size} exceeds the {len(run.data.train)} training examples; "
+            "lower it, or give more data"
         )
     return count
 
 
 def total_steps(run: Run) -> int:
-    """Optimizer steps of the whole training: `train.max_steps`, else what the data say, else `train.epochs`."""
-    train = run.config.train
-    return train.max_steps or run.data.steps or max(1, math.ceil(train.epochs * steps_per_epoch(run)))
+    """Optimizer steps of the whole training: `train.max_steps`, else what the data say, else `train.epochs`.
+
+    Raises:
+        ConfigError: the data do not fill a single batch.
+    """
+    train, per_epoch = run.config.train, steps_per_epoch(run)
+    return train.max_steps or run.data.steps or max(1, math.ceil(train.epochs * per_epoch))
 
 
 def collect_losses(run: Run) -> list[Loss]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 import qpipe
-from qpipe import ConfigError, Plugin, hookimpl
+from qpipe import ConfigError, Plugin, TrainingPhase, hookimpl
 from qpipe.testing import tiny_config
 
 pytestmark = pytest.mark.usefixtures("fast")
@@ -55,3 +55,76 @@ def test_what_is_wrong_elsewhere_shows_before_the_plugin_begins(tmp_path, use, m
     with pytest.raises(ConfigError, match="format .nonsense. is unknown"):
         qpipe.execute(tiny_config(tmp_path, export__format="nonsense"))
     assert half.seen == []
+
+
+class Changed(Plugin):
+    """Trains on the first `rows` examples, over and over, for `steps` steps, in a phase of `phase` of them first."""
+
+    needs_teacher = True
+
+    def __init__(self, steps, phase, rows=128):
+        super().__init__()
+        self.steps, self.phase, self.rows, self.seen = steps, phase, rows, []
+
+    @hookimpl
+    def qpipe_training_data(self, data):
+        self.seen.append(len(data.train))
+        chosen = [row % len(data.train) for row in range(self.rows)]
+        rows, labels = data.text.split.data.select(chosen), data.text.labels[chosen]
+        return replace(data, train=data.text.encode(rows, labels), steps=self.steps)
+
+    @hookimpl
+    def qpipe_training_phases(self):
+        return [TrainingPhase("first", self.phase)] if self.phase else []
+
+
+SHORT = {"train__max_steps": None, "train__epochs": 1.0, "train__batch_size": 32, "teacher__epochs": 1.0}
+"""On the 128 examples: 4 steps."""
+
+
+def test_phases_are_measured_by_the_length_that_the_plugin_gives(tmp_path, use):
+    use(Changed(steps=9, phase=6))
+    run = qpipe.execute(tiny_config(tmp_path, **SHORT))
+    assert [(phase.name, phase.stop) for phase in run.phases] == [("first", 6), ("train", 9)]
+    assert run.results["steps"] == 9
+
+
+def test_a_phase_longer_than_the_changed_training_shows_before_the_teacher_is_trained(tmp_path, use):
+    changed = Changed(steps=3, phase=4)  # it would fit the four steps of the data as they were
+    use(changed)
+    with pytest.raises(ConfigError, match="'first' asks for 4 optimizer steps, and 3 of 3 are left"):
+        qpipe.execute(tiny_config(tmp_path, **SHORT))
+    assert changed.seen == [128], "only the changed data can tell"
+    assert not (tmp_path / "run" / "teacher").exists()
+
+
+def test_a_phase_longer_than_max_steps_shows_before_the_plugin_begins(tmp_path, use):
+    changed = Changed(steps=9, phase=6)
+    use(changed)
+    with pytest.raises(ConfigError, match="'first' asks for 6 optimizer steps, and 5 of 5 are left"):
+        qpipe.execute(tiny_config(tmp_path, **{**SHORT, "train__max_steps": 5}))
+    assert changed.seen == []
+
+
+def test_changed_rows_may_fill_a_batch_that_the_original_ones_do_not(tmp_path, use):
+    tiny_config(tmp_path)
+    named = {"teacher__name": str(tmp_path / "teacher"), "data__max_train_examples": 20}
+    use(Changed(steps=4, phase=0, rows=64))
+    run = qpipe.execute(tiny_config(tmp_path, **SHORT, **named))
+    assert run.results["steps"] == 4 and len(run.data.train) == 64
+
+
+def test_a_teacher_needs_a_batch_of_original_rows_which_shows_before_the_plugin_begins(tmp_path, use):
+    changed = Changed(steps=4, phase=0, rows=64)
+    use(changed)
+    with pytest.raises(ConfigError, match=r"20 training examples that the teacher is fine-tuned on.*teacher\.name"):
+        qpipe.execute(tiny_config(tmp_path, **SHORT, data__max_train_examples=20))
+    assert changed.seen == []
+
+
+@pytest.mark.parametrize("steps", [None, 6])
+def test_too_few_changed_rows_show_before_the_teacher_is_trained(steps, tmp_path, use):
+    use(Changed(steps=4, phase=0, rows=20))
+    with pytest.raises(ConfigError, match="train.batch_size 32 exceeds the 20 training examples; lower it"):
+        qpipe.execute(tiny_config(tmp_path, **{**SHORT, "train__max_steps": steps}))
+    assert not (tmp_path / "run" / "teacher").exists()
