@@ -29,6 +29,7 @@ from qpipe.stages.export import export
 from qpipe.stages.initialize import initialize, needs_data, require_targets
 from qpipe.stages.prepare import prepare, wrap
 from qpipe.stages.ranges import initialize_ranges
+from qpipe.stages.recomputing import recompute
 from qpipe.stages.self_check import self_check
 from qpipe.stages.teacher import ensure_teacher, is_needed, require_fine_tunable
 from qpipe.stages.teaching import require_cacheable, wanted_signals
@@ -168,6 +169,7 @@ def rehearse(config: RunConfig, engine: Engine, data: TaskData, steps: int | Non
         run = build(without_compiling(config), host, engine, teacher, data)
         run.total_steps = total_steps(run) if steps is None else steps
         prepare(run)
+        recompute(run)
         require_targets(run)
         if config.teacher.cache is not None:
             require_cacheable(run, wanted_signals(run).teacher)

@@ -86,12 +86,20 @@ def test_a_run_compares_before_it_builds(tmp_path, use):
         qpipe.execute(config)
 
 
+REENTRANT = "activations of bert with use_reentrant=True, .* no gradient to attention maps"
+
+
 def test_reentrant_checkpointing_with_captured_maps_is_refused(tmp_path, use, fast):
     """It would train without a gradient from them."""
     use(Learn(reentrant=True))
     tiny_config(tmp_path)
     tiny_model(tmp_path / "teacher", seed=1)
-    with pytest.raises(
-        ModelError, match=r"activations of bert with use_reentrant=True, .* no gradient to attention maps"
-    ):
+    with pytest.raises(ModelError, match=REENTRANT):
         qpipe.execute(tiny_config(tmp_path, teacher__name=str(tmp_path / "teacher")))
+
+
+def test_reentrant_checkpointing_is_refused_before_a_teacher_is_fine_tuned(tmp_path, use):
+    use(Learn(reentrant=True))
+    with pytest.raises(ModelError, match=REENTRANT):
+        qpipe.execute(tiny_config(tmp_path))
+    assert not (tmp_path / "run" / "teacher").exists()
