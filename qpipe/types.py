@@ -195,8 +195,9 @@ class Signals:
 
     `scores` are pre-softmax and pre-mask, [batch, heads, queries, keys]; `probs` post-softmax, before dropout;
     `context` [batch, tokens, heads, head size]; `attention_output` the output of the attention's output projection,
-    [batch, tokens, hidden]; `hidden_states` the embedding output and every block's output. `scores` and `probs` make
-    the model build attention maps, so ask for them only while they are needed.
+    [batch, tokens, hidden]; `hidden_states` what the first block receives and what every block returns, the last one
+    too before any normalisation that follows the blocks. `scores` and `probs` make the model build attention maps, so
+    ask for them only while they are needed.
 
     `evaluation` are signals of the teacher that taps added with `in_evaluation` need in evaluations during training.
     Such an evaluation measures something else than the student by itself: it is logged, and never counts as the best

@@ -14,9 +14,11 @@ from qpipe.analysis.teacher import layer_map
 from qpipe.errors import ModelError
 from qpipe.run import Run
 from qpipe.stages.calibrate import inference
-from qpipe.types import Json
+from qpipe.stages.teaching import extra_inputs
+from qpipe.types import Json, SignalKind
 
 Outputs = Mapping[str, list[Tensor]]
+HIDDEN: frozenset[SignalKind] = frozenset({"hidden_states"})
 
 
 class Distances:
@@ -85,10 +87,16 @@ def layer_errors(run: Run, teacher: Run, sample: Iterable[Example]) -> dict[str,
 
 def _outputs(run: Run, example: Example) -> Outputs:
     seen: dict[str, Tensor] = {}
-    names = [f"{path}:output" for path in run.instruments.map.attention_output]
+    states: dict[tuple[str, int], Tensor] = {}
+    instruments = run.instruments
+    names = [f"{path}:output" for path in instruments.map.attention_output]
+    instruments.want(HIDDEN, states)
     with observing(run, {name: _keep(seen, name) for name in names}), inference(run):
-        output = run.student(**example.batch, output_hidden_states=True)
-    return {"hidden": list(output.hidden_states), "attention": [seen[name] for name in names]}
+        output = run.student(**example.batch, **extra_inputs(HIDDEN))
+    instruments.take_outputs(output, HIDDEN, states)
+    instruments.want(frozenset(), {})
+    hidden = [states["hidden_states", layer] for layer in range(len(states))]
+    return {"hidden": hidden, "attention": [seen[name] for name in names]}
 
 
 def _keep(seen: dict[str, Tensor], name: str) -> See:

@@ -40,6 +40,7 @@ class Instruments:
         self._wanted: frozenset[SignalKind] = frozenset()
         self._store: dict[tuple[str, int], Tensor] = {}
         self._capturing = False
+        self._watching = False
         self.tapped: set[str] = set()
         self.sites = self._discover()
 
@@ -197,12 +198,33 @@ class Instruments:
                 f"{type(self.model).__name__} offers no {', '.join(sorted(missing))}: its attention is not known. "
                 "Use a model of a known family, or implement qpipe_model_map"
             )
+        if "hidden_states" in kinds:
+            self._watch_last_block()
         self._wanted, self._store = kinds, store
 
+    def _watch_last_block(self) -> None:
+        """Keep what the last block returns: of decoders, transformers gives it after the final normalisation only.
+
+        Put in place by the first demand, so that the hook comes after those of an engine, as transformers' own do.
+        """
+        if self._watching or not self.map.blocks:
+            return
+        self._watching = True
+        last = len(self.map.blocks)
+
+        def keep(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if self.context.taps_active and "hidden_states" in self._wanted:
+                self._store["hidden_states", last] = output[0] if isinstance(output, tuple) else output
+
+        self.model.get_submodule(self.map.blocks[-1]).register_forward_hook(keep)
+
     def take_outputs(self, output: Any, kinds: frozenset[SignalKind], store: dict[tuple[str, int], Tensor]) -> None:
-        """Add the signals that are part of the model's output."""
+        """Add the signals that are part of the model's output to those captured on the way to it."""
         if "logits" in kinds:
             store["logits", 0] = output.logits
         if "hidden_states" in kinds:
-            for layer, hidden in enumerate(output.hidden_states):
-                store["hidden_states", layer] = hidden
+            states = list(output.hidden_states)
+            last = store.pop(("hidden_states", len(self.map.blocks)), None)
+            if last is not None and len(states) == len(self.map.blocks) + 1:
+                states[-1] = last
+            store.update({("hidden_states", layer): hidden for layer, hidden in enumerate(states)})

@@ -29,8 +29,8 @@ from qpipe.types import SignalKind
 
 logger = logging.getLogger("qpipe.stages")
 
-FORMAT = 1
-"""Of the files, and of how entries are named."""
+FORMAT = 2
+"""Of the files, of how entries are named, and of what a signal is: 1 had decoders' last hidden state normalised."""
 FILE_BYTES = 64 * 2**20
 """A process writes a file when it holds this much."""
 Store = dict[tuple[str, int], Tensor]

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from qpipe import ModelError, ModelMap, QuantModule, SiteError, TapStage
+from qpipe.builtin.models import Models
 from qpipe.builtin.uniform import UniformOptions, UniformWeight
 from qpipe.model.attention import SLOTS
 from qpipe.model.instrument import Instruments
+from qpipe.model.reduce import keep_layers
 from qpipe.model.taps import Tap, add_sorted, run_taps
 from qpipe.quant.activation import ActivationOptions, UniformActivation
 from qpipe.quant.quantizer import QuantContext
@@ -193,10 +195,27 @@ def test_inactive_taps_are_passed_over():
 ALL = frozenset({"logits", "hidden_states", "scores", "probs", "context", "attention_output"})
 
 
+def watched_blocks(model, batch):
+    """A model's output; what its first block receives, and what every block returns."""
+    passed, handles = [], []
+    for number, path in enumerate(Models().qpipe_model_map(model).blocks):
+        block = model.get_submodule(path)
+        if number == 0:
+            handles.append(block.register_forward_pre_hook(lambda m, args: passed.append(args[0])))
+        hook = block.register_forward_hook(
+            lambda m, args, out: passed.append(out[0] if isinstance(out, tuple) else out)
+        )
+        handles.append(hook)
+    output = model(**batch)
+    for handle in handles:
+        handle.remove()
+    return output, passed
+
+
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "resnet"])
 def test_signals_of_every_layer(family, family_model, instrumented, batch_of):
     model, batch = family_model(family), batch_of(family, False)
-    expected = model(**batch, output_hidden_states=True)
+    expected, passed = watched_blocks(model, batch)
     model.set_attn_implementation("eager")
     maps = model(**batch, output_attentions=True).attentions
     found, store = instrumented(model), {}
@@ -218,8 +237,36 @@ def test_signals_of_every_layer(family, family_model, instrumented, batch_of):
         linear = torch.nn.functional.linear(store["context", layer].flatten(2), projection.weight, projection.bias)
         torch.testing.assert_close(store["attention_output", layer], linear)
     torch.testing.assert_close(store["logits", 0], expected.logits, rtol=1e-4, atol=1e-5)
-    for layer, hidden in enumerate(expected.hidden_states):
+    for layer, hidden in enumerate(passed):
         torch.testing.assert_close(store["hidden_states", layer], hidden, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "vit", "llama", "qwen3"])
+def test_a_model_cut_short_has_the_hidden_states_of_the_whole(family, family_model, instrumented, batch_of):
+    """So its last one too: no normalisation that follows the last block counts as part of it."""
+    whole, short = (family_model(family, num_hidden_layers=4) for _ in range(2))
+    keep_layers(short, Models().qpipe_model_map(short).blocks, [0, 1])
+    stores = []
+    kinds = frozenset({"hidden_states"})
+    for model in (whole, short):
+        found, store = instrumented(model), {}
+        found.enable_capture()
+        found.want(kinds, store)
+        found.context.taps_active = True
+        found.take_outputs(model(**batch_of(family, False), output_hidden_states=True), kinds, store)
+        stores.append(store)
+    assert len(stores[0]) == 5 and len(stores[1]) == 3
+    for key, value in stores[1].items():
+        assert torch.equal(value, stores[0][key]), key
+
+
+def test_what_a_block_returns_is_not_kept_outside_training_steps(family_model, instrumented, batch_of):
+    model = family_model("llama")
+    found, store = instrumented(model), {}
+    found.enable_capture()
+    found.want(frozenset({"hidden_states"}), store)
+    model(**batch_of("llama", False))
+    assert not store
 
 
 def test_only_what_is_wanted_is_captured(family_model, instrumented, batch_of):

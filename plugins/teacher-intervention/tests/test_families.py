@@ -6,6 +6,9 @@ from qpipe_teacher_intervention import InterventionOptions, TeacherIntervention
 from ti_families import DECODERS, FAMILIES, batch, load
 from ti_steps import make_run, micro_step
 
+from qpipe.builtin.models import Models
+from qpipe.model.reduce import keep_layers
+
 KINDS = ("output", "context", "map")
 
 
@@ -120,3 +123,15 @@ def test_a_student_of_half_the_depth_takes_the_layers_it_is_told(tmp_path):
         for i, j in ((0, 0), (1, 2), (2, 4))
     ]
     torch.testing.assert_close(parts["ti/hidden"], sum(squares))
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_states_of_a_layer_in_the_middle_are_those_of_a_last_one(family, tmp_path):
+    """A student that is the first half of the teacher is at no distance, whatever normalisation follows its last."""
+    student, teacher = (load(tmp_path, family, 1, num_hidden_layers=4) for _ in range(2))
+    keep_layers(student, Models().qpipe_model_map(student).blocks, [0, 1])
+    run = make_run(tmp_path, student, teacher.eval(), kind="causal-lm")
+    plugin = TeacherIntervention(InterventionOptions(steps=1, schedule="output", layer_map=[1, 2]))
+    plugin.qpipe_model_prepared(run)
+    _, parts = micro_step(plugin, run, 1, batch(family))
+    assert float(parts["ti/hidden"].detach()) == 0 and float(parts["ti/logits"].detach()) > 0
