@@ -18,7 +18,7 @@ from qpipe.stages.calibrate import inference
 def _listening(run: Run, sums: dict[str, list[float]]) -> Iterator[None]:
     def hook(name: str) -> Any:
         def heard(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            value = module.master(inputs[0]).double()
+            value = module.full_precision(inputs[0]).double()
             total = sums.setdefault(name, [0.0, 0.0])
             total[0] += float(value.square().sum())
             total[1] += float((output.double() - value).square().sum())
@@ -36,7 +36,8 @@ def _listening(run: Run, sums: dict[str, list[float]]) -> Iterator[None]:
 def signal_to_noise(run: Run, sample: Sequence[Example]) -> dict[str, float | None]:
     """SQNR in dB of every quantized site, over a few examples: `10 log10(sum x^2 / sum (Q(x) - x)^2)`.
 
-    Every site sees what the quantized model gives it. None where quantization changes nothing.
+    Every site sees what the quantized model gives it; x is what the site computes without rounding. None where
+    quantization changes nothing.
     """
     sums: dict[str, list[float]] = {}
     run.instruments.context.weights_changed()

@@ -19,7 +19,7 @@ from qpipe.plugin import Plugin, hookimpl
 from qpipe.quant.compiled import over_rows
 from qpipe.quant.grid import Grid, GridKernel, GridOptions, GridQuantizer
 from qpipe.quant.learned import GridActivation, GridActivationOptions
-from qpipe.quant.quantizer import Quantizer
+from qpipe.quant.quantizer import Quantizer, straight_through
 from qpipe.quant.rounding import tanh
 from qpipe.quant.tensor import code_range
 from qpipe.types import ACTIVATION_SLOTS, QuantizerKind
@@ -92,6 +92,16 @@ class DorefaWeight(GridQuantizer):
     def surrogate(self, value: Tensor) -> Tensor:
         """The value, with the gradient of `tanh(w) / max|tanh(w)| * top`."""
         return value if self.bits == 1 else self.with_gradient(value, self._gradient)
+
+    def full_precision(self, value: Tensor) -> Tensor:
+        """`tanh(w) / max|tanh(w)| * top`, which are the levels without rounding; the value itself for one bit."""
+        if self.bits == 1:
+            return value
+        with torch.no_grad():
+            rows = self.rows_of(value.detach())
+            largest = rows.abs().amax(self.axes, keepdim=True).float()
+            squashed = tanh(rows.float()) * _steepness(largest, self.options.output == "unit")
+        return straight_through(self.surrogate(value), squashed.to(value.dtype).view(value.shape))
 
     def _gradient(self, rows: Tensor, grad: Tensor, out: Tensor) -> tuple[()]:
         unit = self.options.output == "unit"

@@ -122,7 +122,7 @@ class QuantizationConfig(Section):
         ge=0,
         le=1,
         description="part of each weight's elements, drawn anew in every forward pass, that training quantizes; "
-        "the others stay in full precision (QuantNoise). Evaluation and export quantize all",
+        "the others are not rounded (QuantNoise). Evaluation and export quantize all",
     )
     calibration_batches: int = Field(8, gt=0, description="batches of training data for activation ranges")
     calibration_batch_size: int | None = Field(

@@ -22,7 +22,8 @@ class QuantContext:
     """What the quantizers of one model share.
 
     Attributes:
-        enabled: False makes every quantizer the identity.
+        enabled: False makes every quantizer the identity (`Quantizer.master`).
+        rounding: False makes of weights what their quantizers compute without rounding (`Quantizer.full_precision`).
         version: counts changes of the weights; quantized weights are reused while it stands still.
         partitioned: True where weights exist only while their module runs (ZeRO-3, FSDP2); then nothing full-size is
             kept.
@@ -45,6 +46,7 @@ class QuantContext:
     """
 
     enabled: bool = True
+    rounding: bool = True
     version: int = 0
     partitioned: bool = False
     scale_dtype: torch.dtype = torch.float32
@@ -179,6 +181,18 @@ class Quantizer(nn.Module):
         """
         return value
 
+    def full_precision(self, value: Tensor) -> Tensor:
+        """What the model computes with where this weight is not rounded; differentiable. `master(value)` by default.
+
+        It is used for the elements that QuantNoise leaves alone, and for the full precision of a trained model.
+        Override it where the levels are not near the weight itself, such as levels over a function of it: a network
+        that was trained with them knows that function.
+
+        Args:
+            value: the stored weight. Returns a tensor of the same shape and dtype.
+        """
+        return self.master(value)
+
     @property
     def reparameterizes(self) -> bool:
         """True if the stored tensor is another one than the weight."""
@@ -231,6 +245,8 @@ class Quantizer(nn.Module):
     def _applied(self, value: Tensor, quantize: Callable[[Tensor], Tensor]) -> Tensor:
         if not self.context.enabled:
             return self.master(value)
+        if not self.context.rounding:
+            return self.full_precision(value)
         with torch.no_grad():
             quantized = quantize(value.detach())
         if self.context.visited is not None:
@@ -239,7 +255,7 @@ class Quantizer(nn.Module):
         if not torch.is_grad_enabled():
             return quantized
         result = straight_through(self.surrogate(value), quantized)
-        return torch.where(self._drawn(value), result, self.master(value)) if self.is_noisy() else result
+        return torch.where(self._drawn(value), result, self.full_precision(value)) if self.is_noisy() else result
 
     def is_noisy(self) -> bool:
         """True if only a part of the weight's elements is quantized now: in training steps, by `quantization.noise`.

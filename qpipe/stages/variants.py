@@ -213,13 +213,18 @@ def _noted(change: Callable[[Tensor], Tensor], name: str, reached: set[str]) -> 
 
 @contextmanager
 def switched_off(run: Run, names: Iterable[str]) -> Iterator[None]:
-    """Within, sites are in full precision."""
+    """Within, sites are in full precision.
+
+    Weights of a finished run are what it was trained to compute, without rounding (`Quantizer.full_precision`); those
+    of a model that was only loaded are as they were loaded.
+    """
     shared = run.instruments.context
-    quantizers = [run.instruments.quantizers()[name] for name in names]
-    for quantizer in quantizers:
-        quantizer.context = replace(shared, enabled=False)
+    quantizers = {name: run.instruments.quantizers()[name] for name in names}
+    for name, quantizer in quantizers.items():
+        unrounded = run.trained and name.endswith(":weight")
+        quantizer.context = replace(shared, rounding=False) if unrounded else replace(shared, enabled=False)
     try:
         yield
     finally:
-        for quantizer in quantizers:
+        for quantizer in quantizers.values():
             quantizer.context = shared

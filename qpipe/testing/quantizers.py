@@ -33,7 +33,8 @@ def check_quantizer(
 
     Codes are integers in range; decoding equals the forward pass bit for bit; the fast path equals encode-decode; the
     lattice is stable when encoded again; a saved state gives the same after `allocate`; gradients are finite; switching
-    quantization off gives the weight back, or what it stands for.
+    quantization off gives the weight back, or what it stands for; without rounding it computes finite values of the
+    same form, and QuantNoise mixes these with the quantized ones.
 
     Args:
         make: returns a new quantizer.
@@ -75,11 +76,31 @@ def _check(quantizer: Quantizer, weight: Tensor, where: str) -> None:
             picked = torch.tensor([len(value) - 1, 0, 0])
             whole, rows = quantizer.encode(value).decode(value.dtype), quantizer.forward_rows(value[picked])
         assert torch.equal(rows, whole[picked]), f"{where}: rows are not quantized by themselves, as row_wise says"
+    _check_unrounded(quantizer, value, where)
     context.enabled = False
     if replacement is None:
         assert quantizer(value) is value, f"{where}: a disabled quantizer must return its input"
     else:
         assert torch.equal(quantizer(value), quantizer.master(value)), f"{where}: disabled, it must return the master"
+
+
+def _check_unrounded(quantizer: Quantizer, value: Tensor, where: str) -> None:
+    context = quantizer.context
+    context.rounding = False
+    unrounded = quantizer(value)
+    context.rounding = True
+    assert unrounded.dtype == value.dtype and unrounded.shape == value.shape, (
+        f"{where}: full_precision changed dtype or shape"
+    )
+    assert bool(torch.isfinite(unrounded).all()), f"{where}: full_precision is not finite"
+    (grad,) = torch.autograd.grad(unrounded.float().square().sum(), value)
+    assert bool(torch.isfinite(grad).all()), f"{where}: the gradient of full_precision is not finite"
+    quantized = quantizer(value)
+    context.noise = 0.5
+    mixed = quantizer(value)
+    context.noise = 1.0
+    kept = (mixed == quantized) | (mixed == unrounded)
+    assert bool(kept.all()), f"{where}: QuantNoise gives values that are neither quantized nor those of full_precision"
 
 
 def _check_restored(trained: Quantizer, fresh: Quantizer, weight: Tensor, where: str) -> None:

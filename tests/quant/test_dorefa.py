@@ -10,6 +10,7 @@ from qpipe.quant.quantizer import QuantContext
 from qpipe.testing import check_quantizer
 
 GOLDEN = Golden("dorefa")
+FULL_PRECISION = [c for c in GOLDEN.of("dorefa_quantize_param_ptq") if c["params"]["num_bits"] == "fp32"]
 GRANULARITIES = [{"granularity": "tensor"}, {"granularity": "channel"}, {"granularity": "group", "group_size": 16}]
 
 
@@ -35,6 +36,32 @@ def test_reference(case):
     out, grad = gradient(quantizer, GOLDEN.tensor(case, "w"), GOLDEN.tensor(case, "g"))
     torch.testing.assert_close(out, GOLDEN.tensor(case, "out"), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(grad, GOLDEN.tensor(case, "grad_w"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("case", FULL_PRECISION, ids=case_name)
+def test_full_precision_of_the_reference(case, bits):
+    """Its step-size sweep at `fp32`: squashed, not rounded, whatever the width."""
+    weight, expected = GOLDEN.tensor(case, "w"), GOLDEN.tensor(case, "out")
+    torch.testing.assert_close(make(bits=bits, output="unit").full_precision(weight), expected, rtol=1e-5, atol=1e-6)
+    scaled = make(bits=bits, output="max-abs").full_precision(weight)
+    torch.testing.assert_close(scaled, expected * weight.abs().max(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("output", ["unit", "max-abs"])
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=lambda g: g["granularity"])
+def test_without_rounding_the_gradient_is_that_of_the_levels(granularity, output):
+    weight, grad = weights(6, 32), weights(6, 32, seed=1)
+    quantizer = make(bits=4, output=output, **granularity)
+    _, expected = gradient(quantizer, weight, grad)
+    x = weight.clone().requires_grad_()
+    (found,) = torch.autograd.grad(quantizer.full_precision(x), x, grad)
+    assert torch.equal(found, expected)
+
+
+def test_one_bit_without_rounding_is_the_weight():
+    weight = weights(3, 8)
+    assert torch.equal(make(bits=1).full_precision(weight), weight)
 
 
 @pytest.mark.parametrize("output", ["unit", "max-abs"])

@@ -7,6 +7,7 @@ import torch
 
 import qpipe
 from qpipe.builtin.uniform import UniformOptions, UniformWeight
+from qpipe.host import load_plugins
 from qpipe.quant.quantizer import QuantContext, Quantizer
 from qpipe.testing import check_rules, tiny_config
 from qpipe.testing.contract import weights_hash
@@ -30,6 +31,62 @@ def share_quantized(quantizer, value):
     lattice = quantizer.encode(value).decode()
     assert bool(((out == lattice) | (out == value)).all())
     return float((out != value).float().mean())
+
+
+def squashed(top):
+    """`tanh(w) / max|tanh(w)|` times the largest level."""
+    return lambda w: w.tanh() / w.tanh().abs().max() * top(w)
+
+
+def itself(w):
+    return w
+
+
+def same_for(bits, unrounded=itself, **options):
+    return [({"bits": b, **options}, unrounded) for b in bits]
+
+
+# By name of the quantizer: options, and what a weight is without rounding.
+UNROUNDED = {
+    "uniform": [*same_for((2, 8)), *same_for((3,), symmetric=False)],
+    "uniform-static": [*same_for((2, 8)), *same_for((3,), mid_rise=True), *same_for((3,), keep_mean=True)],
+    "lsq": [*same_for((2, 8)), *same_for((1,), levels="mid-rise")],
+    "lsq+": same_for((2, 8)),
+    "binary": [({}, itself)],
+    "laq": same_for((2, 3)),
+    "dorefa": [
+        *same_for((1,)),
+        *same_for((2, 8), squashed(lambda w: 1.0), output="unit"),
+        *same_for((2, 8), squashed(lambda w: w.abs().max()), output="max-abs"),
+    ],
+}
+KINDS = {kind.name: kind for kind in load_plugins({}).collect("qpipe_quantizers").values() if "weight" in kind.slots}
+CASES = [(name, options, unrounded) for name, cases in UNROUNDED.items() for options, unrounded in cases]
+
+
+def test_every_built_in_quantizer_of_weights_is_among_the_cases():
+    assert KINDS.keys() == UNROUNDED.keys()
+
+
+@pytest.mark.parametrize(("name", "options", "unrounded"), CASES, ids=lambda v: v if isinstance(v, str) else None)
+def test_the_rest_is_the_weight_without_rounding(name, options, unrounded):
+    """In value and in gradient; the drawn elements are the quantized ones."""
+    value, grad = weight(), torch.randn(40, 100, generator=torch.Generator().manual_seed(1))
+    quantizer = KINDS[name].build(KINDS[name].options(**options))
+    quantizer.attach(QuantContext(noise=0.5), "m:weight")
+    quantizer.initialize(value.detach())
+    with torch.no_grad():
+        expected, lattice = unrounded(value), quantizer.encode(value).decode()
+    out = quantizer(value)
+    drawn = out == lattice
+    torch.testing.assert_close(out[~drawn], expected[~drawn], rtol=1e-5, atol=1e-6)
+    assert 0.4 < float(drawn.float().mean()) < 0.6
+    quantizer.context.noise = 0.0
+    none = quantizer(value)
+    torch.testing.assert_close(none, expected, rtol=1e-5, atol=1e-6)
+    (found,) = torch.autograd.grad(none, value, grad)
+    (wanted,) = torch.autograd.grad(unrounded(value), value, grad)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.5, 0.9])

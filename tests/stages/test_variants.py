@@ -11,6 +11,7 @@ from qpipe.plugin import Options, Plugin, hookimpl
 from qpipe.quant.plan import PlannedSite
 from qpipe.quant.step_error import power_of_two, times
 from qpipe.quant.tensor import QTensor
+from qpipe.stages.sensitivity import load
 from qpipe.stages.sweep import Sweep, evaluate_points, sweep_run
 from qpipe.stages.trained import restore
 from qpipe.stages.variants import (
@@ -113,6 +114,30 @@ def test_power_of_two_steps(run):
 
 def test_full_precision_of_some(run):
     equal(run, switched_off(run, [SITE]), [SITE], lambda weight: weight)
+
+
+def squashed(weight):
+    """What DoReFa quantizes: `tanh(w) / max|tanh(w)|`."""
+    return weight.tanh() / weight.tanh().abs().max()
+
+
+def test_full_precision_of_a_network_that_was_trained_with_a_function_of_its_weights(tmp_path, fast):
+    """A finished run computes with that function, not rounded; a model that is only loaded with its weights."""
+    import qpipe
+
+    rules = [{"site": SITE, "quantizer": "dorefa", "options": {"bits": 2, "output": "unit"}}]
+    config = tiny_config(tmp_path, quantization__rules=rules, quantization__preset=None, train__max_steps=2)
+    trained, loaded = restore(qpipe.execute(config).out), load(config)
+    for run, function in ((trained, squashed), (loaded, lambda weight: weight)):
+        with switched_off(run, [SITE]):
+            found = logits(run)
+        with by_hand(run, [SITE], function):
+            torch.testing.assert_close(found, logits(run), rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(found, logits(run), atol=1e-4)
+    with rebuilt(trained, [SITE], 8), switched_off(trained, [SITE]):
+        unrounded = logits(trained)
+    with switched_off(trained, [SITE]):
+        torch.testing.assert_close(unrounded, logits(trained))
 
 
 def test_activations_too(run):

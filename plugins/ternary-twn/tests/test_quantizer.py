@@ -7,6 +7,8 @@ from pydantic import ValidationError
 from qpipe_ternary_twn import TernaryOptions, TernaryTwn, TernaryTwnOptions, TernaryWeight
 from safetensors.torch import load_file
 
+from qpipe import QuantContext
+
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "twn.json").read_text())["cases"]
 TENSORS = load_file(GOLDEN / "twn.safetensors")
@@ -149,6 +151,19 @@ def test_without_clip_the_gradient_passes_unchanged():
     grad = torch.randn(4, 5)
     make()(weight).backward(grad)
     assert torch.equal(weight.grad, grad)
+
+
+@pytest.mark.parametrize("options", [{}, {"granularity": "channel"}, {"clip": 0.1}], ids=str)
+def test_a_part_of_the_weight_is_quantized_under_noise(options):
+    """The rest is the weight itself, with its whole gradient, beyond the clip too."""
+    quantizer, weight, grad = make(**options), weights(40, 100).requires_grad_(), torch.randn(40, 100)
+    quantizer.attach(QuantContext(noise=0.5), "m:weight")
+    out = quantizer(weight)
+    drawn = out == quantizer.encode(weight).decode()
+    assert torch.equal(out[~drawn], weight[~drawn]) and 0.4 < float(drawn.float().mean()) < 0.6
+    (found,) = torch.autograd.grad(out, weight, grad)
+    passes = weight.abs() < options.get("clip", torch.inf)
+    assert torch.equal(found, torch.where(drawn & ~passes, 0.0, grad))
 
 
 def test_threshold():
