@@ -119,6 +119,25 @@ def test_the_width_can_be_chosen_later(unrounded):
         assert torch.equal(quantizer.gain, stored[f"{site}/gain"])
 
 
+def test_going_on_is_refused_where_the_other_weights_are_of_another_model(unrounded, tmp_path):
+    """Before a teacher is fine-tuned. What was stored goes with its own model only."""
+    options, changes = {"sqwq": {"init": "stored"}}, {"model__name": str(unrounded / "run/model")}
+    changes |= {"quantization__preset": None, "train__max_steps": 3}
+    with pytest.raises(ConfigError, match=r"all other weights are the teacher's; set teacher.init_student=false"):
+        qpipe.execute(tiny_config(tmp_path, {**options, "ti-g": {}}, **changes))
+    assert not (tmp_path / "run").exists(), "the teacher was fine-tuned first"
+    with pytest.raises(ConfigError, match=r"model.keep_layers \[1\] gives the layers other numbers"):
+        plan_run(tiny_config(tmp_path, options, **changes, model__keep_layers=[1]))
+
+
+def test_going_on_with_a_teacher_of_its_own(unrounded, tmp_path):
+    changes = {"teacher__name": str(tmp_path / "teacher"), "teacher__init_student": False, "quantization__preset": None}
+    changes |= {"model__name": str(unrounded / "run/model"), "train__max_steps": 3, "train__learning_rate": 1e-9}
+    run = qpipe.execute(tiny_config(tmp_path, {"sqwq": {"init": "stored", "bits": 8}, "ti-g": {}}, **changes))
+    state, taken = (load_file(folder / "run/model/model.safetensors") for folder in (unrounded, tmp_path))
+    assert run.teacher is not None and all(torch.allclose(taken[name], state[name], atol=1e-6) for name in state)
+
+
 def test_going_on_needs_what_an_earlier_run_left(unrounded, tmp_path):
     with pytest.raises(ConfigError, match=r"quantizers.safetensors does not exist; set model.name"):
         plan_run(tiny_config(tmp_path, {"sqwq": {"init": "stored"}}))

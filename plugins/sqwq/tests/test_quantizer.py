@@ -124,6 +124,30 @@ def test_rows_of_zeros_and_of_one_value():
         p = quantizer.initialize(weight)
         master = quantizer.master(p).detach()
         assert bool(torch.isfinite(p).all()) and float(master[1].abs().max()) < 1e-7
+        torch.testing.assert_close(master[2], weight[2], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("case", ["one value", "one input", "one that is not 0"])
+def test_rows_that_cannot_reach_the_deviation_keep_their_values(case, granularity):
+    """A gain small enough to clip them all gives P no larger deviation; the other rows are matched as ever."""
+    weight = {
+        "one value": torch.full((4, 16), 0.3),
+        "one input": weights(4, 1),
+        "one that is not 0": torch.zeros(4, 64),
+    }
+    hopeless = weight[case]
+    hopeless[:, 0] += 0.01 * (case == "one that is not 0")
+    if granularity == "tensor":
+        hopeless = hopeless[:1]
+    quantizer = make(granularity=granularity)
+    p = quantizer.initialize(hopeless)
+    torch.testing.assert_close(quantizer.master(p).detach(), hopeless, rtol=1e-4, atol=1e-8)
+    if granularity == "channel" and case != "one input":
+        mixed = torch.cat([hopeless, weights(4, hopeless.shape[1])])
+        alone, together = make(), make()
+        assert torch.equal(together.initialize(mixed)[4:], alone.initialize(mixed[4:]))
+        torch.testing.assert_close(together.initialize(mixed)[4:].std(1, correction=0), torch.full((4,), 0.8))
 
 
 def test_the_squashed_target_is_nearly_uniform():
@@ -140,6 +164,24 @@ def test_a_constant_p_has_a_finite_gradient():
     p = torch.full((3, 4), 0.5, requires_grad=True)
     (grad,) = torch.autograd.grad(distribution_penalty(moments([p]), 0.8), p)
     torch.testing.assert_close(grad, torch.full_like(grad, 2 * 0.5 / 12))
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_a_part_of_the_weight_is_quantized_under_noise(bits):
+    """The rest is `tanh(P) * e**g`, with its gradients."""
+    p, gain = weights(40, 100, scale=0.8).requires_grad_(), torch.linspace(-1, 0.5, 40).reshape(-1, 1)
+    quantizer, grad = make(gain=gain, bits=bits), torch.randn(40, 100)
+    quantizer.context.noise = 0.5
+    out = quantizer(p)
+    drawn = out == quantizer.encode(p).decode()
+    plain = p.detach().double().tanh() * gain.double().exp()
+    torch.testing.assert_close(out[~drawn], plain[~drawn].float(), rtol=1e-5, atol=1e-6)
+    assert 0.4 < float(drawn.float().mean()) < 0.6
+    quantizer.context.noise = 0.0
+    grad_p, grad_gain = torch.autograd.grad(quantizer(p), (p, quantizer.gain), grad)
+    slope = gain.double().exp() * (1 - p.detach().double().tanh().square())
+    torch.testing.assert_close(grad_p, (grad * slope).float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad_gain, (grad * plain).sum(1, keepdim=True).float(), rtol=1e-4, atol=1e-4)
 
 
 def test_another_width_keeps_gain_and_p():

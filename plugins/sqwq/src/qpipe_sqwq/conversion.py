@@ -26,7 +26,7 @@ def _unsquashed(rows: Tensor, factor: Tensor) -> Tensor:
 
 
 def lossless(rows: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """P and g that give exactly the weight: the gain is `(1 + MARGIN)` times the largest magnitude.
+    """P and g that give the weight up to rounding; the gain is the largest magnitude over `1 - MARGIN`.
 
     Args:
         rows: float32 weight `[rows, width]`.
@@ -39,10 +39,13 @@ def lossless(rows: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 def matched(rows: Tensor, axes: tuple[int, ...], sigma: float) -> tuple[Tensor, Tensor]:
     """P with standard deviation `sigma` (population) and g, by bisection over the gain; large weights are clipped.
 
+    Where no gain was found that reaches it, they are those of `lossless`: rows of one value, or with few weights that
+    are not 0, have the same deviation or a smaller one with a gain that clips them all.
+
     Args:
         rows: float32 weight `[rows, width]`.
         axes: what shares a gain.
-        sigma: deviation aimed at. Where no gain reaches it (rows of one value), the smallest one tried is kept.
+        sigma: deviation aimed at.
     """
     low = (rows.abs().mean(axes, keepdim=True) / 4).clamp_min(SMALLEST).log()
     high = (rows.abs().amax(axes, keepdim=True) * 4).clamp_min(2 * SMALLEST).log()
@@ -50,7 +53,10 @@ def matched(rows: Tensor, axes: tuple[int, ...], sigma: float) -> tuple[Tensor, 
         middle = (low + high) / 2
         wide = _deviation(_unsquashed(rows, middle.exp()), axes) > sigma
         low, high = torch.where(wide, middle, low), torch.where(wide, high, middle)
-    return _unsquashed(rows, low.exp()), low
+    p = _unsquashed(rows, low.exp())
+    missed = _deviation(p, axes) < sigma
+    kept, gain = lossless(rows, axes)
+    return torch.where(missed, kept, p), torch.where(missed, gain, low)
 
 
 def fresh(rows: Tensor, axes: tuple[int, ...], sigma: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,7 @@ class Sqwq(Plugin):
         """Take P and gains from an earlier run where `init` says so.
 
         Raises:
-            ConfigError: `model.name` is no folder of a run that squashed the same weights.
+            ConfigError: `model.name` is no folder of a run that squashed the same weights, or the model is another one.
         """
         wanted = {site: q for site, q in squashed(run).items() if q.options.init == "stored"}
         if wanted and not run.trained:
