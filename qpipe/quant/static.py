@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qpipe.quant.compiled import over_rows
 from qpipe.quant.grid import Grid, GridKernel, GridOptions, GridQuantizer
+from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.ranges import RangeOptions, search_grid
 from qpipe.quant.rounding import round_to_codes
 from qpipe.quant.tensor import code_range
@@ -105,6 +106,16 @@ class StaticWeight(GridQuantizer):
         one = torch.ones(1 if self.per_tensor else len(self.rows_of(value)), 1, device=value.device)
         for name in ("scale", "zero_point", *(("shift",) if self.options.keep_mean else ())):
             self.register_buffer(name, one.clone())
+
+    def inherit(self, trained: Quantizer, value: Tensor | None) -> None:
+        """At the same width keep the grid, which data may have chosen; at another one find it as `range` says."""
+        assert isinstance(trained, StaticWeight) and value is not None
+        if trained.options != self.options:
+            self.initialize(value)
+            return
+        for name, buffer in trained.named_buffers(recurse=False):
+            self.register_buffer(name, buffer.detach().clone())
+        self.changed()
 
     def search(self, value: Tensor, **changes: Any) -> tuple[Tensor, Tensor]:
         """Scale and zero point that the options choose for a weight; `changes` (`method`, `p`) go to `search_grid`."""

@@ -27,7 +27,7 @@ from qpipe.stages.casting import cast
 from qpipe.stages.prepare import prepare
 from qpipe.stages.train import task_loss
 from qpipe.stages.trained import alone, restore
-from qpipe.stages.variants import rebuilt, rule_with_bits, switched_off
+from qpipe.stages.variants import rebuilt, require_master_copies, rule_with_bits, switched_off
 from qpipe.types import Json, Loss
 
 
@@ -68,9 +68,12 @@ def load(source: Path | RunConfig) -> Run:
 
     Raises:
         QpipeError: something named in the configuration cannot be loaded, or the run has not ended.
+        ConfigError: the run has no full-precision copy of a weight; see `require_master_copies`.
     """
     if isinstance(source, Path):
-        return restore(source)
+        run = restore(source)
+        require_master_copies(run, run.plan.sites)
+        return run
     config = alone(source)
     engine = AccelerateEngine(config.engine)
     if source.engine.name == "deepspeed":

@@ -23,6 +23,7 @@ from qpipe.stages.trained import restore
 from qpipe.stages.variants import (
     activation_sites,
     rebuilt,
+    require_master_copies,
     require_rounding,
     rescaled,
     switched_off,
@@ -90,9 +91,11 @@ def points(run: Run, sweep: Sweep, weights: Sequence[str]) -> Iterator[tuple[Poi
     """The points of a sweep, without metrics, each with what makes a context for it.
 
     Raises:
-        ConfigError: activations are to be varied and the run quantizes none, or no site has a width to vary.
+        ConfigError: activations are to be varied and the run quantizes none, no site has a width to vary, or there is
+            no full-precision copy of a weight.
         SiteError: a width is not allowed.
     """
+    require_master_copies(run, weights)
     for together in (False, True) if sweep.activations else (False,):
         names = [*weights, *(activation_sites(run) if together else ())]
         if "bits" in sweep.kinds:

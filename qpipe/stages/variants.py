@@ -20,6 +20,7 @@ from qpipe.host import describe
 from qpipe.quant.grid import GridQuantizer
 from qpipe.quant.plan import PlannedSite, expand
 from qpipe.quant.quantizer import Quantizer
+from qpipe.quant.static import StaticWeight
 from qpipe.run import Run
 from qpipe.stages.prepare import tied_sites
 from qpipe.types import Json
@@ -108,6 +109,32 @@ def with_bits(run: Run, names: Iterable[str], bits: int) -> list[str]:
     return [name for name in names if options_with_bits(run.plan.sites[name], bits) is not None]
 
 
+def require_master_copies(run: Run, names: Iterable[str]) -> None:
+    """Refuse weights that a run keeps as rounded only, so that other levels would be found for the levels it had.
+
+    Args:
+        run: a run with its quantizers in place.
+        names: sites.
+
+    Raises:
+        ConfigError: learned rounding has put a weight on its grid, and no training has moved it since.
+    """
+    ptq, quantizers = run.config.quantization.ptq, run.instruments.quantizers()
+    if ptq is None or ptq.weights != "adaround":
+        return
+    for name in names:
+        quantizer = quantizers[name]
+        if not isinstance(quantizer, StaticWeight):
+            continue
+        weight = run.student.get_parameter(f"{run.plan.sites[name].site.path}.weight").detach()
+        if torch.equal(quantizer.quantize(weight), weight):
+            raise ConfigError(
+                f"{name} was rounded by quantization.ptq.weights: adaround, and {run.out} has no full-precision copy "
+                f"of it to quantize otherwise; use the model that was quantized ({run.config.model.name}), or a run "
+                "without adaround"
+            )
+
+
 def place(run: Run, name: str, quantizer: Quantizer) -> None:
     """Put a quantizer, attached already, at a planned site and at those that share its Parameter."""
     site = run.plan.sites[name].site
@@ -125,8 +152,11 @@ def rebuilt(run: Run, names: Iterable[str], bits: int) -> Iterator[None]:
         bits: width of a code.
 
     Raises:
+        ConfigError: there is no master copy of a weight; see `require_master_copies`.
         SiteError: a quantizer has no such option, or does not allow that width.
     """
+    names = list(names)
+    require_master_copies(run, names)
     kinds = run.host.collect("qpipe_quantizers")
     trained = {name: run.instruments.quantizers()[name] for name in names}
     try:

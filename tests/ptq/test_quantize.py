@@ -9,11 +9,14 @@ from safetensors.torch import load_file
 import qpipe
 from qpipe import ConfigError, DataError, ModelError
 from qpipe.host import load_plugins
-from qpipe.stages import evaluate_run, execute, quantize
+from qpipe.stages import evaluate_run, execute, quantize, sensitivity
 from qpipe.stages.initialize import initialize
 from qpipe.stages.layers import calibration_data, full_precision_copy, inputs_to, layers_in_order
 from qpipe.stages.quantize import _prepared
+from qpipe.stages.sizes import stored_sizes
+from qpipe.stages.sweep import Sweep, evaluate_points
 from qpipe.stages.trained import restore
+from qpipe.stages.variants import rebuilt, require_master_copies
 from qpipe.testing import check_rules, run_distributed, tiny_config
 from qpipe.testing.gradients import compare, write_traces
 
@@ -148,6 +151,44 @@ def test_adaround_changes_nothing_but_rounded_weights(rounded):
     assert sorted(set(original) - set(kept)) == sorted(f"{path}.weight" for path in run.results["ptq"]["layers"])
 
 
+BLOCK = "bert.encoder.layer.0.output.dense:weight"
+
+
+def test_other_widths_and_steps_of_rounded_weights_are_refused(rounded):
+    """There is no master copy to find them from; weights that kept their rounding have one."""
+    run, original, _ = rounded
+    told = r"attention.self.query:weight was rounded by quantization.ptq.weights: adaround, and .*run has no full-prec"
+    for kind in ("bits", "step", "pow2"):
+        with pytest.raises(ConfigError, match=told):
+            evaluate_points(run, Sweep((kind,), bits=(4,), ratios=(0.9,)))
+    with pytest.raises(ConfigError, match="query:weight was rounded"):
+        stored_sizes(run, (2, 4))
+    embedding = "bert.embeddings.word_embeddings:weight"
+    with rebuilt(run, [embedding], 2):
+        weight = original["bert.embeddings.word_embeddings.weight"]
+        scale = codes(run)[embedding].scale
+        assert float((weight / scale - codes(run)[embedding].codes).abs().median()) <= 0.5
+
+
+def test_rounded_weights_that_were_trained_on_have_other_widths(folder):
+    run, _ = prepared(folder, weights="adaround", iterations=2)
+    initialize(run)
+    with torch.no_grad():
+        run.student.get_parameter(BLOCK.replace(":", ".")).mul_(1.001)
+    run.instruments.context.weights_changed()
+    with rebuilt(run, [BLOCK], 8):
+        weight, lattice = run.student.get_parameter(BLOCK.replace(":", ".")).detach(), codes(run)[BLOCK]
+        torch.testing.assert_close(lattice.decode(), weight, rtol=0, atol=float(lattice.scale.max()))
+    with pytest.raises(ConfigError, match="query:weight was rounded"):
+        require_master_copies(run, run.plan.sites)
+
+
+def test_sensitivity_of_a_rounded_run_is_refused(folder):
+    run = quantize(config(folder, out="sensitive", weights="adaround", iterations=2))
+    with pytest.raises(ConfigError, match="query:weight was rounded .*use the model that was quantized"):
+        sensitivity.load(run.out)
+
+
 # --- bias correction --------------------------------------------------------------------------------------------------
 
 
@@ -177,6 +218,19 @@ def test_lapq_lowers_the_loss_and_keeps_the_weights(folder):
     assert found["evaluations"] <= 40 + 11
     assert all(torch.equal(p, original[name]) for name, p in run.student.named_parameters())
     assert all(bool((lattice.scale > 0).all()) for lattice in codes(run).values())
+
+
+def test_clips_are_kept_at_their_width_and_found_anew_at_others(folder):
+    run, original = prepared(folder, preset="w2", weights="lapq", range="min-max")
+    initialize(run)
+    chosen = codes(run)
+    with rebuilt(run, [BLOCK], 2):
+        assert torch.equal(codes(run)[BLOCK].scale, chosen[BLOCK].scale)
+        assert torch.equal(codes(run)[BLOCK].codes, chosen[BLOCK].codes)
+    largest = original[BLOCK.replace(":", ".")].abs().amax(1, keepdim=True)
+    assert not torch.allclose(chosen[BLOCK].scale, largest), "the clips are not those of the range"
+    with rebuilt(run, [BLOCK], 4):
+        torch.testing.assert_close(codes(run)[BLOCK].scale, largest / 7)
 
 
 # --- wrong input, before long work ------------------------------------------------------------------------------------
