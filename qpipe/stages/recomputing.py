@@ -15,7 +15,7 @@ def recompute(run: Run) -> None:
 
     Raises:
         ConfigError: the model cannot.
-        ModelError: the model has turned on the reentrant kind itself, and tensors are captured in it.
+        ModelError: the model has turned on the reentrant kind itself, and a part of this training would be lost.
     """
     if run.config.train.activation_checkpointing:
         enable = getattr(run.student, "activation_checkpointing_enable", None)
@@ -23,13 +23,26 @@ def recompute(run: Run) -> None:
             raise ConfigError(f"{type(run.student).__name__} cannot checkpoint activations")
         enable({"use_reentrant": False})
     reentrant = reentrant_module(run.student)
-    # It runs blocks without a graph first: captured tensors would get no gradient, silently.
-    if reentrant is not None and run.teacher_instruments is not None:
+    lost = lost_without_graph(run) if reentrant is not None else []
+    if lost:
         raise ModelError(
             f"{type(run.student).__name__} checkpoints activations of {reentrant} with use_reentrant=True, which gives "
-            "no gradient to attention maps and other captured tensors; turn that off in the model and set "
-            "train.activation_checkpointing: true, which uses the other kind"
+            f"{' and '.join(lost)}; turn that off in the model and set train.activation_checkpointing: true, which "
+            "uses the other kind"
         )
+
+
+def lost_without_graph(run: Run) -> list[str]:
+    """What would be lost, silently, because the reentrant kind runs blocks without a graph first."""
+    lost = []
+    if run.teacher_instruments is not None:
+        lost.append("no gradient to attention maps and other captured tensors")
+    if run.weight_losses:
+        names = ", ".join(term.name for term in run.weight_losses)
+        lost.append(f"no gradient to penalties on weights ({names})")
+    if run.instruments.context.noise < 1 and any(entry.site.slot == "weight" for entry in run.plan.sites.values()):
+        lost.append("other weights in the forward pass than quantization.noise in the backward pass")
+    return lost
 
 
 def reentrant_module(model: nn.Module) -> str | None:

@@ -4,7 +4,8 @@ import pytest
 from transformers import AutoConfig, BertTokenizer
 
 import qpipe
-from qpipe import ModelError, Plugin, Signals, hookimpl
+from qpipe import ModelError, Plugin, Signals, WeightLoss, hookimpl
+from qpipe.stages.recomputing import reentrant_module
 from qpipe.stages.teacher_fit import compare_labels, compare_tokenizers, load_tokenizer
 from qpipe.testing import tiny_config, tiny_model
 from qpipe.testing.tiny import VOCABULARY
@@ -42,6 +43,23 @@ def test_labels():
         compare_labels(["negative", "positive"], ["Positive", "Negative"], "T")
     with pytest.raises(ModelError, match="run are no, yes, those of teacher T red, green; name a teacher of this task"):
         compare_labels(["no", "yes"], ["red", "green"], "T")
+
+
+class Reentrant(Plugin):
+    """A model that checkpoints activations itself, and a penalty on a weight within if it is asked for."""
+
+    def __init__(self, penalty):
+        super().__init__()
+        self.penalty = penalty
+
+    @hookimpl
+    def qpipe_weight_losses(self):
+        if self.penalty:
+            yield WeightLoss("squares", lambda w: w.square().sum(), 1.0, lambda path: path.endswith("query"))
+
+    @hookimpl
+    def qpipe_model_prepared(self, run):
+        run.student.activation_checkpointing_enable({"use_reentrant": True})
 
 
 class Learn(Plugin):
@@ -103,3 +121,23 @@ def test_reentrant_checkpointing_is_refused_before_a_teacher_is_fine_tuned(tmp_p
     with pytest.raises(ModelError, match=REENTRANT):
         qpipe.execute(tiny_config(tmp_path))
     assert not (tmp_path / "run" / "teacher").exists()
+
+
+@pytest.mark.parametrize(
+    ("penalty", "changes", "told"),
+    [
+        (True, {}, r"gives no gradient to penalties on weights \(squares\); turn"),
+        (False, {"quantization__noise": 0.5}, "gives other weights in the forward pass than quantization.noise"),
+    ],
+    ids=["penalty", "noise"],
+)
+def test_reentrant_checkpointing_that_would_train_otherwise_is_refused(tmp_path, assembled, penalty, changes, told):
+    """The penalty is met when its module runs with a graph, which is after the loss was formed."""
+    with pytest.raises(ModelError, match=told):
+        assembled(tiny_config(tmp_path, **changes), Reentrant(penalty))
+
+
+@pytest.mark.parametrize("changes", [{}, {"quantization__preset": None, "quantization__noise": 0.5}], ids=str)
+def test_reentrant_checkpointing_that_loses_nothing_is_left_to_the_model(tmp_path, assembled, changes):
+    run = assembled(tiny_config(tmp_path, **changes), Reentrant(penalty=False))
+    assert reentrant_module(run.student) is not None
