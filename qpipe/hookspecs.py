@@ -152,7 +152,11 @@ class Specs:
 
     @hookspec
     def qpipe_signals(self, run: Run) -> types.Signals | None:
-        """Say which tensors of student and teacher this step needs (all, united). Called after `qpipe_step_start`."""
+        """Say which tensors of student and teacher this step needs (all, united).
+
+        Called after `qpipe_step_start`; and before any step, while `run.step` is None, when the run is prepared once to
+        find errors: then say what the first step will need.
+        """
 
     @hookspec
     def qpipe_step_end(self, run: Run, step: Step, metrics: Mapping[str, float]) -> None:

@@ -6,6 +6,7 @@ one function that passes the call on to the module's own `AttentionSites`; nothi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 
 NAME = "qpipe"
 SLOTS: tuple[Slot, ...] = ("query", "key", "value", "raw_scores", "scores", "probs", "context")
-UNSUPPORTED = ("softcap", "position_bias", "s_aux")
+NOT_COMPUTED = ("softcap", "s_aux")
+"""Arguments of attention functions that the fused kernel does not take: it refuses one and overlooks the other."""
+NOT_IN_MAPS = ("position_bias",)
+"""Those that the kernel takes, and explicit maps do not."""
 
 
 class AttentionSites(nn.Module):
@@ -60,6 +64,12 @@ class AttentionSites(nn.Module):
             return True
         return any(tap.acts(self.context) for slot in MAP_SLOTS for tap in self.taps[slot])
 
+    def expects_map(self) -> bool:
+        """True if anything at scores or probs needs a map, now or in some step of the training."""
+        if any(slot in self.quantizers for slot in MAP_SLOTS):
+            return True
+        return any(tap.may_act() for slot in MAP_SLOTS for tap in self.taps[slot])
+
     def forward(
         self,
         module: nn.Module,
@@ -71,14 +81,19 @@ class AttentionSites(nn.Module):
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """The attention of one layer: `(context [B, T, H, d], probabilities or None)`."""
+        """The attention of one layer: `(context [B, T, H, d], probabilities or None)`.
+
+        Raises:
+            ModelError: the attention has what is not computed here, or not in maps while something needs maps. It is
+                raised in the first forward pass, also where maps are needed only in a later step of the training.
+        """
+        refuse_unsupported(f"{self.path} ({type(module).__name__})", kwargs, self.expects_map())
         query, key, value = self.at("query", query), self.at("key", key), self.at("value", value)
         if not self.needs_map():
             context, _ = sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
             )
             return self.at("context", context), None
-        self._refuse_unsupported(module, kwargs)
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -96,13 +111,30 @@ class AttentionSites(nn.Module):
         given = kwargs.get("is_causal")
         return bool(getattr(module, "is_causal", False) if given is None else given)
 
-    def _refuse_unsupported(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
-        for name in UNSUPPORTED:
-            if kwargs.get(name) is not None:
-                raise ModelError(
-                    f"{self.path} ({type(module).__name__}) uses {name!r} in its attention, which explicit attention "
-                    "maps do not support; leave out rules and plugins that need scores or probs"
-                )
+
+def refuse_unsupported(attention: str, kwargs: Mapping[str, Any], maps: bool) -> None:
+    """Refuse to compute another attention than the model's.
+
+    Args:
+        attention: the attention module, for the message.
+        kwargs: what the model passes to its attention function.
+        maps: whether explicit maps are needed.
+
+    Raises:
+        ModelError: it passes something that is not supported.
+    """
+    for name in NOT_COMPUTED:
+        if kwargs.get(name) is not None:
+            raise ModelError(
+                f"{attention} uses {name!r} in its attention, which qpipe's attention function does not compute; leave "
+                "out rules for sites within the attention, and plugins that take signals of the model"
+            )
+    for name in NOT_IN_MAPS if maps else ():
+        if kwargs.get(name) is not None:
+            raise ModelError(
+                f"{attention} uses {name!r} in its attention, which explicit attention maps do not support; leave out "
+                "rules and plugins that need scores or probs"
+            )
 
 
 def masked(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -123,6 +155,7 @@ def dispatch(
     """The registered attention function: pass the call on to the module's sites."""
     sites = module._modules.get("qpipe_sites")
     if sites is None:
+        refuse_unsupported(type(module).__name__, kwargs, False)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return sites(module, query, key, value, attention_mask, **kwargs)
 

@@ -127,6 +127,11 @@ class Instruments:
             self._attention = install(self.model, self.map.attention, self.context)
         return self._attention[path]
 
+    @property
+    def computes_attention(self) -> bool:
+        """True if the model has been switched to qpipe's attention function."""
+        return bool(self._attention)
+
     def put(self, site: Site, quantizer: Quantizer) -> None:
         """Put a quantizer at a site."""
         quantizer.attach(self.context, site.name)
@@ -150,7 +155,8 @@ class Instruments:
             site_name: `path:slot`.
             stage: OBSERVE sees the model's own value, REPLACE changes it, QUANTIZE comes last.
             fn: tensor to tensor of the same shape.
-            active: asked on every call; an active tap at scores or probs makes the model build attention maps.
+            active: asked on every call; an active tap at scores or probs makes the model build attention maps. A model
+                that cannot build them is refused in the first forward pass, whatever `active` says then.
             in_evaluation: it runs also in those evaluations during training for which a plugin asks for signals of the
                 teacher (`Signals.evaluation`); `run.step` then holds the batch and these signals.
 
@@ -184,7 +190,7 @@ class Instruments:
             self._store[kind, layer] = x
             return x
 
-        self._add_tap(self.site(site_name), Tap(TapStage.OBSERVE, keep, lambda: kind in self._wanted))
+        self._add_tap(self.site(site_name), Tap(TapStage.OBSERVE, keep, lambda: kind in self._wanted, capture=True))
 
     def want(self, kinds: frozenset[SignalKind], store: dict[tuple[str, int], Tensor]) -> None:
         """Capture `kinds` into `store` from the next forward pass on.

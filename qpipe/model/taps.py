@@ -18,16 +18,24 @@ def always() -> bool:
 
 @dataclass(frozen=True)
 class Tap:
-    """A function at a site, with its place in the order and a condition asked on every call."""
+    """A function at a site, with its place in the order and a condition asked on every call.
+
+    A `capture` keeps a signal: there is one at every site that has one, and it acts only while its signal is wanted.
+    """
 
     stage: TapStage
     fn: Callable[[Tensor], Tensor]
     active: Callable[[], bool] = always
     in_evaluation: bool = False
+    capture: bool = False
 
     def acts(self, context: QuantContext) -> bool:
         """Whether it acts in the forward pass under way."""
         return (context.taps_active or (self.in_evaluation and context.evaluation_taps)) and self.active()
+
+    def may_act(self) -> bool:
+        """Whether it will act in some step, as far as it can be told: other taps than captures are there to act."""
+        return not self.capture or self.active()
 
 
 def run_taps(taps: Sequence[Tap], x: Tensor, context: QuantContext) -> Tensor:

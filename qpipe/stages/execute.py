@@ -22,6 +22,7 @@ from qpipe.host import Host, load_plugins
 from qpipe.run import Run
 from qpipe.rundir import require_unused
 from qpipe.stages import checkpoint
+from qpipe.stages.attention import require_attention
 from qpipe.stages.build import build
 from qpipe.stages.calibrate import calibrate
 from qpipe.stages.evaluate import evaluate
@@ -171,8 +172,10 @@ def rehearse(config: RunConfig, engine: Engine, data: TaskData, steps: int | Non
         prepare(run)
         recompute(run)
         require_targets(run)
+        wanted = wanted_signals(run)
         if config.teacher.cache is not None:
-            require_cacheable(run, wanted_signals(run).teacher)
+            require_cacheable(run, wanted.teacher)
+        require_attention(run, wanted)
     finally:
         log.setLevel(level)
 

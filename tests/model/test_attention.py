@@ -171,14 +171,40 @@ def test_replaced_probabilities_decide_the_context(family_model, batch_of, switc
     torch.testing.assert_close(seen["context"], seen["value"].transpose(1, 2))
 
 
-@pytest.mark.parametrize("name", attention.UNSUPPORTED)
-def test_features_that_maps_do_not_support_are_refused(name, family_model, switched):
+@pytest.mark.parametrize("name", ["softcap", "s_aux"])
+@pytest.mark.parametrize("maps", [False, True])
+def test_features_that_are_not_computed_are_refused(name, maps, family_model, switched):
+    """The fused kernel would leave `s_aux` out silently."""
     found = switched(family_model("bert"))
     path = found.map.attention[0]
-    found.add_tap(f"{path}:probs", TapStage.OBSERVE, same)
-    q = torch.randn(1, 4, 3, 8)
-    with pytest.raises(ModelError, match=f"{path} .*uses {name!r}.*leave out rules and plugins"):
-        found.attention(path)(nn.Module(), q, q, q, None, **{name: torch.ones(1)})
+    if maps:
+        found.add_tap(f"{path}:probs", TapStage.OBSERVE, same)
+    q, given = torch.randn(1, 4, 3, 8), {name: torch.ones(1)}
+    with pytest.raises(ModelError, match=f"{path} .*uses {name!r}.*attention function does not compute; leave out"):
+        found.attention(path)(nn.Module(), q, q, q, None, **given)
+    with pytest.raises(ModelError, match=f"Module uses {name!r}"):
+        attention.dispatch(nn.Module(), q, q, q, None, **given)
+
+
+def test_position_biases_are_refused_where_maps_are_or_will_be_needed(family_model, switched):
+    found = switched(family_model("bert"))
+    path = found.map.attention[0]
+    q, bias = torch.randn(1, 4, 3, 8), torch.randn(1, 4, 3, 3)
+    expected = torch.softmax(q @ q.transpose(-1, -2) / 8**0.5 + bias, -1) @ q
+    found.enable_capture()
+    found.want(frozenset({"context"}), {})
+    context, _ = found.attention(path)(nn.Module(), q, q, q, None, position_bias=bias, is_causal=False)
+    torch.testing.assert_close(context, expected.transpose(1, 2))
+    refused = pytest.raises(ModelError, match=f"{path} .*uses 'position_bias'.*maps do not support; leave out rules")
+    found.context.taps_active = False
+    found.want(frozenset({"scores"}), {})
+    with refused:
+        found.attention(path)(nn.Module(), q, q, q, None, position_bias=bias, is_causal=False)
+    found.want(frozenset(), {})
+    found.attention(path)(nn.Module(), q, q, q, None, position_bias=bias, is_causal=False)
+    found.add_tap(f"{path}:probs", TapStage.OBSERVE, same, lambda: False)
+    with refused:
+        found.attention(path)(nn.Module(), q, q, q, None, position_bias=bias, is_causal=False)
 
 
 @pytest.mark.parametrize("kind", ["boolean", "additive", "missing"])

@@ -98,6 +98,19 @@ def test_the_output_block_is_the_teachers_and_capture_comes_before(tmp_path):
     assert not torch.equal(step.student["attention_output", 0], step.teacher["attention_output", 0])
 
 
+@pytest.mark.parametrize(
+    ("plugin", "replaced"),
+    [(OutputIntervention, set()), (MapIntervention, {"probs"}), (GradualIntervention, {"probs"})],
+)
+def test_only_interventions_on_maps_look_at_them(plugin, replaced, tmp_path):
+    """So that others work with models whose maps cannot be built, without the loss on scores."""
+    _, run = prepared(plugin, tmp_path, steps=3, score_loss=0)
+    assert {site.rpartition(":")[2] for site in run.instruments.tapped} & {"raw_scores", "scores", "probs"} == replaced
+    assert [run.instruments.attention(path).expects_map() for path in run.instruments.map.attention] == [
+        bool(replaced)
+    ] * 2
+
+
 def test_a_student_with_the_teachers_weights_is_left_as_it_is(tmp_path):
     run = make_run(tmp_path, bert(3), bert(3))
     plain = run.student(**BATCH).logits.detach()

@@ -74,10 +74,11 @@ class TeacherIntervention(Plugin):
             return
         parts, norm = self.options.parts, self._compares_norms()
         self._layers = teacher_layers(run, self.options.layer_map)
-        require_compatible(run, frozenset(kind for part in parts for kind in part.kind), norm)
+        kinds = frozenset(kind for part in parts for kind in part.kind)
+        require_compatible(run, kinds, norm)
         start = next((phase.start for phase in run.phases if phase.name == PHASE), 0)
         self.schedule = make_schedule(parts, self._steps(run), start, run.config.seed)
-        add_taps(run, lambda: self.kind, self._layers, self.options.in_evaluation)
+        add_taps(run, lambda: self.kind, self._layers, kinds, self.options.in_evaluation)
         if norm:
             keep_ffn_inputs(run)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from torch import Tensor
 
@@ -16,28 +16,37 @@ FFN_INPUT = "ffn_input"
 """Role of what enters the feed-forward network, and the key under which a step keeps it."""
 
 
-def add_taps(run: Run, current: Callable[[], Kind | None], layers: Sequence[int], in_evaluation: bool = False) -> None:
+def add_taps(
+    run: Run,
+    current: Callable[[], Kind | None],
+    layers: Sequence[int],
+    kinds: Collection[Kind],
+    in_evaluation: bool = False,
+) -> None:
     """Put the replacements and gradient stops at their sites.
 
     Args:
         run: with both models.
         current: says which intervention acts now.
         layers: the teacher's layer for each layer of the student, from 0.
+        kinds: interventions that will act. Others get no tap: one at an attention map says that maps are needed, which
+            not all models can build.
         in_evaluation: whether the replacements act in evaluations during training too.
     """
     model_map, add = run.instruments.map, run.instruments.add_tap
 
-    def replace(site: str, kind: SignalKind, layer: int, acting: Callable[[], bool]) -> None:
-        add(site, TapStage.REPLACE, _replacement(run, kind, layer), acting, in_evaluation)
+    def replace(site: str, kind: Kind, layer: int) -> None:
+        if kind in kinds:
+            add(site, TapStage.REPLACE, _replacement(run, REPLACED[kind], layer), acting(kind), in_evaluation)
 
     def acting(*kinds: Kind) -> Callable[[], bool]:
         return lambda: current() in kinds
 
     for layer, attention in enumerate(model_map.attention):
         theirs = layers[layer]
-        replace(f"{attention}:probs", "probs", theirs, acting("map"))
-        replace(f"{attention}:context", "context", theirs, acting("context"))
-        replace(f"{model_map.attention_output[layer]}:output", "attention_output", theirs, acting("output"))
+        replace(f"{attention}:probs", "map", theirs)
+        replace(f"{attention}:context", "context", theirs)
+        replace(f"{model_map.attention_output[layer]}:output", "output", theirs)
         query, key, value = model_map.attention_inputs[layer]
         for path in dict.fromkeys((query, key)):
             add(f"{path}:input", TapStage.REPLACE, _stop, acting("output", "context", "map"))
