@@ -1,5 +1,6 @@
 """Whole runs: budgets, labels, the folder, other tasks; and what is refused."""
 
+import logging
 from itertools import groupby
 
 import pytest
@@ -35,6 +36,20 @@ def change(tmp_path, masked_lm):
 def test_longer_budgets_need_no_model(change, budget, steps):
     changed, data = change(budget=budget)
     assert changed.train is data.train and changed.steps == steps == steps * 16 * EXAMPLES // (EXAMPLES * 16)
+
+
+@pytest.mark.parametrize(
+    ("most", "message"),
+    [
+        (None, "budget O4: 96 steps on 128 examples"),
+        (10, "budget O4: 10 steps on 128 examples, since train.max_steps comes before the budget's 96"),
+    ],
+)
+def test_the_log_says_how_long_the_training_will_be(most, message, change, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("qpipe"), "propagate", True)
+    caplog.set_level(logging.INFO, "qpipe")
+    change(tiny_config(tmp_path, train__max_steps=most, train__epochs=3.0), budget="O4")
+    assert [record.message for record in caplog.records if record.message.startswith("budget")] == [message]
 
 
 def test_rows_follow_their_examples(change, tmp_path):

@@ -41,10 +41,12 @@ class DataAugmentation(Plugin):
         if budget.augmented:
             data = self._augmented(config, task, data, engine)
         steps = budget.steps(len(data.train), config.train.epochs, config.train.batch_size)
-        self._spent = {"examples": len(data.train), "steps": config.train.max_steps or steps}
+        taken = config.train.max_steps or steps
+        self._spent = {"examples": len(data.train), "steps": taken}
         if engine.rank == 0:
             unit = "augmented examples" if budget.augmented else "examples"
-            logger.info("budget %s: %d steps on %d %s", self.options.budget, steps, len(data.train), unit)
+            reason = f", since train.max_steps comes before the budget's {steps}" if config.train.max_steps else ""
+            logger.info("budget %s: %d steps on %d %s%s", self.options.budget, taken, len(data.train), unit, reason)
         return replace(data, steps=steps)
 
     def _augmented(self, config: RunConfig, task: Task, data: TaskData, engine: Engine) -> TaskData:
