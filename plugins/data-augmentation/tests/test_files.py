@@ -1,5 +1,6 @@
 """Vectors and lexicons: what is read, and what is refused."""
 
+import bz2
 import gzip
 import lzma
 
@@ -74,6 +75,33 @@ def test_a_cut_off_archive_is_refused(write, tmp_path):
     (tmp_path / "cut.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="cannot be read to its end: .*download it again"):
         read_vectors(str(tmp_path / "cut.gz"), 10_000)
+
+
+@pytest.mark.parametrize("read", [lambda name: read_vectors(name, 10_000), read_pairs], ids=["vectors", "pairs"])
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_a_damaged_archive_is_refused(kind, read, tmp_path):
+    opener = {"gz": gzip, "bz2": bz2, "xz": lzma}[kind]
+    packed = bytearray(opener.compress("".join(f"word{i} {i}\n" for i in range(999)).encode()))
+    packed[20:60] = b"\xff" * 40  # within the packed data: the header is whole
+    (tmp_path / f"damaged.{kind}").write_bytes(packed)
+    with pytest.raises(DataError, match=rf"damaged.{kind}' cannot be read to its end: .*download it again"):
+        read(str(tmp_path / f"damaged.{kind}"))
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """An importable package `augmentation_files` with a file of vectors in a folder."""
+    folder = tmp_path / "site" / "augmentation_files"
+    (folder / "data").mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    (folder / "data" / "v.txt").write_text(TABLE)
+    (folder / "data" / "pairs.txt").write_text("good fine\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+
+
+def test_files_of_packages(package):
+    assert read_vectors("package:augmentation_files/data/v.txt", 100)("good", 2) == ["fine", "Paris"]
+    assert read_pairs("package:augmentation_files/data/pairs.txt")("good", 2) == ["fine"]
 
 
 def test_missing_and_packed_files(tmp_path):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import lzma
 from pathlib import Path
 
 from qpipe import DataError, locate
-from qpipe_data_augmentation.vectors import find_file, open_text
+from qpipe_data_augmentation.vectors import DAMAGES, find_file, open_text
 
 PARTS = ("noun", "verb", "adj", "adv")
 
@@ -98,7 +97,7 @@ def read_pairs(name: str) -> Lexicon:
                     one, other = (field.lower() for field in fields)
                     _add(synonyms, one, other)
                     _add(synonyms, other, one)
-    except (EOFError, UnicodeDecodeError, OSError, lzma.LZMAError) as error:
+    except DAMAGES as error:
         raise DataError(f"{name!r} cannot be read to its end: {error}; download it again") from error
     if not synonyms:
         raise DataError(f"{name!r} has no pair of single words")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -14,6 +15,8 @@ import numpy as np
 from qpipe import DataError, locate
 
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+DAMAGES = (EOFError, UnicodeDecodeError, OSError, lzma.LZMAError, zlib.error)
+"""What reading such a file raises where it is damaged or cut off."""
 UNKNOWN = "<unk>"
 """Stands for words without a vector; it is nobody's neighbour."""
 
@@ -102,7 +105,7 @@ def read_vectors(name: str, limit: int) -> Vectors:
                 word, row = _parse(line, number, name, len(rows[0]) if rows else None)
                 words.append(word)
                 rows.append(row)
-    except (EOFError, UnicodeDecodeError, OSError, lzma.LZMAError) as error:
+    except DAMAGES as error:
         raise DataError(f"{name!r} cannot be read to its end: {error}; download it again") from error
     if len(rows) < min(announced, limit) or len(rows) < 2:
         expected = f"{announced} are announced in its first line" if announced else "at least 2 are needed"
