@@ -111,8 +111,8 @@ def all_scores_mse(
     Args:
         student: scores `[batch, heads, queries, keys]`.
         teacher: of the same shape; gets no gradient.
-        mask: `[batch, tokens]`, non-zero at real tokens, or None.
-        causal: True if a query sees no later key.
+        mask: `[batch, tokens]`, non-zero at real tokens; None: no key counts as masked.
+        causal: True if a query sees no later key; those then count as masked.
         floor: scores down to here count as 0, with no gradient; published code finds masked entries by -100.
     """
     visible = visible_pairs(student, mask, causal, queries=False)

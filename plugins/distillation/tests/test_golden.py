@@ -68,10 +68,8 @@ def test_reference(case, reference, classes):
     check(case, reference, terms(case, student, teacher, {}, classes=classes), student)
 
 
-@pytest.mark.parametrize("case", CASES, ids=[f"case{case['case']}" for case in CASES])
-@pytest.mark.parametrize("preset", ["ternarybert", "xtc"])
-def test_scores_before_the_mask(case, preset):
-    """As qpipe captures them: whatever masked keys score, they count as equal. `xtc` has no floor."""
+def before_the_mask(case):
+    """Signals as qpipe captures them, and the batch: scores at masked keys are numbers like any other."""
     student, teacher = signals(case, "s", False), signals(case, "t", False)
     masked = teacher["scores", 0][:, 0, 0] <= -100
     assert masked.any() or case["params"]["batch"] == 1
@@ -81,12 +79,33 @@ def test_scores_before_the_mask(case, preset):
             scores = side["scores", layer]
             noise = torch.randn(scores.shape, generator=generator)
             side["scores", layer] = torch.where(masked[:, None, None], noise, scores)
-            if preset == "xtc":
-                side["scores", layer][side["scores", layer] <= -100] = 0
     student = {key: value.requires_grad_() for key, value in student.items()}
-    batch = {"attention_mask": (~masked).long()}
-    found = terms(case, student, teacher, batch, preset=preset)
-    if preset == "xtc":  # whose extreme scores have gradients
-        check_values(case, "ternarybert", found)
-    else:
-        check(case, "ternarybert", found, student)
+    return student, teacher, {"attention_mask": (~masked).long()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"case{case['case']}" for case in CASES])
+def test_scores_before_the_mask(case):
+    """Whatever masked keys score, they count as equal."""
+    student, teacher, batch = before_the_mask(case)
+    check(case, "ternarybert", terms(case, student, teacher, batch), student)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"case{case['case']}" for case in CASES])
+def test_xtc_compares_every_score(case):
+    """Its code adds -10000 to masked keys of both models and takes the mean over all elements; nothing is zeroed."""
+    student, teacher, batch = before_the_mask(case)
+    found = terms(case, student, teacher, batch, preset="xtc")
+    layers = case["params"]["layers"]
+    mask = -10000.0 * (1 - batch["attention_mask"][:, None, None].double())
+    differences = [(student["scores", i] + mask) - (teacher["scores", i] + mask) for i in range(layers)]
+    expected = torch.stack([difference.square().mean() for difference in differences]).sum()
+    assert found["attention"].item() == pytest.approx(expected.item(), rel=1e-6)
+    if mask.any():
+        equal = terms(case, student, teacher, batch, preset="xtc", masked_keys="equal")["attention"]
+        assert found["attention"].item() > equal.item() + 0.01
+    found["attention"].backward()
+    for layer, difference in enumerate(differences):
+        gradient = 2 * difference.detach() / difference.numel()
+        torch.testing.assert_close(student["scores", layer].grad.double(), gradient, rtol=1e-5, atol=1e-8)
+    for name in ("cls", "rep"):  # the rest is as in TernaryBERT
+        assert found[TERMS[name]].item() == pytest.approx(case["scalars"]["ternarybert"][name], rel=1e-6), name

@@ -1,6 +1,9 @@
 """The plugin's pairing of layers and its checks, and whole runs with it."""
 
+import importlib
 import json
+import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +13,12 @@ from qpipe_distillation.layers import attention_pairs, depth_ratio, hidden_pairs
 from qpipe_distillation.schedule import WeightSchedule
 
 import qpipe
-from qpipe import ConfigError, ModelError
+from qpipe import ConfigError, ModelError, TrainingPhase
 from qpipe.stages import evaluate_run, plan_run
 from qpipe.testing import tiny_config, tiny_model
+from qpipe.testing.contract import weights_hash
 
+EXECUTE = importlib.import_module("qpipe.stages.execute")
 TEN_STEPS = SimpleNamespace(total_steps=10)
 
 
@@ -43,9 +48,20 @@ def test_layers_that_do_not_pair(student, teacher, message):
         ({"hidden": "cos"}, "cosine"),
         ({"logits_weight": 0}, "greater than 0"),
         ({"score_floor": -100}, "padding: include"),
+        ({"attention": "mse", "masked_keys": "compare"}, "masked_keys: compare belongs to padding: include"),
         ({"logits_weight": {"schedule": "linear", "initial": 0, "final": 0}}, "always 0"),
         ({"logits_weight": {"schedule": "linear", "initial": 0, "final": 1, "start": 1}}, "must come before stop"),
         ({"preset": "distilbert"}, "ternarybert"),
+        ({"two_step": True, "hidden": "mse", "task_loss": False}, "how long the first step is"),
+        ({"preset": "tinybert", "task_loss": True}, "two_step learns layers alone first"),
+        (
+            {"two_step": True, "fraction": 0.5, "hidden": "mse", "logits": "none"},
+            "two_step learns layers first and logits then",
+        ),
+        ({"preset": "tinybert", "hidden": "none", "attention": "none"}, "two_step learns layers first and logits then"),
+        ({"hidden": "mse", "steps": 3}, "steps belongs to two_step: true"),
+        ({"hidden": "mse", "fraction": 0.5, "warmup": 0.1}, "fraction, warmup belong to two_step: true"),
+        ({"layer_map": [2, 4]}, "layer_map .* nothing of layers is compared: set hidden, attention or output"),
     ],
 )
 def test_options_that_make_no_sense(options, message):
@@ -68,6 +84,8 @@ def test_a_map_of_layers():
         ([1], "has 1 numbers; the student's 3"),
         ([1, 2, 7], "layers 1 to 6"),
         ([2, 1, 3], "must rise"),
+        ([2, 2, 4], r"\[2, 2, 4\] must rise from each number to the next"),
+        ([1, 1, 2, 3], "must rise"),
         ([0, 1, 2], "1 to 6"),
     ],
 )
@@ -96,11 +114,34 @@ def test_presets_give_way_to_what_is_set():
 
 
 def test_tinybert_learns_layers_first():
-    """For 20 of 23 epochs."""
-    plugin = Distillation(DistillationOptions(preset="tinybert"))
-    weights = {loss.name: loss.weight for loss in plugin.qpipe_losses(run=SimpleNamespace(total_steps=23))}
-    for name, first, then in (("logits", 0, 1), ("hidden", 1, 0), ("attention", 1, 0)):
-        assert [weights[f"distillation/{name}"](step) for step in (0, 19, 20, 22)] == [first, first, then, then]
+    """For 20 of 23 epochs, whatever the weights; logits with theirs from then on."""
+    half = {"schedule": "linear", "initial": 0, "final": 23}
+    plugin = Distillation(DistillationOptions(preset="tinybert", logits_weight=half, attention_weight=3))
+    run = SimpleNamespace(total_steps=23, phases=())
+    (phase,) = plugin.qpipe_training_phases(run)
+    assert (phase.steps, phase.learning_rate, phase.warmup) == (20, None, None)
+    run.phases = (TrainingPhase("other", 1), replace(phase, start=1), TrainingPhase("train", 2, start=21))
+    weights = {loss.name: loss.weight for loss in plugin.qpipe_losses(run=run)}
+    for name, expected in (("logits", [0, 0, 21, 22]), ("hidden", [1, 1, 0, 0]), ("attention", [3, 3, 0, 0])):
+        assert [weights[f"distillation/{name}"](step) for step in (0, 20, 21, 22)] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "total", "steps"),
+    [({}, 2, 1), ({}, 230, 200), ({"steps": 7}, 23, 7), ({"fraction": 0.1}, 3, 1), ({"fraction": 0.99}, 3, 2)],
+)
+def test_the_first_step_leaves_room_for_both(options, total, steps):
+    plugin = Distillation(DistillationOptions(preset="tinybert", **options))
+    assert [phase.steps for phase in plugin.qpipe_training_phases(SimpleNamespace(total_steps=total))] == [steps]
+    alone = Distillation(DistillationOptions(preset="tinybert", two_step=False))
+    assert not list(alone.qpipe_training_phases(SimpleNamespace(total_steps=total)))
+
+
+@pytest.mark.parametrize(("options", "total"), [({}, 1), ({"steps": 4}, 4)])
+def test_a_first_step_without_a_second_is_refused(options, total):
+    plugin = Distillation(DistillationOptions(preset="tinybert", **options))
+    with pytest.raises(ConfigError, match=f"leaves none of {total} .* train longer"):
+        list(plugin.qpipe_training_phases(SimpleNamespace(total_steps=total)))
 
 
 def test_only_what_is_compared_is_captured():
@@ -177,11 +218,44 @@ def test_presets_run_with_a_map(preset, tmp_path):
     options = {"preset": preset, "layer_map": [1, 3], "output": "cosine"}
     run = qpipe.execute(with_teacher(tmp_path, options, {"num_hidden_layers": 4}))
     assert run.results["verified"]
-    rows = logged(tmp_path)
-    assert all(row["distillation/hidden"] > 0 and row["distillation/attention"] > 0 for row in rows)
-    assert all((row["distillation/logits"] > 0) == (preset == "ternarybert") and "task" not in row for row in rows)
+    first, second = logged(tmp_path)
+    assert first["distillation/hidden"] > 0 and first["distillation/attention"] > 0
     # Of two independent random layers each, cosines are near 0.
-    assert all(1 < row["distillation/output"] < 3 for row in rows)
+    assert 1 < first["distillation/output"] < 3
+    assert "task" not in first and "task" not in second
+    layers = [second[f"distillation/{name}"] > 0 for name in ("hidden", "attention", "output")]
+    assert (first["distillation/logits"] > 0, any(layers), all(layers)) == (
+        (True, True, True) if preset == "ternarybert" else (False, False, False)
+    )
+    assert second["distillation/logits"] > 0
+
+
+def test_two_steps_are_two_trainings(tmp_path, monkeypatch):
+    """Layers, then logits: each with its learning rates and a fresh optimizer; the best weights are of the second.
+
+    A run that was interrupted before, at or after the border ends in the same weights.
+    """
+    monkeypatch.setattr(EXECUTE, "verify", lambda *_, **__: SimpleNamespace(passed=True, metrics={}, lines=list))
+    options = {"preset": "tinybert", "steps": 4, "learning_rate": 4e-3, "warmup": 0.5}
+    schedule = {"schedule": "linear", "warmup": 0.0, "learning_rate": 1e-3}
+    every = {"max_steps": 7, "save_every": 1, "eval_every": 1, "keep_best": True}
+    changes = {f"train__{key}": value for key, value in {**schedule, **every}.items()}
+    config = with_teacher(tmp_path, options, {}, **changes)
+    run = qpipe.execute(config)
+    rows = logged(tmp_path)
+    # As logged: the rate that the next step has, so the first of the second training stands beside the fourth step.
+    assert [row["lr"] for row in rows[:4]] == pytest.approx([2e-3, 4e-3, 2e-3, 1e-3])
+    for number, row in enumerate(rows):
+        for name in ("logits", "hidden", "attention"):
+            assert (row[f"distillation/{name}"] > 0) == ((name == "logits") == (number >= 4)), (number, name)
+    assert [(phase.steps, phase.stop) for phase in run.phases] == [(4, 4), (3, 7)]
+    assert run.results["best_step"] > 4
+    whole = weights_hash(run.out)
+    for step in (2, 4, 5):
+        name, folder = f"checkpoints/step-{step:08d}", tmp_path / f"from-{step}"
+        shutil.copytree(run.out / name, folder / name)
+        qpipe.execute(config.model_copy(update={"out": str(folder)}), resume=True)
+        assert weights_hash(folder) == whole, f"resumed after step {step}"
 
 
 def test_regression_has_no_distribution(tmp_path):

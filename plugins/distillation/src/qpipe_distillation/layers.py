@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 from qpipe import ModelError
@@ -55,7 +56,7 @@ def mapped_pairs(
         layers: all pairs, or the last ones.
 
     Raises:
-        ModelError: the map has another length, names a layer that is not there, or does not rise.
+        ModelError: the map has another length, names a layer that is not there, or names one twice or out of order.
     """
     if len(layer_map) not in (depth, depth + 1):
         raise ModelError(
@@ -63,9 +64,11 @@ def mapped_pairs(
             f"{depth + 1} with one for the embeddings first"
         )
     states = [0, *layer_map] if len(layer_map) == depth else list(layer_map)
-    if min(states[1:]) < 1 or max(states) > teacher or states != sorted(states):
+    rises = all(below < above for below, above in pairwise(states))
+    if not rises or states[-1] > teacher:
         raise ModelError(
-            f"distillation.layer_map {list(layer_map)} must rise and name layers 1 to {teacher}, which the teacher has"
+            f"distillation.layer_map {list(layer_map)} must rise from each number to the next and name layers 1 to "
+            f"{teacher}, which the teacher has; give another layer to each of the student's"
         )
     hidden = list(enumerate(states))
     attention = [(layer - 1, theirs - 1) for layer, theirs in hidden[1:]]

@@ -18,6 +18,7 @@ from qpipe import (
     SignalKind,
     Signals,
     Step,
+    TrainingPhase,
     all_scores_mse,
     attention_mse,
     hidden_cosine,
@@ -28,7 +29,10 @@ from qpipe import (
 )
 from qpipe_distillation.layers import Pair, attention_pairs, depth_ratio, hidden_pairs, mapped_pairs, require_equal
 from qpipe_distillation.options import DistillationOptions
-from qpipe_distillation.schedule import weight_function
+from qpipe_distillation.schedule import first_steps, weight_function, within
+
+PHASE = "distillation-layers"
+"""Name of the training phase in which layers are learned, with `two_step`."""
 
 STATES = {"cosine": hidden_cosine, "mse": hidden_mse}
 
@@ -45,6 +49,18 @@ class Distillation(Plugin):
         self._attention: list[Pair] = []
         self._output: list[Pair] = []
         self._causal = False
+
+    @hookimpl
+    def qpipe_training_phases(self, run: Run) -> Iterable[TrainingPhase]:
+        """With `two_step`, the training in which layers are learned.
+
+        Raises:
+            ConfigError: it leaves no room for the second.
+        """
+        options = self.options
+        if options.two_step:
+            steps = first_steps(options.steps, options.fraction, run.total_steps)
+            yield TrainingPhase(PHASE, steps, options.learning_rate, options.warmup)
 
     @hookimpl
     def qpipe_model_prepared(self, run: Run) -> None:
@@ -109,7 +125,11 @@ class Distillation(Plugin):
         replaces: tuple[str, ...] = () if options.task_loss else ("task",)
         for name, how, fn, weight in terms:
             if how != "none":
-                yield Loss(f"distillation/{name}", fn, weight_function(weight, run.total_steps), replaces)
+                factor = weight_function(weight, run.total_steps)
+                if options.two_step:
+                    border = next((phase.stop for phase in run.phases if phase.name == PHASE), 0)
+                    factor = within(factor, border, first=name != "logits")
+                yield Loss(f"distillation/{name}", fn, factor, replaces)
                 replaces = ()
 
     def _mask(self, step: Step) -> Tensor | None:
@@ -139,8 +159,9 @@ class Distillation(Plugin):
         mask, options = step.batch.get("attention_mask"), self.options
         pairs = [(step.student["scores", i], step.teacher["scores", j]) for i, j in self._attention]
         if options.padding == "include":
-            floor = options.score_floor
-            found = [all_scores_mse(ours, theirs, mask, self._causal, floor) for ours, theirs in pairs]
+            hides, floor = options.masked_keys == "equal", options.score_floor
+            seen, causal = (mask, self._causal) if hides else (None, False)
+            found = [all_scores_mse(ours, theirs, seen, causal, floor) for ours, theirs in pairs]
         else:
             found = [attention_mse(ours, theirs, mask, self._causal) for ours, theirs in pairs]
         return torch.stack(found).sum()

@@ -14,22 +14,28 @@ _ALL_LAYERS = {
     "padding": "include",
     "task_loss": False,
 }
-_FIRST = {"schedule": "step", "initial": 1.0, "final": 0.0, "start": 20 / 23}
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "ternarybert": {**_ALL_LAYERS, "score_floor": -100.0},
-    "xtc": _ALL_LAYERS,
-    "tinybert": {
-        **_ALL_LAYERS,
-        "score_floor": -100.0,
-        "hidden_weight": _FIRST,
-        "attention_weight": _FIRST,
-        "logits_weight": {**_FIRST, "initial": 0.0, "final": 1.0},
-    },
+    "xtc": {**_ALL_LAYERS, "masked_keys": "compare"},
+    "tinybert": {**_ALL_LAYERS, "score_floor": -100.0, "two_step": True, "fraction": 20 / 23},
 }
 """Options that a preset sets, where the user does not.
 
 `ternarybert`: Zhang et al., "TernaryBERT" (2020), as its code has it. `xtc`: Wu et al., "Extreme Compression for
-Pre-trained Transformers Made Simple and Efficient" (2022), likewise. `tinybert`: Jiao et al., "TinyBERT" (2020),
-distillation on a task: the layers for 20 epochs, then the logits for 3, with the means of their code.
+Pre-trained Transformers Made Simple and Efficient" (2022), likewise: it adds one mask to the scores of both models,
+which drops out of their difference, so that masked keys are compared too. `tinybert`: Jiao et al., "TinyBERT" (2020),
+distillation on a task: the layers for 20 epochs, then, in a second training, the logits for 3, with the means of their
+code.
 """
+
+STEPS = ("steps", "fraction", "learning_rate", "warmup")
+"""Options that belong to `two_step`."""
+
+
+def filled_in(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset's options, under those that are given. What it says of two steps goes where these are not wanted."""
+    found = dict(PRESETS.get(str(given.get("preset")), {}))
+    if given.get("two_step") is False:
+        found = {name: value for name, value in found.items() if name not in STEPS}
+    return {**found, **given}
