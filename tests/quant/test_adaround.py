@@ -53,30 +53,38 @@ def test_loss_of_the_reference(case):
     close(torch.stack(found), GOLDEN.tensor(case, "loss_per_iter"))
 
 
-def learned_as_reference(case, dtype):
-    """The rounding of a layer after the recorded optimisation, computed in a type."""
+def learned_as_reference(case, order=None):
+    """The rounding of a layer after the recorded optimisation; given an order, it sums over features in that."""
     params = case["params"]
-    inputs, bias, weight, delta = (GOLDEN.tensor(case, name).to(dtype) for name in ("X", "bias", "W", "delta"))
+    inputs, bias, weight, delta = (GOLDEN.tensor(case, name) for name in ("X", "bias", "W", "delta"))
+    order = torch.arange(inputs.shape[1]) if order is None else order
+
+    def layer(x, w):
+        return F.linear(x[:, order], w[:, order], bias)
+
     high = 2 ** (params["n_bits"] - 1)
-    rounding = Rounding(weight, delta, torch.zeros(1, dtype=dtype), -high, high - 1)
-    target = F.linear(inputs, weight, bias)
+    rounding, target = Rounding(weight, delta, torch.zeros(1), -high, high - 1), layer(inputs, weight)
     batches = ((inputs[i], target[i]) for i in GOLDEN.tensor(case, "batch_idx").long())
-    learn_rounding(rounding, lambda x, w: F.linear(x, w, bias), batches, params["iters"], params["lr"])
+    learn_rounding(rounding, layer, batches, params["iters"], params["lr"])
     return rounding
 
 
 @pytest.mark.parametrize("case", GOLDEN.of("AdaRound"), ids=case_name)
 def test_optimisation_of_the_reference(case):
-    """The weights are exactly those recorded; `alpha` is as close as rounding lets two runs of these steps be.
+    """The weights are exactly those recorded, and `alpha` to the 1e-3 that the vectors state wherever it can be.
 
-    Adam divides small gradients by their size, so that the last bits of matrix products, which differ between
-    processors, grow: float64 moves `alpha` by as much as another processor does.
+    At first the soft weight is the weight and the gradient is 0 but for rounding, which Adam divides by its own size:
+    the first steps of every `alpha` depend on the order in which a processor sums. Rows (outputs) are problems of their
+    own: some come together again, and of the others none can be asked to come closer to what another processor
+    recorded than twice as far as other orders of summation move it here.
     """
     inputs, bias, weight = (GOLDEN.tensor(case, name) for name in ("X", "bias", "W"))
-    rounding, exact = learned_as_reference(case, torch.float32), learned_as_reference(case, torch.float64)
-    moved = float((rounding.alpha.double() - exact.alpha).detach().abs().max())
-    assert moved < 0.05 * float(exact.alpha.detach().abs().max())
-    close(rounding.alpha, GOLDEN.tensor(case, "alpha_final"), rtol=0, atol=max(1e-3, moved))
+    rounding, recorded = learned_as_reference(case), GOLDEN.tensor(case, "alpha_final")
+    orders = [torch.randperm(inputs.shape[1], generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
+    runs = torch.stack([learned_as_reference(case, order).alpha.detach() for order in orders])
+    allowed = (2 * (runs.amax(0) - runs.amin(0)).amax(1)).clamp_min(1e-3)
+    assert float(allowed.max()) < 0.05 * float(recorded.abs().max())
+    assert bool(((rounding.alpha.detach() - recorded).abs().amax(1) <= allowed).all())
     close(rounding.hard(), GOLDEN.tensor(case, "hard_w"), rtol=0, atol=1e-6)
     target = F.linear(inputs, weight, bias)
     nearest, learned = ((F.linear(inputs, w, bias) - target).square().mean() for w in (

@@ -93,6 +93,24 @@ def test_a_run_of_the_reference(case):
     assert result.loss == pytest.approx(network.loss()), "the clips are left at the result"
     assert result.loss < 0.9 * result.start_loss and result.loss <= scalars["loss_init"]
     assert all(clip.clip > 0 for clip in network.clips)
+    step = result.exponents[1] - result.exponents[0]
+    assert result.p == pytest.approx(scalars["p_star"], abs=step), "of losses that differ as above"
+
+
+@pytest.mark.parametrize("case", GOLDEN.of("LAPQ"), ids=case_name)
+def test_the_start_of_the_reference(case):
+    """Its exponent from its losses, and the clips of that exponent: both searches end near the least error."""
+    exponents, losses = (GOLDEN.tensor(case, name).tolist() for name in ("p_grid", "p_losses"))
+    assert parabola_minimum(exponents, losses) == pytest.approx(case["scalars"]["p_star"], rel=1e-6)
+    network = Network(case)
+    network.loss()  # activations see their first values
+    for clip in network.clips:
+        clip.start(case["scalars"]["p_star"])
+    # Recorded in the order of modules: linear maps are the even ones, what their ReLUs give the odd ones.
+    recorded = dict(zip(sorted(case["params"]["layers"]), GOLDEN.tensor(case, "alpha_init").tolist(), strict=True))
+    found = {name: clip.clip for name, clip in zip(("0", "2", "4", "1", "3"), network.clips, strict=False)}
+    assert found == pytest.approx(recorded, rel=0.05)
+    assert network.loss() == pytest.approx(case["scalars"]["loss_init"], rel=0.1)
 
 
 class Slope:

@@ -53,6 +53,17 @@ def test_lp_clip_of_the_reference(case):
         assert float(expected) == pytest.approx(case["scalars"]["error"], rel=1e-3), "the vectors mean the same error"
 
 
+@pytest.mark.parametrize("case", LAPQ.of("MaxAbsStaticQuantization"), ids=case_name)
+def test_largest_magnitude_of_the_reference(case):
+    params, x = case["params"], LAPQ.tensor(case, "x")
+    bits, signed = params["num_bits"], params["symmetric"]
+    scale, zero = search(x, bits, "min-max", symmetric=signed, mid_rise=signed)
+    clip = float(scale) * (2**bits - 1) / (2 if signed else 1)
+    assert clip == pytest.approx(float(LAPQ.tensor(case, "alpha")), rel=1e-6)
+    found = (round_to_codes(x, scale, zero, *code_range(bits)) - zero) * scale
+    torch.testing.assert_close(found, LAPQ.tensor(case, "out"), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("case", LAPQ.of("AciqGausQuantization", "AciqLaplaceQuantization"), ids=case_name)
 def test_aciq_of_the_reference(case):
     """Its tables have three digits."""
