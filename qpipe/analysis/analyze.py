@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from qpipe.analysis.parts import PARTS
 from qpipe.analysis.request import NEEDS_TEACHER, Request
-from qpipe.analysis.session import Session, Told, Track, untracked
+from qpipe.analysis.session import Session, Source, Told, Track, untracked
+from qpipe.analysis.weights import roles
 from qpipe.files import write_json
 from qpipe.report.inputs import ANALYSIS_FOLDER, COMPARED_FILE, read_json
 from qpipe.run import Run
@@ -24,7 +25,7 @@ def analyze(
     Args:
         run: a run on one process with its quantizers in place, and calibrated.
         request: what to measure.
-        again: measure parts anew that were measured before with the same settings.
+        again: measure parts anew that were measured before with the same settings on the same weights.
         told: called with a line about every step.
         track: shows how far a loop has come.
 
@@ -35,7 +36,7 @@ def analyze(
         ConfigError: a part does not fit the run.
         SiteError: a pattern matches no site.
     """
-    return measure(Session(run.out, lambda: run, request, told, track), again)
+    return measure(Session(Source(run.out, lambda: run), request, told, track), again)
 
 
 def measure(session: Session, again: bool = False) -> dict[str, Json]:
@@ -52,22 +53,33 @@ def measure(session: Session, again: bool = False) -> dict[str, Json]:
         session.told(f"{part}:")
         if again:
             session.ledger(part).close()
-        found[part] = {"settings": session.request.settings(part), **PARTS[part](session)}
+        models = session.weights.marks(part)  # of what is measured, whatever lies there when that has ended
+        found[part] = {"settings": session.request.settings(part), "models": models, **PARTS[part](session)}
         session.file(part).parent.mkdir(parents=True, exist_ok=True)
         write_json(session.file(part), found[part])
     return found
 
 
 def _kept(session: Session, part: str) -> dict[str, Json] | None:
-    """What was measured before with these settings; curves may have grown."""
+    """What was measured before with these settings and on these weights; curves may have grown."""
     before: dict[str, Json] | None = read_json(session.file(part))
     if before is None or part == "curves" or before["settings"] != session.request.settings(part):
         return None
+    carried = before.get("models", {})
+    marks = {role: session.weights.matching(role, carried.get(role)) for role in roles(part)}
+    other = [role for role, mark in marks.items() if mark is None]
+    if other:
+        known = f"with another {' and another '.join(other)}" if carried else "and not noted on which weights"
+        session.told(f"{part}: measured before {known}")
+        return None
+    if marks != carried:  # the same weights in other files, which need not be read next time
+        before = {**before, "models": marks}
+        write_json(session.file(part), before)
     return before
 
 
 def analyze_runs(
-    runs: Mapping[Path, Callable[[], Run]],
+    sources: Sequence[Source],
     request: Request,
     again: bool = False,
     told: Told = lambda text: None,
@@ -76,20 +88,21 @@ def analyze_runs(
     """`analyze` several runs, one after another; each remembers the others for its report.
 
     Args:
-        runs: by run directory, what loads it.
+        sources: the runs.
         request: as for `analyze`, as are the other arguments.
 
     Returns:
         The results by run directory.
     """
     found = {}
-    for out, load in runs.items():
-        if len(runs) > 1:
-            told(f"{out}:")
-        found[str(out)] = measure(Session(out, load, request, told, track), again)
-    if len(runs) > 1:
-        for out in runs:
-            remember(out, [other for other in runs if other != out])
+    outs = [source.out for source in sources]
+    for source in sources:
+        if len(sources) > 1:
+            told(f"{source.out}:")
+        found[str(source.out)] = measure(Session(source, request, told, track), again)
+    if len(sources) > 1:
+        for out in outs:
+            remember(out, [other for other in outs if other != out])
     return found
 
 

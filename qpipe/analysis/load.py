@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
+from qpipe.analysis.session import Source
+from qpipe.analysis.teacher import reference_name
+from qpipe.analysis.weights import Role
 from qpipe.config import RunConfig, resolve
+from qpipe.data.locate import locate
 from qpipe.errors import ConfigError
 from qpipe.run import Run
 from qpipe.rundir import CONFIG_NAME
 from qpipe.stages.execute import record_start
 from qpipe.stages.quantize import quantized_model
-from qpipe.stages.trained import restore
+from qpipe.stages.trained import read_config, restore
 
 
 def load(source: Path | RunConfig) -> Run:
@@ -35,15 +38,36 @@ def load(source: Path | RunConfig) -> Run:
     return run
 
 
-def loader(source: Path | RunConfig) -> tuple[Path, Callable[[], Run]]:
-    """The run directory of what is analyzed, and what loads it.
+def source_of(given: Path | RunConfig) -> Source:
+    """The run directory of what is analyzed, what loads it, and where its weights are.
 
     A run is loaded when a part needs it; a model at once, so that `out` is known to be its own.
 
     Raises:
         QpipeError: see `load`.
     """
-    if isinstance(source, Path):
-        return source, lambda: load(source)
-    run = load(source)
-    return run.out, lambda: run
+    if isinstance(given, Path):
+        return Source(given, lambda: load(given), lambda role, teacher: _of_run(given, role, teacher))
+    run = load(given)
+    return Source(run.out, lambda: run, lambda role, teacher: _of_model(given, role, teacher))
+
+
+def _of_run(out: Path, role: Role, teacher: str | None) -> str | None:
+    """Where a model of a run that has ended is."""
+    return str(out / "model") if role == "student" else _teacher(out, read_config(out), True, teacher)
+
+
+def _of_model(config: RunConfig, role: Role, teacher: str | None) -> str | None:
+    """Where a model is that is quantized for the analysis, or its teacher."""
+    if role == "teacher":
+        return _teacher(Path(config.out), config, False, teacher)
+    name = locate(config.model.name)
+    return name if config.model.revision is None or Path(name).is_dir() else None
+
+
+def _teacher(out: Path, config: RunConfig, trained: bool, given: str | None) -> str | None:
+    """See `reference_name`; None where it fails, so that loading the teacher says what is wrong."""
+    try:
+        return reference_name(out, config, trained, given)
+    except ConfigError:
+        return None

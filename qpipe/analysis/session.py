@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -15,6 +16,7 @@ from qpipe.analysis.ledger import Ledger
 from qpipe.analysis.observe import Example, collect, examples
 from qpipe.analysis.request import Request
 from qpipe.analysis.teacher import load_reference
+from qpipe.analysis.weights import Role, Weights
 from qpipe.errors import ConfigError, SiteError
 from qpipe.report.inputs import ANALYSIS_FOLDER
 from qpipe.run import Run
@@ -25,6 +27,27 @@ Told = Callable[[str], None]
 
 PER_TOKEN = ("input", "output", "sum", "stream")
 """Slots whose tensors may be `[batch, tokens, features]`."""
+
+
+def nowhere(role: Role, teacher: str | None) -> str | None:
+    """The place of a model that is only in memory."""
+    return None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is analyzed.
+
+    Attributes:
+        out: the run directory, which gets the results.
+        load: loads the run.
+        where: takes a role and the teacher that was asked for, and says where that model is without loading it: its
+            folder or name on the hub, None if that is not known.
+    """
+
+    out: Path
+    load: Callable[[], Run]
+    where: Callable[[Role, str | None], str | None] = nowhere
 
 
 class Track(Protocol):
@@ -47,26 +70,27 @@ class Session:
         request: what to measure.
         told: called with a line about every step.
         track: shows how far a loop has come.
+        weights: which weights the results belong to.
     """
 
     def __init__(
-        self,
-        out: Path,
-        load: Callable[[], Run],
-        request: Request,
-        told: Told = lambda text: None,
-        track: Track = untracked,
+        self, source: Source, request: Request, told: Told = lambda text: None, track: Track = untracked
     ) -> None:
-        self.out, self.request, self.told, self.track = out, request, told, track
-        self._load = load
+        self.out, self.request, self.told, self.track = source.out, request, told, track
+        self._load = source.load
+        self.weights = Weights(
+            lambda role: source.where(role, request.teacher),
+            lambda role: (self.run if role == "student" else self.teacher).student,
+        )
 
     def file(self, part: str) -> Path:
         """Where the result of a part is."""
         return self.out / ANALYSIS_FOLDER / f"{part}.json"
 
     def ledger(self, part: str) -> Ledger:
-        """The intermediate results of a part."""
-        return Ledger(self.file(part).with_name(f".{part}.partial.json"), self.request.settings(part))
+        """The intermediate results of a part, on these weights."""
+        settings = {**self.request.settings(part), "models": self.weights.digests(part)}
+        return Ledger(self.file(part).with_name(f".{part}.partial.json"), settings)
 
     @cached_property
     def run(self) -> Run:

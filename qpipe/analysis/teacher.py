@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from qpipe.config import RunConfig
 from qpipe.data.locate import locate
 from qpipe.errors import ConfigError, ModelError
 from qpipe.run import Run
@@ -12,27 +13,33 @@ from qpipe.stages.build import instrument, load_teacher
 from qpipe.stages.execute import read_results
 
 
-def reference_name(run: Run, given: str | None) -> str:
+def reference_name(out: Path, config: RunConfig, trained: bool, given: str | None) -> str:
     """Where the full-precision model is.
 
     That is the one given; else the one that the run names or has fine-tuned as its teacher; else, where nothing was
     trained, the model that was quantized.
 
+    Args:
+        out: the run directory.
+        config: of the run.
+        trained: True if the run has ended, False for a model that is quantized for the analysis.
+        given: the name that was asked for.
+
     Raises:
         ConfigError: there is none.
     """
-    own = run.out / "teacher" / "model"
+    own = out / "teacher" / "model"
     if given is not None:
         path = Path(locate(given))
         return str(path / "model") if (path / "model" / "config.json").is_file() else str(path)
-    if run.config.teacher.name is not None:
-        return locate(run.config.teacher.name)
+    if config.teacher.name is not None:
+        return locate(config.teacher.name)
     if own.is_dir():
         return str(own)
-    if not run.trained or read_results(run.out).get("steps") == 0:
-        return locate(run.config.model.name)
+    if not trained or read_results(out).get("steps") == 0:
+        return locate(config.model.name)
     raise ConfigError(
-        f"{run.out} was trained without a teacher; name the full-precision model to compare with: --teacher MODEL, a "
+        f"{out} was trained without a teacher; name the full-precision model to compare with: --teacher MODEL, a "
         "folder or hub name, or the run that made it"
     )
 
@@ -48,7 +55,7 @@ def load_reference(run: Run, given: str | None) -> Run:
         ConfigError: there is none, or it reads other tokens.
         ModelError: it is no model that was fine-tuned for this task.
     """
-    name = reference_name(run, given)
+    name = reference_name(run.out, run.config, run.trained, given)
     teacher = load_teacher(run, name).to(run.engine.device, run.engine.dtype)
     tokens = [getattr(model.config, "vocab_size", None) for model in (run.student, teacher)]
     if tokens[0] != tokens[1]:

@@ -112,14 +112,14 @@ def analyze(
 
     quiet_libraries()
     from qpipe.analysis.analyze import Request, analyze_runs
-    from qpipe.analysis.load import loader
+    from qpipe.analysis.load import source_of
 
     allowed = within if suggest is not None else None
     request = Request(
         tuple(wanted), by, tuple(sites or ()), examples, sequences, allowed, bits, teacher, text, eigenvalues,
         norm_weight, points, filters,
     )  # fmt: skip
-    found = analyze_runs(dict(map(loader, inputs)), request, again, lambda line: typer.echo(line, err=True), _track)
+    found = analyze_runs(list(map(source_of, inputs)), request, again, lambda line: typer.echo(line, err=True), _track)
     if suggest is not None:
         suggestion = next(iter(found.values()))["ablation"]["suggestion"]
         _write(suggest, suggestion, sources[0])

@@ -4,13 +4,16 @@ import json
 import shutil
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import qpipe
 from qpipe.cli import app
 from qpipe.cli.analyze import _outcome
 from qpipe.config import resolve
+from qpipe.stages.trained import restore
 from qpipe.testing import tiny_config
 
 
@@ -59,6 +62,67 @@ def test_a_model_is_analyzed_as_it_would_be_quantized(finished, tmp_path):
     assert "bert.encoder.layer.0.output.dense:weight" in sites
     other = call(*words, "--set", "quantization.preset=w4")
     assert "holds results of another configuration" in str(other.exception)
+
+
+def shift(folder):
+    """Other weights in the same files."""
+    state = load_file(folder / "model.safetensors")
+    name = "bert.encoder.layer.0.output.dense.weight"
+    state[name] = state[name] + torch.linspace(-1, 1, state[name].numel()).view_as(state[name])
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def measured(part, *words):
+    """A part's result, and what was told."""
+    done = call(*words, "--parts", part, "--json")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)[part], done.stderr
+
+
+def test_a_model_trained_anew_in_place_is_measured_anew(finished, tmp_path):
+    model = shutil.copytree(finished / "model", tmp_path / "model")
+    words = ("noise", model, "--sequences", "1", "--out", tmp_path / "out", "--set", "quantization.preset=w3")
+    first, _ = measured(*words)
+    again, told = measured(*words)
+    assert again == first and "noise: measured before\n" in told
+    shift(model)
+    second, told = measured(*words)
+    assert "noise: measured before with another student" in told
+    site = "bert.encoder.layer.0.output.dense:weight"
+    assert abs(second["sites"][site] - first["sites"][site]) > 0.1
+    third, told = measured(*words)
+    assert third == second and "noise: measured before\n" in told
+
+
+def test_other_weights_of_a_teacher_are_compared_anew(finished, tmp_path, monkeypatch):
+    teacher = shutil.copytree(finished.parent / "teacher", tmp_path / "teacher")
+    words = ("layers", finished, "--examples", "2", "--teacher", teacher)
+    first, _ = measured(*words)
+    shift(teacher)
+    second, told = measured(*words)
+    assert "layers: measured before with another teacher" in told
+    assert second["hidden_states"]["mse"][0] == first["hidden_states"]["mse"][0], "what the blocks receive is the same"
+    assert abs(second["hidden_states"]["mse"][1] - first["hidden_states"]["mse"][1]) > 0.02
+    # Written again, byte for byte: read once, then known by its files; and so where it is gone.
+    (teacher / "model.safetensors").write_bytes((teacher / "model.safetensors").read_bytes())
+    loaded = []
+    monkeypatch.setattr("qpipe.analysis.load.restore", lambda out: loaded.append(out) or restore(out))
+    for gone in (False, False, True):
+        if gone:
+            shutil.rmtree(teacher)
+        found, told = measured(*words)
+        assert found["hidden_states"] == second["hidden_states"] and "layers: measured before\n" in told
+        assert len(loaded) == 1
+
+
+def test_results_that_do_not_say_on_which_weights_are_measured_anew(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("analysis", "export"))
+    words = ("noise", run, "--sequences", "1")
+    found, _ = measured(*words)
+    path = run / "analysis" / "noise.json"
+    path.write_text(json.dumps({"settings": found["settings"], "sites": {}}))
+    again, told = measured(*words)
+    assert again == found and "measured before and not noted on which weights" in told
 
 
 def test_runs_are_compared(finished, tmp_path):

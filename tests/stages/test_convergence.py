@@ -16,7 +16,7 @@ from qpipe.analysis.curvature import trained_parameters, validation_batches
 from qpipe.analysis.hessian import hessian_product, norms, top_eigenvalues
 from qpipe.analysis.landscape import moved, normalized, offsets, random_direction
 from qpipe.analysis.ledger import Ledger
-from qpipe.analysis.session import Session
+from qpipe.analysis.session import Session, Source
 from qpipe.analysis.slopes import frozen, twice_differentiable
 from qpipe.analysis.teacher import layer_map
 from qpipe.quant.activation import ActivationOptions, UniformActivation
@@ -250,7 +250,7 @@ def test_what_does_not_fit_is_named(here, finished, teacher, tmp_path):
     with pytest.raises(ModelError, match="compare models of one width"):
         analyze(here, Request(("layers",), examples=1, teacher=str(wide)))
     double = tiny_model(tmp_path / "double", num_hidden_layers=4)
-    session = Session(here.out, lambda: here, Request(("layers",), teacher=str(double)))
+    session = Session(Source(here.out, lambda: here), Request(("layers",), teacher=str(double)))
     assert layer_map(here, session.teacher) == [1, 3]
 
 
@@ -262,11 +262,11 @@ def test_several_processes_are_refused(here, monkeypatch):
 
 def test_curves_need_no_model(finished, tmp_path):
     shutil.copy(finished.out / "metrics.jsonl", tmp_path)
-    found = measure(Session(tmp_path, lambda: pytest.fail("loaded"), Request(("curves",))))["curves"]
+    found = measure(Session(Source(tmp_path, lambda: pytest.fail("loaded")), Request(("curves",))))["curves"]
     assert [step for step, _ in found["training"]["loss"]] == [1, 2, 3, 4, 5, 6]
     assert found["evaluation"]["accuracy"] == [[6, finished.results["evaluation"]["accuracy"]]]
     with pytest.raises(ConfigError, match="no curve"):
-        measure(Session(tmp_path / "none", lambda: pytest.fail("loaded"), Request(("curves",))))
+        measure(Session(Source(tmp_path / "none", lambda: pytest.fail("loaded")), Request(("curves",))))
 
 
 def test_a_ledger_drops_what_was_measured_with_other_settings(tmp_path):
@@ -294,7 +294,7 @@ def test_runs_are_shown_together(here, finished, teacher, tmp_path):
     for out in (first, second):
         out.mkdir(exist_ok=True)
         shutil.copy(finished.out / "metrics.jsonl", out)
-    analyze_runs({first: lambda: here, second: lambda: here}, request)
+    analyze_runs([Source(out, lambda: here) for out in (first, second)], request)
     html = convergence(first)
     assert html.count("<svg") == 6
     assert all(name in html for name in ("other", "Distance to the teacher", "Order within", "Curvature", "landscape"))
