@@ -80,7 +80,7 @@ def landscape(session: Session) -> dict[str, Json]:
     """The task's loss on a grid around the trained weights, on a fixed sample of training examples.
 
     Weights move in full precision and the quantizers act on what they become; scales of activations, buffers and the
-    quantizers' own parameters stay. Norms and biases stay too.
+    quantizers' own parameters stay. Norms and biases stay too, and with `filters: columns` what embeds positions.
 
     Returns:
         `offsets` along either direction, in lengths of the weights' own rows or columns, and `losses`, a row for each

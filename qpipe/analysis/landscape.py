@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 Filters = Literal["rows", "columns"]
+POSITIONS = ("pos_embed", "position_embedding", "relative_position")
+"""Parts of the names of parameters that embed positions: the first and the last in Park and Kim's code, timm's and
+Swin's; the other in transformers."""
 
 
 def normalized(direction: Tensor, weight: Tensor, filters: Filters = "rows") -> Tensor:
@@ -36,11 +39,15 @@ def normalized(direction: Tensor, weight: Tensor, filters: Filters = "rows") -> 
 def random_direction(
     parameters: Mapping[str, Tensor], filters: Filters, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """A normal random direction, `normalized`, by name of the parameter."""
+    """A normal random direction, `normalized`, by name of the parameter.
+
+    Along `columns` it is 0 for embeddings of positions and tables of relative positions, as in Park and Kim's code.
+    """
     found = {}
     for name, weight in parameters.items():
         drawn = torch.randn(weight.shape, generator=generator).to(weight.device, weight.dtype)
-        found[name] = normalized(drawn, weight.detach(), filters)
+        still = filters == "columns" and any(part in name for part in POSITIONS)
+        found[name] = torch.zeros_like(drawn) if still else normalized(drawn, weight.detach(), filters)
     return found
 
 

@@ -231,6 +231,60 @@ def test_directions_are_as_long_as_the_weights_and_offsets_meet_0():
     assert offsets(5) == [-1, -0.5, 0, 0.5, 1]
 
 
+def test_directions_along_columns_leave_positions_alone(here):
+    """As Park and Kim's code does, by name; along rows, as in Li et al., they move like all others."""
+    parameters = trained_parameters(here) | {
+        f"{name}.weight": nn.Parameter(torch.ones(3, 2)) for name in ("pos_embed", "b.relative_position_bias_table")
+    }
+    columns = random_direction(parameters, "columns", torch.Generator().manual_seed(0))
+    rows = random_direction(parameters, "rows", torch.Generator().manual_seed(0))
+    positions = {
+        "bert.embeddings.position_embeddings.weight",
+        "pos_embed.weight",
+        "b.relative_position_bias_table.weight",
+    }
+    assert {name for name, d in columns.items() if parameters[name].ndim > 1 and not d.any()} == positions
+    assert all(rows[name].any() for name in positions)
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in parameters.items():  # what is drawn for a weight does not depend on those left alone
+        drawn = torch.randn(weight.shape, generator=generator)
+        if name not in positions:
+            assert torch.equal(columns[name], normalized(drawn, weight.detach(), "columns"))
+
+
+def test_an_interrupted_landscape_goes_on_with_the_same_weights_only(here, monkeypatch):
+    request, real, calls = Request(("landscape",), examples=8, points=3), curvature.mean_loss, []
+    whole = analyze(here, request)["landscape"]["losses"]
+    shutil.rmtree(here.out / "analysis")
+    monkeypatch.setattr(curvature, "mean_loss", lambda *words: interrupted(calls) or real(*words))
+    with pytest.raises(KeyboardInterrupt):
+        analyze(here, request)
+    assert len(calls) == 5
+    shown = []
+    found = analyze(here, request, track=lambda items, what: shown.append((what, len(items))) or items)
+    assert found["landscape"]["losses"] == whole and len(calls) == 5 + 5, "four points of nine were there"
+    assert shown == [("landscape, points", 9)]
+    assert {path.name for path in (here.out / "analysis").iterdir()} == {"landscape.json"}
+    calls.clear()
+    shutil.rmtree(here.out / "analysis")
+    with pytest.raises(KeyboardInterrupt):
+        analyze(here, request)
+    bias = here.student.get_parameter("bert.encoder.layer.0.output.dense.bias")
+    with torch.no_grad():
+        bias.add_(1)
+    analyze(here, request)
+    with torch.no_grad():
+        bias.sub_(1)
+    assert len(calls) == 5 + 9, "losses of other weights are not gone on with"
+
+
+def interrupted(calls):
+    """Note a call; the fifth is interrupted."""
+    calls.append(1)
+    if len(calls) == 5:
+        raise KeyboardInterrupt
+
+
 def test_outliers_and_ranges_look_once(here, monkeypatch):
     passes, real = [], session_module.collect
     monkeypatch.setattr(session_module, "collect", lambda *words: passes.append(1) or real(*words))
