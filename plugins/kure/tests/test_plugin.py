@@ -33,7 +33,7 @@ def make_run(tmp_path, planned=("embedding", "query", "ffn"), student=None):
     return SimpleNamespace(
         student=student,
         plan=SimpleNamespace(sites=plan),
-        instruments=SimpleNamespace(sites=sites, context=QuantContext()),
+        instruments=SimpleNamespace(sites=sites, context=QuantContext(), quantizers=dict),
         engine=SimpleNamespace(rank=0),
         out=tmp_path,
         total_steps=10,
@@ -63,10 +63,27 @@ def test_include_exclude_and_skip_above(tmp_path, caplog):
     assert chosen(run, exclude=["ff*"])[0] == ["query"]
     with caplog.at_level(logging.INFO, "qpipe.kure"):
         names, plugin = chosen(run, skip_above=100)
-    assert names == ["query"]
-    assert [c.left_out for c in plugin.candidates] == ["", "kurtosis above 100"]
-    assert plugin.candidates[1].kurtosis == kurtosis(run.student["ffn"].weight)
-    assert "1 of 2 weights" in caplog.text and "kurtosis above 100" in caplog.text
+    assert names == ["query"] and "1 of 4 weights are regularized" in caplog.text
+    reasons = {c.name: c.left_out for c in plugin.candidates}
+    assert reasons == {"embedding": "embedding", "query": "", "ffn": "kurtosis above 100", "head": "not quantized"}
+    lines = {line.split()[0]: line.split(maxsplit=2)[1:] for line in caplog.text.splitlines() if line}
+    for name, reason in reasons.items():
+        value = kurtosis(run.student[name].weight)
+        assert lines[name] == [format(value, ".4g"), *([reason] if reason else [])], "printed with its reason"
+    assert [c.kurtosis for c in plugin.candidates] == [kurtosis(run.student[name].weight) for name in reasons]
+
+
+def test_patterns_are_named_as_reasons(tmp_path):
+    plugin = chosen(make_run(tmp_path), include=["*d*", "ffn"], exclude=["ff*"])[1]
+    assert [c.left_out for c in plugin.candidates] == ["", "not included by pattern", "excluded by pattern", ""]
+
+
+def test_weights_in_another_form_are_measured_as_what_they_stand_for(tmp_path):
+    run = make_run(tmp_path, planned=("embedding", "query"))
+    cubed = SimpleNamespace(master=lambda value: value**3)
+    run.instruments.quantizers = lambda: {"embedding:weight": cubed}
+    plugin, _ = start(run)
+    assert plugin.candidates[0].kurtosis == kurtosis(run.student["embedding"].weight ** 3)
 
 
 def test_the_default_leaves_out_weights_with_outliers(tmp_path):
@@ -90,9 +107,11 @@ def test_a_pattern_without_a_match_is_an_error(option, tmp_path):
 
 
 def test_nothing_to_regularize_is_an_error(tmp_path):
-    with pytest.raises(ConfigError, match="nothing to regularize"):
+    with pytest.raises(
+        ConfigError, match=r"nothing to regularize: of 4 weights .*\(embedding, kurtosis above 0.1, not q"
+    ):
         start(make_run(tmp_path), skip_above=0.1)
-    with pytest.raises(ConfigError, match="nothing to regularize"):
+    with pytest.raises(ConfigError, match=r"nothing to regularize: .* left out \(embedding, not quantized\); quantize"):
         start(make_run(tmp_path, planned=("embedding",)))
 
 
@@ -101,7 +120,7 @@ def test_constant_weights_are_left_out(tmp_path):
     nn.init.zeros_(run.student["query"].weight)
     names, plugin = chosen(run)
     assert names == ["ffn"]
-    assert (plugin.candidates[0].kurtosis, plugin.candidates[0].left_out) == (None, "constant")
+    assert (plugin.candidates[1].kurtosis, plugin.candidates[1].left_out) == (None, "constant")
 
 
 def test_non_finite_weights_are_refused(tmp_path):
@@ -160,12 +179,12 @@ def test_report_shows_before_and_after(tmp_path):
     plugin, _ = start(run, skip_above=100)
     plugin.qpipe_run_start(run)
     before, _ = Kure().qpipe_report_sections(tmp_path)
-    assert before.html.count("<rect") == 2
+    assert before.html.count("<rect") == 4
     (tmp_path / "tensors.json").write_text(
         json.dumps([{"name": "query:weight", "kurtosis": 1.8123}, {"name": "ffn", "kurtosis": None}])
     )
     section, _ = Kure().qpipe_report_sections(tmp_path)
-    assert section.html.count("<rect") == 3 and "1.812" in section.html and "kurtosis above 100" in section.html
+    assert section.html.count("<rect") == 5 and "1.812" in section.html and "kurtosis above 100" in section.html
     assert "<script" not in section.html and "http" not in section.html.replace("http://www.w3.org/2000/svg", "")
     (tmp_path / "kure.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"kure\.json is not valid JSON"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from qpipe_kure import figures
 from qpipe_kure import sensitivity as s
-from qpipe_kure.report import extreme_weights, sensitivity_section
+from qpipe_kure.report import bits_of_runs, extreme_weights, one_layer, sensitivity_section
 from scipy import integrate, stats
 
 WIDTHS = (2, 3, 4, 6)
@@ -134,6 +134,8 @@ def test_what_the_report_says_about_both_distributions():
 
 @pytest.fixture
 def run_dir(tmp_path):
+    folder = tmp_path / "own"
+    folder.mkdir()
     generator = np.random.default_rng(0)
     entries = []
     for name, values in (
@@ -149,21 +151,77 @@ def run_dir(tmp_path):
         )
     weights = [{"name": e["name"].removesuffix(".weight"), "left_out": "", "kurtosis": 3.0} for e in entries]
     weights[-1]["left_out"] = "kurtosis above 10"
-    (tmp_path / "tensors.json").write_text(json.dumps(entries))
-    (tmp_path / "kure.json").write_text(json.dumps({"options": {"target": 1.8}, "weights": weights}))
-    return tmp_path
+    (folder / "tensors.json").write_text(json.dumps(entries))
+    (folder / "kure.json").write_text(json.dumps({"options": {"target": 1.8}, "weights": weights}))
+    return folder
 
 
 def test_the_weights_shown_are_the_extremes_of_the_regularized(run_dir):
     assert [label.split(".weight")[0] for label in extreme_weights(run_dir)] == ["flat", "tails"]
 
 
+def test_standardized_histograms_have_mean_0_and_variance_1():
+    """By quadrature; one bin is the uniform distribution of variance 1."""
+    density, edges = figures.standardized({"edges": [-1.0, 0.5, 2.0, 2.5], "counts": [3, 10, 1]})
+    x = np.linspace(edges[0], edges[-1], 2_000_001)[:-1]
+    x += (edges[-1] - edges[0]) / 4_000_000
+    values = density[np.searchsorted(edges, x) - 1]
+    moments = [float((values * x**k).mean() * (edges[-1] - edges[0])) for k in range(3)]
+    assert moments == pytest.approx([1, 0, 1], abs=1e-5)
+    assert (density[0] * np.diff(edges)[0], density[1] * np.diff(edges)[1]) == pytest.approx((3 / 14, 10 / 14))
+    density, edges = figures.standardized({"edges": [4.0, 6.0], "counts": [5]})
+    assert edges.tolist() == pytest.approx([-figures.SPREAD, figures.SPREAD]) and density[0] == pytest.approx(
+        0.5 / figures.SPREAD
+    )
+
+
+@pytest.fixture
+def compared(run_dir, tmp_path_factory):
+    """The run after `qpipe evaluate run other --variants bits`; the other has no penalty."""
+    other = tmp_path_factory.mktemp("others") / "plain"
+    other.mkdir()
+    entry = json.loads((run_dir / "tensors.json").read_text())[1] | {"name": "tails.weight", "kurtosis": 4.5}
+    (other / "tensors.json").write_text(json.dumps([entry]))
+    for folder, values, beside in ((run_dir, (0.7, 0.9), [other]), (other, (0.5, 0.8), [run_dir])):
+        points = [("trained", None, False, 0.9), ("bits", 2, False, values[0]), ("bits", 4, False, values[1])]
+        points += [("bits", None, False, 0.95), ("bits", 2, True, 0.1), ("step", 0.9, False, 0.6)]
+        names = ("variant", "value", "activations", "metrics")
+        entries = [dict(zip(names, (v, at, act, {"accuracy": m}), strict=True)) for v, at, act, m in points]
+        document = {"metric": "accuracy", "points": entries, "compared": [str(path) for path in beside]}
+        (folder / "variants.json").write_text(json.dumps(document))
+    return run_dir
+
+
+def test_one_layer_and_its_metric_over_bits_of_several_runs(compared):
+    """The layer is the regularized one with the largest kurtosis before training; widths of weights alone."""
+    record = json.loads((compared / "kure.json").read_text())
+    record["weights"][2]["kurtosis"] = 9.0
+    (compared / "kure.json").write_text(json.dumps(record))
+    entries = {e["name"]: e for e in json.loads((compared / "tensors.json").read_text())}
+    own, other = one_layer(compared).items()
+    assert own == (
+        f"own (target 1.8), kurtosis {entries['tails.weight']['kurtosis']:.2f}",
+        entries["tails.weight"]["histogram"],
+    )
+    assert other == ("plain (without), kurtosis 4.50", entries["middle.weight"]["histogram"])
+    assert bits_of_runs(compared) == (
+        "accuracy",
+        {"own (target 1.8)": {2: 0.7, 4: 0.9}, "plain (without)": {2: 0.5, 4: 0.8}},
+    )
+    html = sensitivity_section(compared).html
+    assert html.count('role="img"') == 5 and "Figure 3 (b)." in html and "qpipe evaluate" not in html
+    assert html.count("plain (without)") == 2, "in the legends of figures 3 (a) and (b)"
+
+
 def test_the_section(run_dir):
     section = sensitivity_section(run_dir)
-    assert section.title == "Sensitivity to the step size" and section.html.count('role="img"') == 3
+    assert section.title == "Sensitivity to the step size" and section.html.count('role="img"') == 4
+    assert "qpipe evaluate own OTHER-RUN ... --variants bits" in section.html
+    for figure in ("Figure 1", "Figure 2", "Figure 3 (a)", "Figure 3 (b)", "Figure 3 (c)"):
+        assert section.html.count(figure) == 1
     assert "http" not in section.html and figures.INK not in section.html and "<script" not in section.html
     assert all(label in section.html for label in extreme_weights(run_dir))
     ids = re.findall(r'\bid="([^"]*)"', section.html)
     assert len(ids) == len(set(ids)) and all(i.startswith("kure-") for i in ids)
     (run_dir / "tensors.json").unlink()
-    assert sensitivity_section(run_dir).html.count('role="img"') == 3
+    assert sensitivity_section(run_dir).html.count('role="img"') == 4

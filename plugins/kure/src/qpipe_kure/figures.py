@@ -1,4 +1,8 @@
-"""Figures 1 to 3 of Shkolnik et al. (NeurIPS 2020), from the formulas in `qpipe_kure.sensitivity`, as inline SVG."""
+"""Figures 1 to 3 of Shkolnik et al. (NeurIPS 2020) as inline SVG.
+
+1, 2 and 3 (c) are drawn from the formulas in `qpipe_kure.sensitivity`; 3 (a) and (b), which are measurements, from what
+runs have left.
+"""
 
 from __future__ import annotations
 
@@ -98,6 +102,59 @@ def least_error() -> str:
         panel.legend()
 
     return _svg(draw, "least", "smallest error over the bits", 4, 2.6)
+
+
+def standardized(histogram: Mapping[str, Any]) -> tuple[s.Array, s.Array]:
+    """Density and edges of a histogram in units of its deviation about its mean, so that its variance is 1.
+
+    Args:
+        histogram: `edges` and `counts`; the density is constant within a bin.
+    """
+    edges, counts = np.asarray(histogram["edges"]), np.asarray(histogram["counts"], dtype=np.float64)
+    share, low, high = counts / counts.sum(), edges[:-1], edges[1:]
+    mean = float((share * (low + high) / 2).sum())
+    second = float((share * (low**2 + low * high + high**2) / 3).sum())
+    unit = (edges - mean) / (second - mean**2) ** 0.5
+    return share / np.diff(unit), unit
+
+
+def distributions(weights: Mapping[str, Mapping[str, Any]]) -> str:
+    """Figure 3a: how the weights of one layer are distributed in several runs, over a uniform and a normal density.
+
+    Args:
+        weights: histograms (`edges`, `counts`) by label.
+    """
+    x = np.linspace(-4, 4, 401)
+
+    def draw(panel: Axes) -> None:
+        panel.plot(x, np.exp(-(x**2) / 2) / (2 * np.pi) ** 0.5, color=COLOURS[0], label="normal")
+        panel.plot([-SPREAD, -SPREAD, SPREAD, SPREAD], [0, *[0.5 / SPREAD] * 2, 0], color=COLOURS[1], label="uniform")
+        for number, (label, histogram) in enumerate(weights.items(), 2):
+            density, edges = standardized(histogram)
+            panel.stairs(density, edges, color=COLOURS[number % len(COLOURS)], linestyle="--", label=label)
+        panel.set(xlabel="weight / standard deviation", ylabel="density", xlim=(-4, 4), ylim=(0, None))
+        panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+    return _svg(draw, "distribution", "distribution of the weights of one layer", 7, 3)
+
+
+def metric_over_bits(metric: str, runs: Mapping[str, Mapping[int, float]]) -> str:
+    """Figure 3b: a metric over the bits of the weights, for runs with several targets.
+
+    Args:
+        metric: its name.
+        runs: values by bits, by label.
+    """
+
+    def draw(panel: Axes) -> None:
+        for number, (label, values) in enumerate(runs.items()):
+            bits = sorted(values)
+            colour = COLOURS[number % len(COLOURS)]
+            panel.plot(bits, [values[b] for b in bits], "o-", color=colour, markersize=3, label=label)
+        panel.set(xlabel="bits", ylabel=metric, xticks=sorted({b for values in runs.values() for b in values}))
+        panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+    return _svg(draw, "bits", "metric over the bits of the weights", 7, 3)
 
 
 def sensitivity_curves(weights: Mapping[str, Mapping[str, Any]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,20 @@ class KureOptions(Options):
     )
 
 
+def measured(run: Run, path: str) -> float:
+    """Kurtosis of a module's weight, of what it stands for where it is stored in another form; NaN if it is constant.
+
+    Raises:
+        ModelError: the weight is not finite.
+    """
+    weight = run.student.get_parameter(f"{path}.weight").detach()
+    if not bool(torch.isfinite(weight).all()):
+        raise ModelError(f"the weight of {path} holds NaN or infinity before training; load another checkpoint")
+    quantizer = run.instruments.quantizers().get(f"{path}:weight")
+    with torch.no_grad():
+        return kurtosis(weight if quantizer is None else quantizer.master(weight))
+
+
 class Kure(Plugin):
     """Pulls the kurtosis of weights towards that of a uniform distribution, which quantizes well at any bit width."""
 
@@ -54,40 +69,41 @@ class Kure(Plugin):
         """The penalty on each of several weights, `[weights]`."""
         return kurtosis_penalty(m, self.options.target, self.options.penalty == "squared")
 
-    def candidate_names(self, run: Run) -> list[str]:
-        """Module paths of the weights that `include` selects: the quantized ones without embeddings if it is empty.
+    def weights(self, run: Run) -> dict[str, str]:
+        """Module paths of all weights that can be quantized, with why each is left out; empty for those to choose from.
+
+        Those are what `include` selects; if it is empty, the quantized weights without embeddings.
 
         Raises:
             SiteError: a pattern matches nothing.
         """
+        sites = run.instruments.sites.values()
+        paths = [site.path for site in sites if site.slot == "weight" and not site.by_name]
         if self.options.include:
-            sites = run.instruments.sites.values()
-            named = [site.path for site in sites if site.slot == "weight" and not site.by_name]
-            return matching(named, self.options.include, "include")
-        chosen = (entry.site for entry in run.plan.sites.values())
-        planned = [site.path for site in chosen if site.slot == "weight" and not site.by_name]
-        return [path for path in planned if not isinstance(run.student.get_submodule(path), nn.Embedding)]
+            included = set(matching(paths, self.options.include, "include"))
+            return {path: "" if path in included else "not included by pattern" for path in paths}
+        planned = {entry.site.path for entry in run.plan.sites.values() if entry.site.slot == "weight"}
+
+        def reason(path: str) -> str:
+            if path not in planned:
+                return "not quantized"  # a weight that is tied to a quantized one is regularized once, there
+            return "embedding" if isinstance(run.student.get_submodule(path), nn.Embedding) else ""
+
+        return {path: reason(path) for path in paths}
 
     @hookimpl
     def qpipe_weight_losses(self, run: Run) -> Iterable[WeightLoss]:
-        """Measure the weights while they are whole on every process, and penalise the selected ones."""
-
-        def measure(path: str) -> float:
-            weight: Tensor = run.student.get_submodule(path).weight.detach()  # type: ignore[operator]
-            if not bool(torch.isfinite(weight).all()):
-                raise ModelError(f"the weight of {path} holds NaN or infinity before training; load another checkpoint")
-            return kurtosis(weight)
-
+        """Measure all weights while they are whole on every process, and penalise the selected ones."""
+        options = self.options
         recorded = read(run.out / FILE) if run.trained else None
         if recorded is not None:  # A finished run, loaded for evaluation or export: its weights are trained ones.
             self.candidates = tuple(Candidate(**entry) for entry in recorded["weights"])
         else:
-            names = self.candidate_names(run)
-            self.candidates = tuple(select(names, self.options.exclude, self.options.skip_above, measure))
+            measure = partial(measured, run)
+            self.candidates = tuple(select(self.weights(run), options.exclude, options.skip_above, measure))
             if run.engine.rank == 0:
                 logger.info("%s", table(self.candidates))
         chosen = frozenset(c.name for c in self.candidates if not c.left_out)
-        options = self.options
         yield WeightLoss(
             "kure",
             self.penalty,
@@ -132,7 +148,7 @@ class Kure(Plugin):
 
     @hookimpl
     def qpipe_export_metadata(self, run: Run) -> Mapping[str, Any]:
-        """Options, and kurtosis before training of every candidate."""
+        """Options, and kurtosis before training of every weight."""
         return self._record()
 
     @hookimpl

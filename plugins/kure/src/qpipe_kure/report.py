@@ -13,6 +13,9 @@ from qpipe import CheckpointError, ReportSection
 FILE = "kure.json"
 """What a run leaves in its directory: options, and kurtosis before training."""
 
+VARIANTS = "variants.json"
+"""What `qpipe evaluate --variants` leaves there."""
+
 BAR = 260
 ROW = 20
 LABEL = 300
@@ -49,24 +52,83 @@ def sections(run_dir: Path) -> list[ReportSection]:
 
 
 def sensitivity_section(run_dir: Path) -> ReportSection:
-    """Figures 1 to 3 of the paper from its formulas, the last one with weights of this run."""
+    """Figures 1 to 3 of the paper: 1, 2 and 3 (c) from its formulas, 3 (a) and (b) from what runs have left."""
     from qpipe_kure import figures
 
     html = (
         f"<p>Why weights without tails: what the mean squared error of a {figures.BITS}-bit quantizer does when its "
-        "step size is wrong (Shkolnik et al., NeurIPS 2020, figures 1 to 3, from the formulas; the signs of equation "
-        "10 are corrected). Distributions have variance 1.</p>"
-        f"<figure>{figures.error_and_curvature()}<figcaption>Error and its curvature over the step size; dotted: the "
-        "best step. That of the uniform distribution falls to 1/2 where nothing is clipped any more, just beyond the "
-        "best step, and equation 5 does not hold further on.</figcaption></figure>"
-        f"<figure>{figures.least_error()}<figcaption>Error at the best step: smaller for the uniform distribution at "
-        "every width.</figcaption></figure>"
-        f"<figure>{figures.sensitivity_curves(extreme_weights(run_dir))}<figcaption>Error added by a wrong step. A "
-        "uniform distribution pays less than a normal one for steps that are much too large, and more for steps that "
-        "are too small, which clip it; the theorem of the paper compares the curvatures where clipping has just ended. "
-        "Dashed: weights of this run, from their histograms after training.</figcaption></figure>"
+        "step size is wrong (Shkolnik et al., NeurIPS 2020, figures 1 to 3; the signs of equation 10 are corrected). "
+        "Distributions have variance 1.</p>"
+        f"<figure>{figures.error_and_curvature()}<figcaption>Figure 1, from the formulas. Error and its curvature over "
+        "the step size; dotted: the best step. That of the uniform distribution falls to 1/2 where nothing is clipped "
+        "any more, just beyond the best step, and equation 5 does not hold further on.</figcaption></figure>"
+        f"<figure>{figures.least_error()}<figcaption>Figure 2, from the formulas. Error at the best step: smaller for "
+        "the uniform distribution at every width.</figcaption></figure>"
+        f"<figure>{figures.distributions(one_layer(run_dir))}<figcaption>Figure 3 (a). Weights of one layer, the "
+        "regularized one with the largest kurtosis before training, after training; of this run and of those that it "
+        "was compared with.</figcaption></figure>"
+        f"{_over_bits(run_dir)}"
+        f"<figure>{figures.sensitivity_curves(extreme_weights(run_dir))}<figcaption>Figure 3 (c), from the formulas. "
+        "Error added by a wrong step. A uniform distribution pays less than a normal one for steps that are much too "
+        "large, and more for steps that are too small, which clip it; the theorem of the paper compares the curvatures "
+        "where clipping has just ended. Dashed: weights of this run, from their histograms after training."
+        "</figcaption></figure>"
     )
     return ReportSection("Sensitivity to the step size", html, order=61)
+
+
+def _over_bits(run_dir: Path) -> str:
+    """Figure 3 (b), or how to get it."""
+    from qpipe_kure import figures
+
+    metric, runs = bits_of_runs(run_dir)
+    if not runs:
+        command = f"qpipe evaluate {escape(run_dir.resolve().name)} OTHER-RUN ... --variants bits"
+        return (
+            "<p>Figure 3 (b), the metric at other widths, is here once they are evaluated, with runs of other targets "
+            f"or without: <code>{command}</code>.</p>"
+        )
+    caption = "Figure 3 (b). Weights alone at other widths, full precision left out; of the same runs."
+    return f"<figure>{figures.metric_over_bits(metric, runs)}<figcaption>{caption}</figcaption></figure>"
+
+
+def beside(run_dir: Path) -> dict[str, Path]:
+    """This run and those that `qpipe evaluate` compared it with, by a label with their targets."""
+    others = (read(run_dir / VARIANTS) or {}).get("compared", [])
+    folders = [run_dir.resolve(), *(path for other in others if (path := Path(other)).is_dir())]
+    names = [folder.name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    return {f"{_short(name, 24)} ({_target(folder)})": folder for name, folder in zip(names, folders, strict=True)}
+
+
+def _target(run_dir: Path) -> str:
+    record = read(run_dir / FILE)
+    return "without" if record is None else f"target {record['options']['target']:g}"
+
+
+def one_layer(run_dir: Path) -> dict[str, Any]:
+    """Histograms after training of the layer whose regularized weight had the largest kurtosis before it, by run."""
+    chosen = [w for w in read(run_dir / FILE)["weights"] if not w["left_out"]]
+    name = max(chosen, key=lambda w: w["kurtosis"])["name"]
+    found = {}
+    for label, folder in beside(run_dir).items():
+        for entry in read(folder / "tensors.json") or []:
+            if entry["name"].removesuffix(".weight") == name and entry.get("kurtosis") and entry.get("histogram"):
+                found[f"{label}, kurtosis {entry['kurtosis']:.2f}"] = entry["histogram"]
+    return found
+
+
+def bits_of_runs(run_dir: Path) -> tuple[str, dict[str, dict[int, float]]]:
+    """The metric, and its values by the bits of the weights, by run; empty where no run has them."""
+    metric, found = "", {}
+    for label, folder in beside(run_dir).items():
+        record = read(folder / VARIANTS) or {"points": []}
+        points = [p for p in record["points"] if p["variant"] == "bits" and not p["activations"] and p["value"]]
+        if points:
+            metric = record["metric"]
+            found[label] = {int(p["value"]): p["metrics"][metric] for p in points}
+    return metric, found
 
 
 def extreme_weights(run_dir: Path) -> dict[str, Any]:

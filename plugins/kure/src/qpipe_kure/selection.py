@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,7 +13,7 @@ from qpipe import ConfigError, SiteError
 
 @dataclass(frozen=True)
 class Candidate:
-    """A weight that could be regularized.
+    """A weight of the model that could be regularized.
 
     Attributes:
         name: path of the module that owns the weight.
@@ -48,16 +48,16 @@ def matching(names: Iterable[str], patterns: Sequence[str], option: str) -> list
 
 
 def select(
-    names: Sequence[str],
+    weights: Mapping[str, str],
     exclude: Sequence[str],
     skip_above: float | None,
     measure: Callable[[str], float],
 ) -> list[Candidate]:
-    """Measure every candidate and decide which are regularized.
+    """Measure every weight and decide which are regularized.
 
     Args:
-        names: module paths of the candidates.
-        exclude: `fnmatch` patterns of modules to leave out.
+        weights: by module path, why a weight is left out already; empty for those to choose from.
+        exclude: `fnmatch` patterns of modules to leave out, over those to choose from.
         skip_above: leave out weights whose kurtosis is larger; None leaves none out.
         measure: kurtosis of a module's weight, NaN for a constant one.
 
@@ -65,25 +65,26 @@ def select(
         SiteError: an exclude pattern matches nothing.
         ConfigError: nothing is left.
     """
-    excluded = set(matching(names, exclude, "exclude"))
+    excluded = set(matching([name for name, reason in weights.items() if not reason], exclude, "exclude"))
     result = []
-    for name in names:
+    for name, left_out in weights.items():
         value = measure(name)
         constant = math.isnan(value)
-        reason = "excluded by pattern" if name in excluded else "constant" if constant else ""
+        reason = left_out or ("excluded by pattern" if name in excluded else "constant" if constant else "")
         if not reason and skip_above is not None and value > skip_above:
             reason = f"kurtosis above {skip_above:g}"
         result.append(Candidate(name, None if constant else value, reason))
     if all(c.left_out for c in result):
         raise ConfigError(
-            f"kure: nothing to regularize: of {len(result)} candidate weights every one is left out; "
+            f"kure: nothing to regularize: of {len(result)} weights every one is left out"
+            f" ({', '.join(dict.fromkeys(c.left_out for c in result)) or 'the model has none'}); "
             "quantize weights, or relax kure.include, kure.exclude and kure.skip_above"
         )
     return result
 
 
 def table(candidates: Sequence[Candidate]) -> str:
-    """One line per candidate, for the log."""
+    """One line per weight, for the log: its kurtosis, and why it is left out."""
     width = max(len(c.name) for c in candidates)
     lines = [
         f"{c.name:<{width}}  {'-' if c.kurtosis is None else format(c.kurtosis, '10.4g'):>10}  {c.left_out}".rstrip()
