@@ -16,7 +16,7 @@ from qpipe.analysis.groups import grouped, quantized, select
 from qpipe.analysis.noise import signal_to_noise
 from qpipe.analysis.observe import collect, examples, observing
 from qpipe.analysis.outliers import outliers, token_ranges
-from qpipe.analysis.session import Session
+from qpipe.analysis.session import Session, Source
 from qpipe.analysis.suggest import suggest
 from qpipe.report.analysis import analysis
 from qpipe.stages.sensitivity import load
@@ -180,7 +180,7 @@ def test_outliers_are_not_hidden_by_a_range_that_clips(tmp_path):
     config = tiny_config(tmp_path, quantization__rules=rules, train__max_steps=1)
     run = load(qpipe.execute(config).out)
     after = "bert.encoder.layer.0.output.LayerNorm:input"
-    session = Session(run.out, lambda: run, Request(("outliers",), sequences=2, sites=(after,)))
+    session = Session(Source(run.out, lambda: run), Request(("outliers",), sequences=2, sites=(after,)))
     found = session.values[after]
     quantized_sum = collect(run, [after], session.sample)[after]
     assert all(float((a - b).abs().max()) > 0.01 for a, b in zip(found, quantized_sum, strict=True))
