@@ -24,8 +24,9 @@ ESTIMATED = [
 LEARNED = {"site": "{block}.*query:input", "quantizer": "lsq+-activation", "options": {"bits": 4, "init": "percentile"}}
 """Ranges that are parameters, and begin with what calibration has seen."""
 TRAINED = ("zero0", "zero1", "zero2", "zero3", "ddp", "fsdp")
-HELD = ("zero1-teacher-cpu", "zero3-cached")
-"""Other ways to have a teacher: sharded in CPU memory beside a whole student, and read from one process's cache."""
+HELD = ("zero1-teacher-cpu", "zero3-offload-all", "zero3-cached")
+"""Other ways to have a teacher: sharded in CPU memory, beside a whole student and one that is kept there too, and read
+from one process's cache."""
 CASES = ("zero0", "zero1", "zero2", "zero3", "zero3-recomputing", "ddp", "fsdp", "fsdp-recomputing", *HELD)
 PLUGINS = {"kure": {"skip_above": None}, "ternary-twn": {}, "ti-g": {"fraction": 0.7}}
 
@@ -58,6 +59,8 @@ def traces(tmp_path_factory):
     cases |= {f"{name}-recomputing": {**cases[name], "train": recomputing} for name in ("zero3", "fsdp")}
     elsewhere = {**config["teacher"], "placement": "cpu"}
     cases["zero1-teacher-cpu"] = {**cases["zero1"], "teacher": elsewhere}
+    zero3 = cases["zero3"]
+    cases["zero3-offload-all"] = {**zero3, "engine": {**zero3["engine"], "offload": "all"}}
     cached = {**config["teacher"], "cache": str(folder / "cache")}
     write_traces({"one-caching": {**config, "teacher": cached}}, STEPS, str(folder))
     (folder / "cached.json").write_text(json.dumps(cache_files(folder)))
@@ -109,7 +112,7 @@ def test_the_teacher_is_sharded_where_the_student_is_or_where_that_is_asked_for(
     held = json.loads((traces / "held.json").read_text())
     whole = held["zero0"]
     assert held["zero1"] == held["zero2"] == held["ddp"] == whole
-    for case in ("zero3", "fsdp", "zero1-teacher-cpu"):
+    for case in ("zero3", "fsdp", "zero1-teacher-cpu", "zero3-offload-all"):
         # Shards are padded to equal sizes.
         assert whole / 2 <= held[case] < 0.55 * whole, case
 

@@ -22,13 +22,13 @@ TEACHER = importlib.import_module("qpipe.stages.teacher")
 
 
 class Distil(Plugin):
-    """Mean squared error of the logits; counts the teacher's forward passes."""
+    """Mean squared error of the logits; counts the teacher's forward passes from the start of training on."""
 
     needs_teacher = True
 
-    def __init__(self, wanted=("logits",)):
+    def __init__(self, wanted=("logits",), name="distil"):
         super().__init__()
-        self.wanted, self.calls, self.seen = frozenset(wanted), 0, []
+        self.wanted, self.name, self.calls, self.seen = frozenset(wanted), name, 0, []
 
     @hookimpl
     def qpipe_model_prepared(self, run):
@@ -37,6 +37,10 @@ class Distil(Plugin):
 
         if run.teacher is not None:
             run.teacher.register_forward_hook(count)
+
+    @hookimpl
+    def qpipe_run_start(self):
+        self.calls = 0
 
     @hookimpl
     def qpipe_signals(self):
@@ -48,7 +52,7 @@ class Distil(Plugin):
             self.seen.append(dict(step.teacher))
             return (step.output.logits - step.teacher["logits", 0]).float().square().mean()
 
-        return [Loss("distil", mse)]
+        return [Loss(self.name, mse)]
 
 
 @pytest.fixture
@@ -133,6 +137,17 @@ def test_a_run_uses_it_once_per_batch_and_starts_from_it(tmp_path, use, fast):
     # With hardly a learning rate the student is still where it started: at the teacher.
     assert all(torch.allclose(student[name], value, atol=1e-6) for name, value in teacher.items())
     assert not any(p.requires_grad for p in run.teacher.parameters()) and not run.teacher.training
+
+
+def test_it_runs_once_per_batch_for_all_plugins_together(tmp_path, use, fast):
+    one, other = Distil(("logits", "probs")), Distil(("logits", "hidden_states"), name="other")
+    use(one, other)
+    tiny_config(tmp_path)
+    qpipe.execute(tiny_config(tmp_path, teacher__name=str(tmp_path / "teacher"), train__max_steps=3))
+    assert one.calls == other.calls == 3
+    for plugin in (one, other):
+        assert len(plugin.seen) == 3
+        assert {kind for kind, _ in plugin.seen[0]} == {"logits", "probs", "hidden_states"}
 
 
 def test_a_named_teacher_is_taken_as_it_is(tmp_path, use, fast, trainings):

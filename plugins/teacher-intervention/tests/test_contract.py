@@ -11,7 +11,9 @@ SLOW = pytest.mark.slow
     ("plugin", "name", "options"),
     [
         pytest.param(OutputIntervention, "ti-o", {"preset": "reference", "steps": 3}, id="ti-o-reference", marks=SLOW),
+        pytest.param(OutputIntervention, "ti-o", {"preset": "paper", "steps": 3}, id="ti-o-paper", marks=SLOW),
         pytest.param(MapIntervention, "ti-m", {"preset": "paper", "steps": 3}, id="ti-m-paper", marks=SLOW),
+        pytest.param(MapIntervention, "ti-m", {"preset": "reference", "steps": 3}, id="ti-m-reference", marks=SLOW),
         pytest.param(GradualIntervention, "ti-g", {}, id="ti-g"),
         pytest.param(GradualIntervention, "ti-g", {"preset": "paper", "steps": 3}, id="ti-g-paper", marks=SLOW),
         pytest.param(GradualIntervention, "ti-g", {"preset": "reference", "steps": 3}, id="ti-g-reference"),

@@ -15,6 +15,8 @@ EXECUTE = importlib.import_module("qpipe.stages.execute")
 CASES = {
     # Outputs in step 0, contexts in step 1, maps in steps 2 to 5, none in 6 to 8, each with its own schedule.
     "reference": ({"preset": "reference", "steps": 6, "learning_rate": 2e-3}, (1, 2, 4, 6, 7)),
+    # Outputs in steps 0 to 2, maps in 3 to 5, none in 6 to 8.
+    "paper": ({"preset": "paper", "steps": 6, "learning_rate": 2e-3}, (1, 4, 7)),
     "drawn": ({"schedule": "reference-stochastic", "two_step": True, "steps": 6}, (3,)),
 }
 
