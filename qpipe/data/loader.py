@@ -25,6 +25,7 @@ def train_loader(
     epoch: int,
     skip: int = 0,
     accumulation: int = 1,
+    examples: int | None = None,
 ) -> DataLoader[Any]:
     """The micro-batches of one epoch on one process.
 
@@ -42,6 +43,7 @@ def train_loader(
         epoch: from 0.
         skip: micro-batches at the start of the epoch that are left out without being loaded, when a run resumes.
         accumulation: micro-batches per optimizer step.
+        examples: on one process, just the first so many of the order, in whole batches and a last one of the rest.
 
     Raises:
         DataError: the split does not fill one optimizer step.
@@ -62,8 +64,11 @@ def train_loader(
         drop_last=True,
     )
     sampler.set_epoch(epoch)
-    micro_batches = len(data.train) // step * accumulation
-    batches = list(islice(BatchSampler(sampler, batch_size, drop_last=True), skip, micro_batches))
+    if examples is None:
+        micro_batches = len(data.train) // step * accumulation
+        batches = list(islice(BatchSampler(sampler, batch_size, drop_last=True), skip, micro_batches))
+    else:
+        batches = list(BatchSampler(list(islice(sampler, examples)), batch_size, drop_last=False))
     # DataLoader draws a seed for its workers when iteration starts: from this generator, not from the global one.
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(

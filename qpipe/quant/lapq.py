@@ -12,13 +12,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from qpipe.errors import TrainingError
+
 EXPONENTS = tuple(np.linspace(2, 4, 10).tolist())
 BOUNDS = (0.1, 3.0)
 """Of each clip, relative to its start: unbounded, the search can leave for negative clips and never come back."""
 
 
 class Clip(Protocol):
-    """Something with a clip: a weight, or a static activation."""
+    """Something with a clip, such as a weight on a fixed grid."""
 
     def start(self, p: float) -> None:
         """Set the clip with the smallest `mean |error|^p`; later factors are relative to it."""
@@ -65,8 +67,18 @@ def lapq(
         loss: measures the loss with the clips as they are set, on calibration data.
         evaluations: how often the joint search may measure it.
         exponents: the p to try, ascending, at least three.
+
+    Raises:
+        TrainingError: the loss is finite at none of them.
     """
     losses = [_at(clips, p, loss) for p in exponents]
+    if not np.isfinite(losses).any():
+        raise TrainingError(
+            f"lapq: the loss on the calibration examples is {losses[0]} with the clips of least |error|^p, for every p "
+            f"of {len(losses)} from {exponents[0]:g} to {exponents[-1]:g}, so there is nothing to minimise; check the "
+            "model and its labels (`qpipe quantize` with quantization.ptq.weights=none evaluates them), or give the "
+            "weights more bits"
+        )
     best = exponents[int(np.nanargmin(losses))]
     p, start_loss = best, float(np.nanmin(losses))
     vertex = parabola_minimum(exponents, losses)

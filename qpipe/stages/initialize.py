@@ -121,13 +121,15 @@ class WeightClip:
 def search_clips(run: Run, batches: Batches, options: PtqConfig) -> dict[str, Any]:
     """Set the clips of all weights with fixed grids by LAPQ; returns how it went."""
     term = task_loss(run)
+    sizes = torch.tensor([float(len(next(iter(batch.values())))) for batch in batches])
+    shares = (sizes / sizes.mean()).to(run.engine.device)  # a last batch may be smaller
 
     def loss() -> float:
         parts = []
         for batch in batches:
             output = run.student(**inputs_of(batch))
             parts.append(term.fn(Step(0, True, batch, output)).float())
-        return float(torch.stack(parts).mean())
+        return float((torch.stack(parts) * shares).mean())
 
     clips = [
         WeightClip(run.student.get_parameter(f"{path}.weight"), quantizer)

@@ -57,7 +57,9 @@ def fixed_weights(run: Run) -> dict[str, StaticWeight]:
 
 
 def calibration_data(run: Run) -> list[dict[str, Tensor]]:
-    """Batches of training examples, with labels: the same on any number of processes.
+    """`quantization.ptq.examples` training examples with labels, in batches: the same on any number of processes.
+
+    The last batch is smaller where the batch size does not divide them.
 
     Raises:
         DataError: there are fewer examples than are to be used.
@@ -68,9 +70,17 @@ def calibration_data(run: Run) -> list[dict[str, Tensor]]:
         raise DataError(
             f"quantization.ptq.examples {wanted} exceeds the {len(run.data.train)} training examples; lower it"
         )
-    size = min(size, wanted)
-    loader = train_loader(run.data, run.task, batch_size=size, rank=0, world_size=1, seed=run.config.seed, epoch=0)
-    return [to_device(batch, run) for batch, _ in zip(loader, range(-(-wanted // size)), strict=False)]
+    loader = train_loader(
+        run.data,
+        run.task,
+        batch_size=min(size, wanted),
+        rank=0,
+        world_size=1,
+        seed=run.config.seed,
+        epoch=0,
+        examples=wanted,
+    )
+    return [to_device(batch, run) for batch in loader]
 
 
 @contextmanager

@@ -75,6 +75,14 @@ def test_skip_leaves_out_the_start_without_loading_it(data: TaskData) -> None:
     assert list(train_loader(data, TASK, **arguments, skip=len(whole))) == []
 
 
+@pytest.mark.parametrize(("examples", "sizes"), [(20, [8, 8, 4]), (16, [8, 8]), (3, [3]), (50, [8] * 6 + [2])])
+def test_the_first_examples_of_the_order(data: TaskData, examples: int, sizes: list[int]) -> None:
+    options = {"batch_size": 8, "rank": 0, "world_size": 1, "seed": 3, "epoch": 0}
+    batches = [ids(b) for b in train_loader(data, TASK, **options, examples=examples)]
+    order = [i for b in train_loader(data, TASK, **{**options, "batch_size": 1}) for i in ids(b)]
+    assert [len(b) for b in batches] == sizes and [i for b in batches for i in b] == order[:examples]
+
+
 def test_global_random_state_is_untouched(data: TaskData) -> None:
     before = torch.get_rng_state()
     list(train_loader(data, TASK, batch_size=8, rank=0, world_size=1, seed=1, epoch=0))

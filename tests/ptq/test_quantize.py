@@ -111,6 +111,24 @@ def test_ranges_without_data_leave_the_weights_alone(folder):
     assert all(torch.equal(p, original[name]) for name, p in run.student.named_parameters())
 
 
+@pytest.mark.parametrize(("examples", "sizes"), [(100, [16] * 6 + [4]), (128, [16] * 8), (5, [5])])
+def test_exactly_as_many_examples_as_asked_for(folder, examples, sizes):
+    run, _ = prepared(folder, weights="lapq", examples=examples, evaluations=1)
+    assert len(run.data.train) == 128
+    assert [len(batch["labels"]) for batch in calibration_data(run)] == sizes
+
+
+def test_every_example_counts_as_much_in_the_loss_of_lapq(folder):
+    """Also those of a smaller last batch: the same losses as with one batch of them all."""
+    found = []
+    for size in (16, 20):
+        run, _ = prepared(folder, weights="lapq", examples=20, batch_size=size, evaluations=1)
+        initialize(run)
+        found.append(run.results["ptq"])
+    assert found[0]["examples"] == found[1]["examples"] == 20
+    assert found[0]["lapq"]["losses"] == pytest.approx(found[1]["lapq"]["losses"], rel=1e-5)
+
+
 # --- AdaRound ---------------------------------------------------------------------------------------------------------
 
 

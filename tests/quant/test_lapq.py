@@ -6,6 +6,7 @@ from golden_cases import Golden, case_name
 from torch import nn
 from torch.nn import functional as F
 
+from qpipe.errors import TrainingError
 from qpipe.quant.lapq import lapq, parabola_minimum
 from qpipe.quant.ranges import search_grid
 from qpipe.quant.rounding import round_to_codes
@@ -139,6 +140,20 @@ def test_the_budget_is_kept_and_the_best_point_with_it():
     result = lapq(clips, loss, evaluations=7)
     assert result.evaluations == len(seen) and len(seen) <= 7 + 11
     assert result.loss == min(seen) == sum((clip.factor - 0.5) ** 2 for clip in clips)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_never_finite_is_refused(value):
+    with pytest.raises(
+        TrainingError, match=rf"the loss on the calibration examples is {value} with the clips .* check"
+    ):
+        lapq([Slope()], lambda: value)
+
+
+def test_exponents_without_a_finite_loss_are_passed_over():
+    clips, losses = [Slope()], iter([float("nan"), 3.0, float("inf"), *[2.0] * 20])
+    result = lapq(clips, lambda: next(losses), evaluations=5, exponents=(2.0, 3.0, 4.0))
+    assert result.p == 3.0 and result.start_loss == 3.0
 
 
 def test_parabola():
