@@ -39,8 +39,8 @@ def add_taps(
         if kind in kinds:
             add(site, TapStage.REPLACE, _replacement(run, REPLACED[kind], layer), acting(kind), in_evaluation)
 
-    def acting(*kinds: Kind) -> Callable[[], bool]:
-        return lambda: current() in kinds
+    def acting(*those: Kind) -> Callable[[], bool]:
+        return lambda: current() in those
 
     for layer, attention in enumerate(model_map.attention):
         theirs = layers[layer]
