@@ -11,7 +11,6 @@ from torch import nn
 import qpipe
 from qpipe import (
     ConfigError,
-    DataError,
     Loss,
     ParamGroup,
     Plugin,
@@ -293,14 +292,12 @@ def test_batch_size_must_be_divisible(accumulation, tmp_path, assembled):
         assembled(config)
 
 
-def test_batch_larger_than_the_data(tmp_path, assembled):
-    with pytest.raises(ConfigError, match="train.batch_size 512 exceeds the 128 training examples"):
-        assembled(tiny_config(tmp_path, train__batch_size=512, train__max_steps=None))
-
-
-def test_batch_larger_than_the_data_with_a_number_of_steps(tmp_path, fast):
-    with pytest.raises(DataError, match="128 examples, fewer than one optimizer step needs: 512"):
-        qpipe.execute(tiny_config(tmp_path, train__batch_size=512))
+@pytest.mark.parametrize("steps", [None, 6])
+def test_batch_larger_than_the_data(steps, tmp_path, assembled):
+    with pytest.raises(
+        ConfigError, match="batch_size 512 exceeds the 128 training examples; lower it, or give more data"
+    ):
+        assembled(tiny_config(tmp_path, train__batch_size=512, train__max_steps=steps))
 
 
 # --- length and result ------------------------------------------------------------------------------------------------
