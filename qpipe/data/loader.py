@@ -56,12 +56,7 @@ def train_loader(
             "Lower train.batch_size, or give more data"
         )
     sampler: DistributedSampler[Any] = DistributedSampler(
-        data.train,
-        num_replicas=world_size,
-        rank=rank,
-        shuffle=True,
-        seed=seed,
-        drop_last=True,
+        data.train, world_size, rank, shuffle=True, seed=seed, drop_last=True
     )
     sampler.set_epoch(epoch)
     if examples is None:
