@@ -1,5 +1,6 @@
 """The quantizer against the derived reference values, autograd, and the file formats."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from qpipe import QuantContext, moments
+from qpipe.builtin.modules import HOSTS
 from qpipe.testing import check_quantizer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -182,6 +184,34 @@ def test_a_part_of_the_weight_is_quantized_under_noise(bits):
     slope = gain.double().exp() * (1 - p.detach().double().tanh().square())
     torch.testing.assert_close(grad_p, (grad * slope).float(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(grad_gain, (grad * plain).sum(1, keepdim=True).float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("bits", [1, 3])
+@pytest.mark.parametrize(
+    "module", [nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(8, 8, 2, groups=8), nn.Linear(8, 6)], ids=str
+)
+def test_convolutions_are_squashed_as_matrices(module, bits, granularity):
+    """Output and gradients are those of the plain module with the quantized matrix of the weight."""
+    plain, hosting = copy.deepcopy(module), copy.deepcopy(module)
+    x = torch.randn(2, 8) if isinstance(module, nn.Linear) else torch.randn(2, module.in_channels, 5, 5)
+    quantizer, matrix = make(bits=bits, granularity=granularity), make(bits=bits, granularity=granularity)
+    HOSTS[type(hosting)].adopt(hosting, "m", quantizer.context)
+    rows = matrix.initialize(plain.weight.detach().flatten(1)).requires_grad_()
+    with torch.no_grad():
+        hosting.weight.copy_(quantizer.initialize(hosting.weight))
+        quantized = matrix(rows)
+        plain.weight.copy_(quantized.view_as(plain.weight))
+    hosting.host("weight", quantizer)
+    torch.testing.assert_close(hosting.weight, rows.view_as(hosting.weight))
+    output, expected = hosting(x), plain(x)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+    upstream = torch.randn(output.shape)
+    output.backward(upstream)
+    (grad,) = torch.autograd.grad(expected, plain.weight, upstream)
+    wanted, wanted_gain = torch.autograd.grad(matrix(rows), (rows, matrix.gain), grad.flatten(1))
+    torch.testing.assert_close(hosting.weight.grad, wanted.view_as(hosting.weight), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(quantizer.gain.grad, wanted_gain, rtol=1e-4, atol=1e-5)
 
 
 def test_another_width_keeps_gain_and_p():
