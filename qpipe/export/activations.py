@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qpipe.errors import FormatError
+from qpipe.errors import FormatError, ModelError
 from qpipe.host import load_plugins
 from qpipe.model.attention import SLOTS, AttentionSites, install
 from qpipe.quant.activation import ActivationOptions, UniformActivation
@@ -15,7 +15,6 @@ from qpipe.quant.affine import ActivationRange, AffineActivation, FixedActivatio
 from qpipe.quant.modules import QuantEmbedding
 from qpipe.quant.quantizer import QuantContext
 from qpipe.quant.sums import EmbeddingSums
-from qpipe.stages.build import model_map
 
 Record = Mapping[str, Any]
 Placed = list[tuple[str, AffineActivation]]
@@ -107,7 +106,8 @@ def _inside_attention(model: nn.Module, placed: Placed, context: QuantContext) -
 
 
 def _sums(model: nn.Module, placed: Placed, context: QuantContext) -> None:
-    tables = model_map(load_plugins({}), model).embeddings
+    unmapped = ModelError(f"no plugin maps {type(model).__name__}")
+    tables = load_plugins({}).first("qpipe_model_map", unmapped, model=model).embeddings
     unknown = [quantizer.site for path, quantizer in placed if path not in tables[1:-1]]
     if unknown:
         raise FormatError(

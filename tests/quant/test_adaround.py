@@ -32,7 +32,8 @@ def test_offsets_of_the_reference(case):
     (soft * GOLDEN.tensor(case, "g")).sum().backward()
     close(soft, GOLDEN.tensor(case, "soft"), rtol=0, atol=0)
     close(rounding.hard(), GOLDEN.tensor(case, "hard"), rtol=0, atol=0)
-    close(rounding.alpha.grad, GOLDEN.tensor(case, "grad_alpha"), rtol=0, atol=0)
+    # The last bit of an exponential depends on the processor's instructions (with AVX-512 all are equal).
+    close(rounding.alpha.grad, GOLDEN.tensor(case, "grad_alpha"), rtol=2 * torch.finfo(torch.float32).eps, atol=0)
 
 
 @pytest.mark.parametrize("case", GOLDEN.of("TempDecay"), ids=case_name)
