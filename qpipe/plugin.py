@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import pluggy
@@ -28,6 +29,11 @@ class Plugin:
     Options: ClassVar[type[Options]] = Options
     needs_teacher: bool = False
     """True if the plugin reads teacher signals; the run then loads, or first fine-tunes, a teacher."""
+
+    layer_map: Sequence[int] | None = None
+    """Which of the teacher's layers, from 1, each layer of the student learns from; with one number more, first, the
+    teacher's hidden state for what the student's first block receives. None: no such map. `qpipe analyze` compares
+    layers by it."""
 
     def __init__(self, options: Any = None) -> None:
         self.options: Any = options if options is not None else self.Options()

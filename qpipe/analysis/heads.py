@@ -10,7 +10,6 @@ from qpipe.analysis.attention import attention_maps
 from qpipe.analysis.observe import Example, collect
 from qpipe.analysis.ranking import cover_length, mean_over_examples, ranking_loss
 from qpipe.analysis.session import Session
-from qpipe.analysis.teacher import layer_map
 from qpipe.errors import ConfigError, ModelError
 from qpipe.run import Run
 from qpipe.types import Json
@@ -55,14 +54,14 @@ def ranking(session: Session) -> dict[str, Json]:
 
     Raises:
         ModelError: student and teacher have other numbers of heads, or depths that do not fit.
-        ConfigError: no attention can be observed, or a text is given to a model of images.
+        ConfigError: a map of layers does not fit, no attention can be observed, or a model of images is given a text.
     """
     run, teacher, text = session.run, session.teacher, session.request.text
     sample = list(session.sample)
     shown = sample[0] if text is None else sentence(run, text)
     ours = probabilities(run, [shown, *sample])
     every = probabilities(teacher, [shown, *sample])
-    theirs = [every[block] for block in layer_map(run, teacher)]
+    theirs = [every[block] for block in session.pairing.blocks]
     if ours[0][0].shape != theirs[0][0].shape:
         raise ModelError(
             f"the quantized model has {ours[0][0].shape[0]} heads and its teacher {theirs[0][0].shape[0]}; heads are "

@@ -1,6 +1,7 @@
-"""Layers: the squared distance of every layer's output to the teacher's.
+"""Layers: the squared distance of every layer's output, and of its attention's, to the teacher's.
 
-Kim et al. (EACL 2023), figures 2b and 4b.
+Kim et al. (EACL 2023): hidden states in figure 2b; attention outputs in figure 4b, by the authors' code those after
+residual and LayerNorm, which the feed-forward network receives.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from qpipe.analysis.observe import Example, See, observing
-from qpipe.analysis.teacher import layer_map
+from qpipe.analysis.teacher import Pairing
 from qpipe.errors import ModelError
 from qpipe.run import Run
 from qpipe.stages.calibrate import inference
@@ -19,6 +20,8 @@ from qpipe.types import Json, SignalKind
 
 Outputs = Mapping[str, list[Tensor]]
 HIDDEN: frozenset[SignalKind] = frozenset({"hidden_states"})
+AFTER_ATTENTION = ("attention_output", "ffn_input")
+"""Roles of sites: the attention's output by itself, and what it becomes."""
 
 
 class Distances:
@@ -50,10 +53,11 @@ class Distances:
 
     def means(self) -> dict[str, Json]:
         """`mse` by layer, and `power`, the mean square of the teacher."""
-        return {name: [v / self.count for v in sums] for name, sums in (("mse", self.errors), ("power", self.powers))}
+        sums = (("mse", self.errors), ("power", self.powers))
+        return {name: [value / self.count for value in values] for name, values in sums}
 
 
-def layer_errors(run: Run, teacher: Run, sample: Iterable[Example]) -> dict[str, Json]:
+def layer_errors(run: Run, teacher: Run, pairing: Pairing, sample: Iterable[Example]) -> dict[str, Json]:
     """Mean squared error to the teacher over all elements of some examples, none of which is padded.
 
     Nothing of the teacher stands in for the student's own values.
@@ -61,42 +65,44 @@ def layer_errors(run: Run, teacher: Run, sample: Iterable[Example]) -> dict[str,
     Args:
         run: on one process, with its quantizers in place.
         teacher: see `Session.teacher`.
+        pairing: which of the teacher's layers are compared with.
         sample: examples.
 
     Returns:
-        `hidden_states` (what the blocks receive and return, one more than blocks) and `attention_output` (what the
-        output projections of attention return; empty where none is known): each with `mse` and `power`.
-        `layers`: the teacher's block, from 1, for each of the student's.
+        `hidden_states` (what the first block receives and every block returns, one more than blocks),
+        `attention_output` (what the output projections of attention return) and `ffn_input` (what that becomes after
+        residual and normalisation, where the feed-forward networks receive it): each with `mse` and `power`, lists
+        over layers, the last two empty where a model's sites are not known. `states`: the teacher's hidden state for
+        each of the student's; `layers`: its block, from 1, for each of the student's.
 
     Raises:
-        ModelError: depth or width do not fit.
+        ModelError: width does not fit.
     """
-    blocks = layer_map(run, teacher)
-    hidden, attention = Distances(), Distances()
+    distances = {kind: Distances() for kind in ("hidden_states", *AFTER_ATTENTION)}
+    theirs_of = dict.fromkeys(AFTER_ATTENTION, pairing.blocks) | {"hidden_states": list(pairing.states)}
     for example in sample:
         ours, theirs = _outputs(run, example), _outputs(teacher, example)
-        hidden.add(ours["hidden"], [theirs["hidden"][i] for i in (0, *(block + 1 for block in blocks))])
-        if ours["attention"]:
-            attention.add(ours["attention"], [theirs["attention"][block] for block in blocks])
-    return {
-        "hidden_states": hidden.means(),
-        "attention_output": attention.means() if attention.count else {"mse": [], "power": []},
-        "layers": [block + 1 for block in blocks],
-    }
+        for kind, total in distances.items():
+            if ours[kind] and theirs[kind]:
+                total.add(ours[kind], [theirs[kind][index] for index in theirs_of[kind]])
+    means = {kind: total.means() for kind, total in distances.items()}
+    return {**means, "states": list(pairing.states), "layers": [block + 1 for block in pairing.blocks]}
 
 
 def _outputs(run: Run, example: Example) -> Outputs:
+    """Tensors of one example by kind and layer."""
     seen: dict[str, Tensor] = {}
     states: dict[tuple[str, int], Tensor] = {}
     instruments = run.instruments
-    names = [f"{path}:output" for path in instruments.map.attention_output]
+    names = {kind: instruments.map.sites.get(kind, ()) for kind in AFTER_ATTENTION}
+    names["attention_output"] = tuple(f"{path}:output" for path in instruments.map.attention_output)
     instruments.want(HIDDEN, states)
-    with observing(run, {name: _keep(seen, name) for name in names}), inference(run):
+    with observing(run, {name: _keep(seen, name) for sites in names.values() for name in sites}), inference(run):
         output = run.student(**example.batch, **extra_inputs(HIDDEN))
     instruments.take_outputs(output, HIDDEN, states)
     instruments.want(frozenset(), {})
     hidden = [states["hidden_states", layer] for layer in range(len(states))]
-    return {"hidden": hidden, "attention": [seen[name] for name in names]}
+    return {"hidden_states": hidden, **{kind: [seen[name] for name in sites] for kind, sites in names.items()}}
 
 
 def _keep(seen: dict[str, Tensor], name: str) -> See:

@@ -72,7 +72,8 @@ def _noise(session: Session) -> dict[str, Json]:
 def _layers(session: Session) -> dict[str, Json]:
     run, wanted = session.run, session.request.examples
     every = examples(run, len(run.data.validation) if wanted is None else wanted)
-    return {"examples": len(every), **layer_errors(run, session.teacher, session.track(every, "layers, examples"))}
+    shown = session.track(every, "layers, examples")
+    return {"examples": len(every), **layer_errors(run, session.teacher, session.pairing, shown)}
 
 
 PARTS: Mapping[str, Callable[[Session], dict[str, Json]]] = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 from qpipe.analysis.groups import By
 from qpipe.analysis.landscape import Filters
@@ -18,8 +20,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "ranges": ("sites", "sequences"),
     "attention": ("sequences",),
     "noise": ("sequences",),
-    "layers": ("examples", "teacher"),
-    "ranking": ("sequences", "teacher", "text"),
+    "layers": ("examples", "teacher", "layer_map"),
+    "ranking": ("sequences", "teacher", "text", "layer_map"),
     "hessian": ("few", "eigenvalues", "norm_weight"),
     "landscape": ("few", "points", "filters"),
     "curves": (),
@@ -48,6 +50,8 @@ class Request:
         norm_weight: factor of the sum of the parameters' norms in the loss whose Hessian is taken.
         points: of the landscape along each direction.
         filters: what the landscape's directions are scaled by.
+        layer_map: the teacher's layer, from 1, that each layer of the model is compared with; with one number more,
+            first, the teacher's hidden state for what the first block receives. None: as the run says.
     """
 
     parts: tuple[str, ...]
@@ -63,6 +67,7 @@ class Request:
     norm_weight: float = 0.0
     points: int = 11
     filters: Filters = "rows"
+    layer_map: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for part in self.parts:
@@ -73,6 +78,21 @@ class Request:
         if self.points < 3 or self.points % 2 == 0:
             raise ConfigError(
                 f"a landscape has an odd number of points, 3 or more, to meet the model; not {self.points}"
+            )
+
+        if self.layer_map is not None:
+            self._check_map(self.layer_map)
+
+    def _check_map(self, layers: Sequence[int]) -> None:
+        if not set(self.parts) & set(NEEDS_TEACHER):
+            raise ConfigError(
+                f"--layer-map is for the parts {' and '.join(NEEDS_TEACHER)}, not for {', '.join(self.parts)}; name "
+                "one of those, or leave --layer-map out"
+            )
+        if any(below >= above for below, above in pairwise(layers)):
+            raise ConfigError(
+                f"--layer-map {','.join(map(str, layers))} must rise from each number to the next: name another of the "
+                "teacher's layers for each layer of the model"
             )
 
     @property

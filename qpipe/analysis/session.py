@@ -15,7 +15,7 @@ from qpipe.analysis.groups import select
 from qpipe.analysis.ledger import Ledger
 from qpipe.analysis.observe import Example, collect, examples
 from qpipe.analysis.request import Request
-from qpipe.analysis.teacher import load_reference
+from qpipe.analysis.teacher import Pairing, load_reference, pairing
 from qpipe.analysis.weights import Role, Weights
 from qpipe.errors import ConfigError, SiteError
 from qpipe.report.inputs import ANALYSIS_FOLDER
@@ -111,6 +111,14 @@ class Session:
     def teacher(self) -> Run:
         """The full-precision model to compare with, in the place of the student; see `load_reference`."""
         return load_reference(self.run, self.request.teacher)
+
+    @cached_property
+    def pairing(self) -> Pairing:
+        """Which of the teacher's layers the run's are compared with; see the function `pairing`."""
+        found = pairing(self.run, self.teacher, self.request.layer_map)
+        if found.states != tuple(range(len(self.teacher.instruments.map.blocks) + 1)):
+            self.told(f"compared with the teacher's layers {', '.join(map(str, found.states[1:]))} ({found.why})")
+        return found
 
     @cached_property
     def sample(self) -> list[Example]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from qpipe.config import RunConfig
 from qpipe.data.locate import locate
 from qpipe.errors import ConfigError, ModelError
+from qpipe.model.reduce import chosen_layers
 from qpipe.run import Run
 from qpipe.stages.build import instrument, load_teacher
 from qpipe.stages.execute import read_results
@@ -66,16 +69,90 @@ def load_reference(run: Run, given: str | None) -> Run:
     return replace(run, student=teacher, instruments=instrument(run.host, teacher), teacher=None)
 
 
-def layer_map(run: Run, teacher: Run) -> list[int]:
-    """For each block of the student the block of the teacher it stands for, both from 0: evenly spaced, the last last.
+@dataclass(frozen=True)
+class Pairing:
+    """Which tensors of the teacher those of the student are compared with.
+
+    Attributes:
+        states: the teacher's hidden state (0: what its first block receives) for what the student's first block
+            receives, and then for what each of its blocks returns.
+        why: what says so, as text.
+    """
+
+    states: tuple[int, ...]
+    why: str
+
+    @property
+    def blocks(self) -> list[int]:
+        """The teacher's block, from 0, for each of the student's."""
+        return [state - 1 for state in self.states[1:]]
+
+
+def pairing(run: Run, teacher: Run, given: Sequence[int] | None) -> Pairing:
+    """Pair the student's layers with the teacher's.
+
+    The first of these that fits both models decides: the map that was asked for; equal depth; the maps by which
+    plugins of the run learned; the layers that the student kept; layers spaced evenly, the last with the last.
+
+    Args:
+        run: what is compared.
+        teacher: see `Session.teacher`.
+        given: the map that was asked for, as `Request.layer_map`.
 
     Raises:
-        ModelError: the student's depth does not divide the teacher's, or there are no blocks.
+        ConfigError: that map does not fit, or plugins have different ones.
+        ModelError: nothing fits, or there are no blocks.
     """
     ours, theirs = len(run.instruments.map.blocks), len(teacher.instruments.map.blocks)
+    if given is not None:
+        states = _states(given, ours, theirs)
+        if states is None:
+            raise ConfigError(
+                f"--layer-map {','.join(map(str, given))} must have {ours} rising numbers from 1 to the teacher's "
+                f"{theirs}, one for each layer of the model, or one more, first, for what its first block receives"
+            )
+        return Pairing(states, "as asked")
+    if 0 < ours == theirs:
+        return Pairing(tuple(range(ours + 1)), "layer by layer")
+    found = _learned(run, ours, theirs) or _kept(run, ours, theirs)
+    if found is not None:
+        return found
     if ours == 0 or theirs % ours:
         raise ModelError(
-            f"the quantized model has {ours} blocks and its teacher {theirs}; layers are compared where the first "
-            "number divides the second"
+            f"the quantized model has {ours} blocks and its teacher {theirs}, which cannot be spaced evenly; say which "
+            "of the teacher's layers to compare with: --layer-map 2,4,... with a number for each layer of the model"
         )
-    return [theirs // ours * (block + 1) - 1 for block in range(ours)]
+    return Pairing(tuple(range(0, theirs + 1, theirs // ours)), "spaced evenly")
+
+
+def _states(layers: Sequence[int], ours: int, theirs: int) -> tuple[int, ...] | None:
+    """Hidden states by a map of layers; None if it does not fit."""
+    states = (0, *layers) if len(layers) == ours else tuple(layers)
+    fits = len(states) == ours + 1 and states[0] >= 0 and states[-1] <= theirs
+    return states if fits and all(below < above for below, above in pairwise(states)) else None
+
+
+def _learned(run: Run, ours: int, theirs: int) -> Pairing | None:
+    """The map by which plugins learned, if it fits; with another teacher it need not."""
+    maps = {name: plugin.layer_map for name, plugin in run.host.plugins.items() if plugin.layer_map is not None}
+    found = {name: states for name, layers in maps.items() if (states := _states(layers, ours, theirs)) is not None}
+    if not found:
+        return None
+    if len(set(found.values())) > 1:
+        raise ConfigError(
+            f"plugins {' and '.join(found)} map layers in two ways; say which with --layer-map, a number for each of "
+            f"the model's {ours} layers"
+        )
+    return Pairing(next(iter(found.values())), f"the layer map of {' and '.join(found)}")
+
+
+def _kept(run: Run, ours: int, theirs: int) -> Pairing | None:
+    """The layers that `model.keep_layers` has kept, if the teacher can be what they were taken from."""
+    wanted = run.config.model.keep_layers
+    try:
+        layers = [] if wanted is None else chosen_layers(wanted, theirs)
+    except ConfigError:
+        return None
+    return (
+        Pairing((0, *(layer + 1 for layer in layers)), "model.keep_layers") if layers and len(layers) == ours else None
+    )

@@ -61,6 +61,14 @@ Teacher = Annotated[
         metavar="RUN|MODEL", help="Full-precision model that layers and ranking compare with. Default: the run's."
     ),
 ]
+LayerMap = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LAYERS",
+        help="The teacher's layers that layers and ranking compare with, from 1, with commas: one for each of the "
+        "model's. Default: as the run learned, or kept its layers; else evenly spaced.",
+    ),
+]
 Text = Annotated[str | None, typer.Option(help="Sentence whose attention maps ranking shows. Default: an example.")]
 Eigenvalues = Annotated[int, typer.Option(min=1, help="Eigenvalues of the Hessian of each batch.")]
 NormWeight = Annotated[
@@ -87,6 +95,7 @@ def analyze(
     within: Within = 0.005,
     bits: Bits = 16,
     teacher: Teacher = None,
+    layer_map: LayerMap = None,
     text: Text = None,
     eigenvalues: Eigenvalues = 3,
     norm_weight: NormWeight = 0.0,
@@ -117,7 +126,7 @@ def analyze(
     allowed = within if suggest is not None else None
     request = Request(
         tuple(wanted), by, tuple(sites or ()), examples, sequences, allowed, bits, teacher, text, eigenvalues,
-        norm_weight, points, filters,
+        norm_weight, points, filters, _layers(layer_map),
     )  # fmt: skip
     found = analyze_runs(list(map(source_of, inputs)), request, again, lambda line: typer.echo(line, err=True), _track)
     if suggest is not None:
@@ -140,6 +149,19 @@ def _track(items: Sequence[T], what: str) -> Iterable[T]:
 
     console = Console(stderr=True)
     return track(items, what, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _layers(text: str | None) -> tuple[int, ...] | None:
+    from qpipe.errors import ConfigError
+
+    if text is None:
+        return None
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError as error:
+        raise ConfigError(
+            f"--layer-map {text!r} is no list of layers; give their numbers, from 1, with commas, such as 2,4,6"
+        ) from error
 
 
 def _is_run(source: str) -> bool:

@@ -19,6 +19,8 @@ NAMED = 16
 """Tokens that an axis can name."""
 
 Runs = Mapping[str, Any]
+NONE: Mapping[str, Any] = {"mse": []}
+"""What an older version has measured of a kind of tensor that it did not know."""
 
 
 def line(number: int) -> dict[str, Any]:
@@ -59,18 +61,22 @@ def curves(runs: Runs) -> str:
 
 @styled
 def layer_errors(runs: Runs) -> str:
-    """Squared error to the teacher by layer, of hidden states and of attention outputs."""
+    """Squared error to the teacher by layer: hidden states, attention outputs before and after residual and norm."""
     from matplotlib.ticker import MaxNLocator
 
-    shown = [("hidden_states", "hidden states", 0), ("attention_output", "attention outputs", 1)]
-    shown = [entry for entry in shown if any(found[entry[0]]["mse"] for found in runs.values())]
+    shown = [
+        ("hidden_states", "hidden states", 0),
+        ("attention_output", "attention outputs", 1),
+        ("ffn_input", "with residual and norm", 1),
+    ]
+    errors_of = {kind: {run: found.get(kind, NONE)["mse"] for run, found in runs.items()} for kind, _, _ in shown}
+    shown = [entry for entry in shown if any(errors_of[entry[0]].values())]
     figure, axes = new_figure(3.6 * len(shown), 2.6, 1, len(shown))
     for panel, (kind, title, first) in zip(axes, shown, strict=True):
-        for number, (run, found) in enumerate(runs.items()):
-            errors = found[kind]["mse"]
+        for number, (run, errors) in enumerate(errors_of[kind].items()):
             panel.plot(range(first, first + len(errors)), errors, "o", markersize=4, label=literal(run, 40),
                        **line(number))  # fmt: skip
-        _positive(panel, [v for found in runs.values() for v in found[kind]["mse"]])
+        _positive(panel, [value for errors in errors_of[kind].values() for value in errors])
         panel.set_title(title, loc="left")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.set_xlabel("layer")

@@ -154,6 +154,7 @@ def test_runs_are_compared(finished, tmp_path):
         (("--parts", "outliers", "--sites", "bert.nothing*"), "matches no site"),
         (("--parts", "landscape", "--points", "4"), "an odd number of points"),
         (("--parts", "layers"), "was trained without a teacher"),
+        (("--parts", "layers", "--layer-map", "2,x"), "--layer-map '2,x' is no list of layers"),
         (("--parts", "noise", "--suggest", "plan.yaml"), "name the part `ablation` too"),
     ],
 )

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from qpipe import ConfigError, ModelError
+from qpipe import ConfigError, ModelError, Plugin
 from qpipe.analysis import curvature
 from qpipe.analysis import session as session_module
 from qpipe.analysis.analyze import Request, analyze, analyze_runs, measure
@@ -16,9 +16,12 @@ from qpipe.analysis.curvature import trained_parameters, validation_batches
 from qpipe.analysis.hessian import hessian_product, norms, top_eigenvalues
 from qpipe.analysis.landscape import moved, normalized, offsets, random_direction
 from qpipe.analysis.ledger import Ledger
+from qpipe.analysis.load import source_of
+from qpipe.analysis.observe import examples
 from qpipe.analysis.session import Session, Source
 from qpipe.analysis.slopes import frozen, twice_differentiable
-from qpipe.analysis.teacher import layer_map
+from qpipe.config import resolve
+from qpipe.model.reduce import keep_layers
 from qpipe.quant.activation import ActivationOptions, UniformActivation
 from qpipe.quant.grid import GridQuantizer
 from qpipe.quant.quantizer import Quantizer, straight_through
@@ -60,6 +63,12 @@ def test_layer_errors_are_those_of_the_plain_models(here, finished, teacher):
     here.instruments.context.enabled = True
     models = plain(finished.out / "model"), plain(teacher)
     squares, count = torch.zeros(3, dtype=torch.float64), 0
+    # Attention outputs before and after residual and LayerNorm: figure 4b of Kim et al. has those after.
+    places = {"attention_output": "dense", "ffn_input": "LayerNorm"}
+    seen = {(kind, side, layer): [] for kind in places for side in (0, 1) for layer in (0, 1)}
+    for (kind, side, layer), values in seen.items():
+        module = models[side].bert.encoder.layer[layer].attention.output.get_submodule(places[kind])
+        module.register_forward_hook(lambda m, i, out, values=values: values.append(out[0]))
     with torch.no_grad():
         for index in range(3):
             batch = inputs_of(here.data.collate([here.data.validation[index]]))
@@ -67,9 +76,17 @@ def test_layer_errors_are_those_of_the_plain_models(here, finished, teacher):
             ours, theirs = (m(**batch, output_hidden_states=True).hidden_states for m in models)
             for layer in range(3):
                 squares[layer] += (ours[layer][0, kept] - theirs[layer][0, kept]).double().square().sum()
+            for values in seen.values():
+                values[-1] = values[-1][kept]
             count += int(kept.sum()) * 32
     assert found["hidden_states"]["mse"] == pytest.approx((squares / count).tolist(), rel=1e-3)
-    assert len(found["attention_output"]["mse"]) == 2 and found["layers"] == [1, 2]
+    for kind in places:
+        joined = {key[1:]: torch.cat(values).double() for key, values in seen.items() if key[0] == kind}
+        expected = [float((joined[0, layer] - joined[1, layer]).square().mean()) for layer in (0, 1)]
+        assert found[kind]["mse"] == pytest.approx(expected, rel=1e-3), kind
+        powers = [float(joined[1, layer].square().mean()) for layer in (0, 1)]
+        assert found[kind]["power"] == pytest.approx(powers, rel=1e-3), kind
+    assert found["layers"] == [1, 2] and found["states"] == [0, 1, 2]
 
 
 def test_a_model_is_no_distance_from_itself(here, finished):
@@ -270,11 +287,10 @@ def test_an_interrupted_landscape_goes_on_with_the_same_weights_only(here, monke
     with pytest.raises(KeyboardInterrupt):
         analyze(here, request)
     bias = here.student.get_parameter("bert.encoder.layer.0.output.dense.bias")
-    with torch.no_grad():
-        bias.add_(1)
+    before = bias.detach().clone()
+    bias.data += 1
     analyze(here, request)
-    with torch.no_grad():
-        bias.sub_(1)
+    bias.data.copy_(before)
     assert len(calls) == 5 + 9, "losses of other weights are not gone on with"
 
 
@@ -303,9 +319,93 @@ def test_what_does_not_fit_is_named(here, finished, teacher, tmp_path):
     wide = tiny_model(tmp_path / "wide", hidden_size=64)
     with pytest.raises(ModelError, match="compare models of one width"):
         analyze(here, Request(("layers",), examples=1, teacher=str(wide)))
-    double = tiny_model(tmp_path / "double", num_hidden_layers=4)
-    session = Session(Source(here.out, lambda: here), Request(("layers",), teacher=str(double)))
-    assert layer_map(here, session.teacher) == [1, 3]
+    with pytest.raises(ModelError, match="say which of the teacher's layers to compare with: --layer-map"):
+        analyze(here, Request(("layers",), examples=1, teacher=str(deep)))
+
+
+class Mapped(Plugin):
+    """Learns from a teacher by a map of layers."""
+
+    def __init__(self, layer_map):
+        super().__init__()
+        self.layer_map = layer_map
+
+
+@pytest.mark.parametrize(
+    ("depth", "kept", "learned", "given", "states"),
+    [
+        (4, None, [], None, [0, 2, 4]),
+        (4, None, [[1, 2]], None, [0, 1, 2]),
+        (5, None, [[2, 4], None], None, [0, 2, 4]),
+        (5, None, [[1, 3, 5], [1, 3, 5]], None, [1, 3, 5]),
+        (4, None, [[1, 2]], (3, 4), [0, 3, 4]),
+        (4, None, [[1, 2]], (1, 2, 4), [1, 2, 4]),
+        (4, [0, 3], [], None, [0, 1, 4]),
+        (5, "every-other", [], None, [0, 2, 4]),
+        (4, [0, 3], [[1, 2]], None, [0, 1, 2]),
+        (4, [0, 4], [[1, 5], [1, 2, 3, 4]], None, [0, 2, 4]),
+        (2, [0, 4], [[1, 5]], None, [0, 1, 2]),
+    ],
+)
+def test_layers_are_compared_as_the_run_maps_them(depth, kept, learned, given, states, here, tmp_path, monkeypatch):
+    """As asked; one by one if depths are equal; as plugins learned; as layers were kept; evenly: the first to fit."""
+    deep = str(tiny_model(tmp_path / "deep", num_hidden_layers=depth))
+    here.config = here.config.model_copy(update={"model": here.config.model.model_copy(update={"keep_layers": kept})})
+    monkeypatch.setattr(here.host, "plugins", {str(number): Mapped(own) for number, own in enumerate(learned)})
+    told = []
+    found = analyze(here, Request(("layers",), examples=2, teacher=deep, layer_map=given), told=told.append)["layers"]
+    assert found["states"] == states and found["layers"] == states[1:]
+    assert any("compared with" in line for line in told) == (depth != 2)
+    teacher, batches = plain(deep), [e.batch for e in examples(here, 2)]
+    with torch.no_grad():
+        theirs = [teacher(**batch, output_hidden_states=True).hidden_states for batch in batches]
+    powers = [torch.cat([one[state].flatten() for one in theirs]).square().mean() for state in states]
+    assert found["hidden_states"]["power"] == pytest.approx([float(power) for power in powers], rel=1e-4)
+
+
+def test_layer_maps_that_do_not_fit_are_refused(here, tmp_path, monkeypatch):
+    deep = str(tiny_model(tmp_path / "deep", num_hidden_layers=4))
+    for given in ((1,), (2, 5), (0, 2), (1, 2, 3, 4)):
+        with pytest.raises(ConfigError, match=r"--layer-map .* must have 2 rising numbers from 1 to the teacher's 4"):
+            analyze(here, Request(("layers",), examples=1, teacher=deep, layer_map=given))
+    with pytest.raises(ConfigError, match="--layer-map 2,2 must rise"):
+        Request(("ranking",), layer_map=(2, 2))
+    with pytest.raises(ConfigError, match="--layer-map is for the parts layers and ranking"):
+        Request(("noise",), layer_map=(2, 4))
+    monkeypatch.setattr(here.host, "plugins", {"a": Mapped([1, 2]), "b": Mapped([2, 4])})
+    with pytest.raises(ConfigError, match="plugins a and b map layers in two ways; say which with --layer-map"):
+        analyze(here, Request(("layers",), examples=1, teacher=deep))
+
+
+def test_heads_are_compared_as_the_run_maps_them(here, tmp_path):
+    deep = str(tiny_model(tmp_path / "deep", num_hidden_layers=4))
+    requests = {given: Request(("ranking",), sequences=1, teacher=deep, layer_map=given) for given in ((1, 2), (2, 4))}
+    maps = {given: analyze(here, request)["ranking"]["teacher_maps"] for given, request in requests.items()}
+    assert maps[1, 2][1] == maps[2, 4][0] and maps[1, 2][0] != maps[2, 4][0]
+
+
+def test_hidden_states_of_decoders_are_what_blocks_return(tmp_path):
+    """The first half of a model is at no distance from the whole, though only the whole's last layer is normalised."""
+    whole = tiny_model(tmp_path / "whole", "llama", num_hidden_layers=4)
+    half = AutoModelForCausalLM.from_pretrained(whole)
+    keep_layers(half, [f"model.layers.{layer}" for layer in range(4)], [0, 1])
+    half.save_pretrained(tmp_path / "half")
+    shutil.copy(whole / "vocab.txt", tmp_path / "half")
+    shutil.copy(whole / "tokenizer_config.json", tmp_path / "half")
+    text = tmp_path / "data.jsonl"
+    text.write_text((json.dumps({"text": "the movie was great"}) + "\n") * 40)
+    config = {
+        "model": {"name": str(tmp_path / "half")},
+        "task": "causal-lm",
+        "data": {"train": str(text), "max_length": 8, "validation_fraction": 0.2},
+        "engine": {"name": "accelerate", "precision": "float32", "cpu": True},
+        "out": str(tmp_path / "out"),
+    }
+    source = source_of(resolve(config))
+    request = Request(("layers",), examples=2, teacher=str(whole), layer_map=(1, 2))
+    found = measure(Session(source, request))["layers"]
+    assert found["hidden_states"]["mse"] == [0, 0, 0] and found["ffn_input"]["mse"] == [0, 0]
+    assert min(found["hidden_states"]["power"]) > 0
 
 
 def test_several_processes_are_refused(here, monkeypatch):
@@ -359,6 +459,18 @@ def test_runs_are_shown_together(here, finished, teacher, tmp_path):
     (second / "analysis" / "layers.json").write_text(json.dumps(noted))
     assert "layers of other, hessian of other" in convergence(first)
     assert convergence(tmp_path) is None
+
+
+def test_the_report_says_which_layers_were_compared(tmp_path):
+    """Also of a result of an older version, which had no inputs of feed-forward networks."""
+    kinds = {"hidden_states": [0.1, 0.2, 0.3], "attention_output": [0.1, 0.2]}
+    layers = {"settings": {}, "examples": 2, **{kind: {"mse": mse, "power": mse} for kind, mse in kinds.items()}}
+    path = tmp_path / "analysis" / "layers.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({**layers, "layers": [1, 2]}))
+    assert "Layers are compared with" not in convergence(tmp_path)
+    path.write_text(json.dumps({**layers, "ffn_input": layers["attention_output"], "layers": [2, 4]}))
+    assert "Layers are compared with the teacher&#39;s 2, 4." in convergence(tmp_path).replace("'", "&#39;")
 
 
 def test_quantizers_come_back_as_they_were(here):

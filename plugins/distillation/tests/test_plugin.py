@@ -14,7 +14,9 @@ from qpipe_distillation.schedule import WeightSchedule
 
 import qpipe
 from qpipe import ConfigError, ModelError, TrainingPhase
+from qpipe.analysis.analyze import Request, analyze
 from qpipe.stages import evaluate_run, plan_run
+from qpipe.stages.trained import restore
 from qpipe.testing import tiny_config, tiny_model
 from qpipe.testing.contract import weights_hash
 
@@ -228,6 +230,8 @@ def test_presets_run_with_a_map(preset, tmp_path):
         (True, True, True) if preset == "ternarybert" else (False, False, False)
     )
     assert second["distillation/logits"] > 0
+    found = analyze(restore(run.out), Request(("layers",), examples=2))["layers"]
+    assert found["states"] == [0, 1, 3], "an analysis compares the layers that were compared in the training"
 
 
 def test_two_steps_are_two_trainings(tmp_path, monkeypatch):

@@ -112,6 +112,7 @@ def test_a_student_of_half_the_depth_takes_the_layers_it_is_told(tmp_path):
     run = make_run(tmp_path, student, teacher)
     plugin = TeacherIntervention(InterventionOptions(schedule="output", steps=1, layer_map=[2, 4]))
     plugin.qpipe_model_prepared(run)
+    assert plugin.layer_map == (2, 4), "which analyses go by"
     seen = {}
     for layer, path in enumerate(run.instruments.map.attention_output):
         student.get_submodule(path).register_forward_hook(lambda m, a, out, layer=layer: seen.update({layer: out}))

@@ -45,6 +45,7 @@ class Distillation(Plugin):
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
+        self.layer_map = self.options.layer_map
         self._hidden: list[Pair] = []
         self._attention: list[Pair] = []
         self._output: list[Pair] = []

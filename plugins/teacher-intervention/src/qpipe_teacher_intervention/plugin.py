@@ -43,6 +43,7 @@ class TeacherIntervention(Plugin):
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
+        self.layer_map = self.options.layer_map
         self.schedule: Schedule | None = None
         self.kind: Kind | None = None
         self._layers: list[int] = []
