@@ -111,7 +111,7 @@ def _packed(recorded: dict[str, dict[str, Measured]]) -> str:
     if not pairs:
         return "No packed checkpoint was measured."
     return (
-        f"Packed checkpoints, loaded in a fresh process without qpipe: {len(pairs)} values compared with those above, "
+        f"Packed checkpoints, loaded again as `qpipe verify` does: {len(pairs)} values compared with those above, "
         f"largest difference {max(pairs):.5f}."
     )
 

@@ -33,7 +33,8 @@ def verify(
 ) -> None:
     """Prove that a packed checkpoint is the trained model.
 
-    Reloads it in a fresh process without qpipe, and compares weights, logits and the metric.
+    Reloads it in a fresh process without qpipe, and compares weights, logits and the metric. Activations of native
+    checkpoints, which no other program quantizes, are quantized by qpipe.
     """
     from qpipe.export.verify import verify as verify_directory
 

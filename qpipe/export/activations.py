@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qpipe.errors import FormatError, ModelError
-from qpipe.host import load_plugins
+from qpipe.host import Host, load_plugins
 from qpipe.model.attention import SLOTS, AttentionSites, install
 from qpipe.quant.activation import ActivationOptions, UniformActivation
 from qpipe.quant.affine import ActivationRange, AffineActivation, FixedActivation
@@ -18,7 +18,7 @@ from qpipe.quant.sums import EmbeddingSums
 
 Record = Mapping[str, Any]
 Placed = list[tuple[str, AffineActivation]]
-Place = Callable[[nn.Module, Placed, QuantContext], None]
+Place = Callable[[nn.Module, Placed, QuantContext, Host], None]
 
 
 def quantizer_of(site: Record) -> AffineActivation:
@@ -33,19 +33,20 @@ def quantizer_of(site: Record) -> AffineActivation:
     return FixedActivation(ActivationRange(**{k: v for k, v in site.items() if k in ActivationRange._fields}))
 
 
-def quantize_activations(model: nn.Module, sites: Iterable[Record]) -> None:
+def quantize_activations(model: nn.Module, sites: Iterable[Record], host: Host | None = None) -> None:
     """Quantize activations as recorded: the model then computes what the run computed, bit for bit.
 
     Args:
         model: a plain model, such as `load_native` gives. It gets hooks; sites inside attention also make it use
             qpipe's attention function, as the run did, and sums of embeddings change the class of these.
         sites: the `activations` of `quantization.json`, or some of them.
+        host: plugins that know the model, which sums of embeddings need; None: qpipe itself knows it.
 
     Raises:
         FormatError: the model has no such module or no such place there, or a range is incomplete.
         ModelError: a site lies inside attention, and the model does not follow transformers' attention interface.
     """
-    context = QuantContext()
+    context, host = QuantContext(), load_plugins({}) if host is None else host
     placed: dict[str, Placed] = {}
     modules = dict(model.named_modules())
     for site in sites:
@@ -59,10 +60,10 @@ def quantize_activations(model: nn.Module, sites: Iterable[Record]) -> None:
         placed.setdefault(place, []).append((site["module"], quantizer))
     for place, put in _PLACES.items():
         if place in placed:
-            put(model, placed[place], context)
+            put(model, placed[place], context, host)
 
 
-def _inputs(model: nn.Module, placed: Placed, context: QuantContext) -> None:
+def _inputs(model: nn.Module, placed: Placed, context: QuantContext, host: Host) -> None:
     """The first positional argument is the input."""
 
     def change(quantizer: AffineActivation) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
@@ -72,7 +73,7 @@ def _inputs(model: nn.Module, placed: Placed, context: QuantContext) -> None:
         model.get_submodule(path).register_forward_pre_hook(change(quantizer))
 
 
-def _outputs(model: nn.Module, placed: Placed, context: QuantContext) -> None:
+def _outputs(model: nn.Module, placed: Placed, context: QuantContext, host: Host) -> None:
     def change(quantizer: AffineActivation) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
         return lambda _, args, output: (
             quantizer(output) if isinstance(output, Tensor) else (quantizer(output[0]), *output[1:])
@@ -86,7 +87,7 @@ def _outputs(model: nn.Module, placed: Placed, context: QuantContext) -> None:
             module.register_forward_hook(change(quantizer))
 
 
-def _streams(model: nn.Module, placed: Placed, context: QuantContext) -> None:
+def _streams(model: nn.Module, placed: Placed, context: QuantContext, host: Host) -> None:
     """Changed in place: the residual connection holds the same tensor."""
 
     def change(quantizer: AffineActivation) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -99,15 +100,15 @@ def _streams(model: nn.Module, placed: Placed, context: QuantContext) -> None:
         model.get_submodule(path).register_forward_pre_hook(change(quantizer))
 
 
-def _inside_attention(model: nn.Module, placed: Placed, context: QuantContext) -> None:
+def _inside_attention(model: nn.Module, placed: Placed, context: QuantContext, host: Host) -> None:
     sites: dict[str, AttentionSites] = install(model, tuple(dict.fromkeys(path for path, _ in placed)), context)
     for path, quantizer in placed:
         sites[path].host(quantizer.slot, quantizer)
 
 
-def _sums(model: nn.Module, placed: Placed, context: QuantContext) -> None:
+def _sums(model: nn.Module, placed: Placed, context: QuantContext, host: Host) -> None:
     unmapped = ModelError(f"no plugin maps {type(model).__name__}")
-    tables = load_plugins({}).first("qpipe_model_map", unmapped, model=model).embeddings
+    tables = host.first("qpipe_model_map", unmapped, model=model).embeddings
     unknown = [quantizer.site for path, quantizer in placed if path not in tables[1:-1]]
     if unknown:
         raise FormatError(
@@ -118,9 +119,9 @@ def _sums(model: nn.Module, placed: Placed, context: QuantContext) -> None:
     hosts: list[Any] = [model.get_submodule(path) for path in tables]
     sums = EmbeddingSums(model.get_submodule(tables[0].rpartition(".")[0]), hosts)
     for path, quantizer in placed:
-        host = hosts[tables.index(path)]
-        host.host("sum", quantizer)
-        sums.use(host)
+        table = hosts[tables.index(path)]
+        table.host("sum", quantizer)
+        sums.use(table)
 
 
 _PLACES: Mapping[str, Place] = {

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qpipe.errors import FormatError
+from qpipe.errors import FormatError, QpipeError
 from qpipe.export.companions import environment
 from qpipe.export.folder import METADATA, REFERENCE, check_sums, read_json
 from qpipe.export.metric import Prepared, compare_metrics, prepare
@@ -93,7 +93,8 @@ def verify_all(
 
     Compared are the checksums of all files; every decoded weight and every other tensor, whose difference must be
     exactly 0; the logits of the reference examples, exactly in an unchanged environment, else within `ROUNDING`; and
-    the metrics, if the data of the run can be loaded.
+    the metrics, if the data of the run can be loaded. Of native checkpoints with quantized activations, which no other
+    program computes, logits and metrics come from a plain model in this process, whose activations qpipe quantizes.
 
     Args:
         directories: packed checkpoints.
@@ -207,7 +208,11 @@ def _judge(case: _Case, found: Mapping[str, Any]) -> None:
         result.add(
             "weights", "pass", f"{count} quantized and {len(about['tensors'])} other tensors, difference exactly 0"
         )
-    outputs = _outputs(case)
+    try:
+        outputs = _outputs(case)
+    except QpipeError as error:
+        result.add("logits", "fail", f"the checkpoint cannot be run: {error}")
+        return
     status, detail = compare_logits(case.about, load_file(case.directory / REFERENCE)["logits"], outputs["logits"])
     result.add("logits", status, detail)
     if case.prepared.batches is None:
@@ -242,16 +247,24 @@ def native_outputs(
     from qpipe.export._fresh import outputs_of
     from qpipe.export.activations import quantize_activations
     from qpipe.export.native import load_native
+    from qpipe.host import installed, load_plugins
 
     threads = torch.get_num_threads()
     torch.set_num_threads(about["environment"].get("num_threads") or threads)
     try:
         model: Any = load_native(directory, about.get("attention"), trusted)
-        quantize_activations(model, about["activations"])
+        known = {n: options for n, options in _plugins(about).items() if n in installed()}
+        quantize_activations(model, about["activations"], load_plugins(known))
         batches = str(prepared.batches) if prepared.batches else None
         return outputs_of(model, str(directory / REFERENCE), batches, prepared.kind)
     finally:
         torch.set_num_threads(threads)
+
+
+def _plugins(about: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """Options of the run's plugins by name, as recorded."""
+    found: Mapping[str, Mapping[str, Any]] = (about.get("config") or {}).get("plugins") or {}
+    return found
 
 
 def changed_environment(about: Mapping[str, Any]) -> list[str]:
