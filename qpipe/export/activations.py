@@ -28,8 +28,8 @@ def quantizer_of(site: Record) -> AffineActivation:
         FormatError: a static range is incomplete, or its groups do not fit its order of features.
     """
     if site["dynamic"]:
-        keys = ("bits", "dynamic", "granularity", "symmetric")
-        return UniformActivation(ActivationOptions(**{k: site[k] for k in keys}))
+        keys = ("bits", "dynamic", "granularity", "symmetric", "narrow", "clip")
+        return UniformActivation(ActivationOptions(**{k: site[k] for k in keys if k in site}))
     return FixedActivation(ActivationRange(**{k: v for k, v in site.items() if k in ActivationRange._fields}))
 
 

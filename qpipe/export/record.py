@@ -30,6 +30,7 @@ class PlannedSite:
         group_size: elements per group, None unless per group.
         dynamic: True if an activation's range is taken from each batch; meaningless for weights.
         zero_point: `none` (symmetric), `integer` or `half` (mid-rise); `float` for anything else.
+        plain: False if the range of an activation is not simply that of all its values.
     """
 
     path: str
@@ -40,6 +41,7 @@ class PlannedSite:
     group_size: int | None = None
     dynamic: bool = False
     zero_point: str = "none"
+    plain: bool = True
 
     @property
     def name(self) -> str:
@@ -78,6 +80,8 @@ class ActivationSite:
         scale: of a static range, else None; of each group, where there are groups.
         zero_point: likewise.
         order: with groups, all features: as many neighbours in it as there are features to a group form a group.
+        narrow: True if the outermost levels of a dynamic range are its ends.
+        clip: values beyond it are cut before a dynamic range is taken; None: none are.
     """
 
     module: str
@@ -89,6 +93,8 @@ class ActivationSite:
     scale: float | Sequence[float] | None = None
     zero_point: float | Sequence[float] | None = None
     order: Sequence[int] | None = None
+    narrow: bool = False
+    clip: float | None = None
 
 
 @dataclass(frozen=True)

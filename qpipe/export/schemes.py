@@ -13,7 +13,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor
 
 from qpipe.errors import FormatError
-from qpipe.export.record import ActivationSite, PackedWeight, zero_point_kind
+from qpipe.export.record import ActivationSite, PackedWeight, PlannedSite, zero_point_kind
 from qpipe.quant.tensor import QTensor, grouped
 
 PACKED = "pack-quantized"
@@ -213,16 +213,15 @@ def weight_tensors(name: str, weight: PackedWeight, dtype: torch.dtype) -> tuple
     return scheme, found
 
 
-def unsupported_activation(slot: str, bits: int, granularity: str, dynamic: bool, host: str | None) -> str | None:
+def unsupported_activation(site: PlannedSite | ActivationSite, host: str | None, plain: bool) -> str | None:
     """Why compressed-tensors cannot hold such an activation, or None if it can.
 
     Args:
-        slot: of the site.
-        bits: width of a code.
-        granularity: `token`, `tensor` or `group`.
-        dynamic: True if the range is taken from each batch.
+        site: planned, or as trained.
         host: type of the module if its weight is quantized too, else None.
+        plain: False if a dynamic range is not simply that of all values.
     """
+    slot, bits, granularity, dynamic = site.slot, site.bits, site.granularity, site.dynamic
     if slot not in ("input", "output"):
         return f"the format has no place for activations inside attention or sums (slot {slot!r}); {NATIVE_HINT}"
     if host not in STORED_AS:
@@ -235,6 +234,8 @@ def unsupported_activation(slot: str, bits: int, granularity: str, dynamic: bool
         return f"{bits}-bit activations do not fit: at most 8; {NATIVE_HINT}"
     if granularity not in (("token", "tensor") if dynamic else ("tensor",)):
         return f"{'dynamic' if dynamic else 'static'} activation ranges per {granularity} do not fit; {NATIVE_HINT}"
+    if not plain:
+        return f"dynamic ranges with options narrow or clip do not fit; {NATIVE_HINT}"
     return None
 
 

@@ -20,6 +20,9 @@ from qpipe.quant.tensor import code_range
 
 logger = logging.getLogger("qpipe.quant")
 
+NO_ZERO = 1e-8
+"""Added to narrow asymmetric ranges by the reference, so that those of one value have a scale."""
+
 
 class ActivationOptions(RangeChoice):
     """Options of `uniform-activation`."""
@@ -30,11 +33,24 @@ class ActivationOptions(RangeChoice):
     )
     dynamic: bool = Field(True, description="take the range of each batch; else calibrate one before training")
     symmetric: bool = True
+    narrow: bool = Field(
+        False,
+        description="the outermost levels of a dynamic range are its ends, as in TernaryBERT: symmetric codes of "
+        "-(2**(bits-1) - 1) to 2**(bits-1) - 1, asymmetric ones over a range without 0; needs export.format: native",
+    )
+    clip: float | None = Field(
+        None,
+        gt=0,
+        description="cut values at +-clip before a dynamic range is taken, and give those there no gradient "
+        "(TernaryBERT: 2.5); needs export.format: native",
+    )
 
     @model_validator(mode="after")
     def _static_is_per_tensor(self) -> ActivationOptions:
         if not self.dynamic and self.granularity == "token":
             raise ValueError("static ranges are per tensor: set granularity: tensor, or dynamic: true")
+        if not self.dynamic and (self.narrow or self.clip is not None):
+            raise ValueError("narrow and clip are of dynamic ranges; set dynamic: true, or leave them out")
         if self.dynamic and (self.range != "min-max" or self.range_options):
             raise ValueError(
                 "range and range_options are of calibrated ranges; set dynamic: false and granularity: tensor, or "
@@ -56,6 +72,10 @@ class UniformActivation(CalibratedActivation):
     Scales are those of compressed-tensors 0.20 (`calculate_qparams`): symmetric `max|x| / 127.5` for 8 bits, asymmetric
     `(max - min) / 255`, over a range that includes 0. Dynamic ranges clip nothing, so their gradient passes unchanged;
     static ranges, which a range estimator finds, block it outside.
+
+    With `narrow` and `clip` they are those of Zhang et al., "TernaryBERT" (EMNLP 2020), as published: symmetric
+    `max|x| / 127`, asymmetric `(max - min + 1e-8) / 255` with a zero point between codes, of values that are cut at the
+    clip; elements at the clip or beyond get no gradient.
     """
 
     low: Tensor
@@ -79,6 +99,12 @@ class UniformActivation(CalibratedActivation):
         """Of the options."""
         return self.options.estimator
 
+    @property
+    def codes(self) -> tuple[int, int]:
+        """As many below 0 as above it if `narrow` and symmetric."""
+        bottom, top = code_range(self.bits)
+        return (-top if self.options.narrow and self.symmetric else bottom), top
+
     def range_grid(self) -> RangeGrid:
         """Grids with scales as they will be exported."""
 
@@ -86,7 +112,7 @@ class UniformActivation(CalibratedActivation):
             scale, zero = self._affine(bottom, top)
             return self.exported(scale), zero
 
-        return RangeGrid(*code_range(self.bits), self.symmetric, over)
+        return RangeGrid(*self.codes, self.symmetric, over)
 
     def calibrated(self, seen: Observed) -> None:
         """Set the range.
@@ -121,7 +147,10 @@ class UniformActivation(CalibratedActivation):
             self.freeze_range()
 
     def _affine(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        bottom, top = code_range(self.options.bits)
+        bottom, top = self.codes
+        if self.options.narrow and not self.symmetric:
+            scale = (high - low + NO_ZERO) / (top - bottom)
+            return scale, bottom - low / scale
         low, high = torch.minimum(low, torch.zeros_like(low)), torch.maximum(high, torch.zeros_like(high))
         span = torch.tensor(float(top - bottom), dtype=low.dtype, device=low.device)
         if self.options.symmetric:
@@ -157,6 +186,9 @@ class UniformActivation(CalibratedActivation):
         return self._dynamic(x.amin(axes, keepdim=True), x.amax(axes, keepdim=True))
 
     def _dynamic(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        clip = self.options.clip
+        if clip is not None:
+            low, high = low.clamp(-clip, clip), high.clamp(-clip, clip)
         scale, zero = self._affine(low, high)
         return self.rescaled(scale), zero
 
@@ -165,16 +197,15 @@ class UniformActivation(CalibratedActivation):
         options = self.options
         settings = (options.bits, options.dynamic, options.granularity, options.symmetric)
         if options.dynamic:
-            return ActivationRange(*settings)
+            return ActivationRange(*settings, narrow=options.narrow, clip=options.clip)
         return ActivationRange(*settings, float(self.scale), float(self.zero_point))
 
     def forward(self, value: Tensor) -> Tensor:
         """Quantize, or only observe while calibrating."""
-        clips = self.observing is None and not self.options.dynamic
+        clips = self.observing is None and (not self.options.dynamic or self.options.clip is not None)
         if not clips or not torch.is_grad_enabled() or not self.context.enabled:
             return super().forward(value)
-        bottom, top = code_range(self.options.bits)
-        ends = (bottom - self.zero_point) * self.scale, (top - self.zero_point) * self.scale
+        ends = self._ends(value)
         masks: list[Tensor] = []
 
         def noting(x: Tensor) -> Tensor:
@@ -185,3 +216,12 @@ class UniformActivation(CalibratedActivation):
 
         result: Tensor = Clipped.apply(self.context, value, self._applied(value.detach(), noting), masks[0])
         return result
+
+    def _ends(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Of what gets a gradient."""
+        clip = self.options.clip
+        if clip is not None:  # at the clip itself there is none
+            end = torch.nextafter(torch.tensor([clip], dtype=value.dtype), torch.zeros(1, dtype=value.dtype))
+            return -end.to(value.device), end.to(value.device)
+        bottom, top = self.codes
+        return (bottom - self.zero_point) * self.scale, (top - self.zero_point) * self.scale

@@ -28,6 +28,8 @@ class ActivationRange(NamedTuple):
         scale: of a range that is not dynamic, else None; of each group, where there are groups.
         zero_point: likewise.
         order: with groups, all features: as many neighbours in it as there are features to a group form a group.
+        narrow: True if the outermost levels of a dynamic range are its ends; see `ActivationOptions`.
+        clip: values beyond it are cut before a dynamic range is taken; None: none are.
     """
 
     bits: int
@@ -37,6 +39,8 @@ class ActivationRange(NamedTuple):
     scale: float | Sequence[float] | None = None
     zero_point: float | Sequence[float] | None = None
     order: Sequence[int] | None = None
+    narrow: bool = False
+    clip: float | None = None
 
 
 class AffineActivation(Quantizer):
@@ -58,6 +62,11 @@ class AffineActivation(Quantizer):
         self.symmetric = symmetric
         self._proved: set[torch.dtype] = set()
 
+    @property
+    def codes(self) -> tuple[int, int]:
+        """Smallest and largest code; all of `bits` unless a subclass says otherwise."""
+        return code_range(self.bits)
+
     def parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point for this input, in its dtype.
 
@@ -74,7 +83,7 @@ class AffineActivation(Quantizer):
         """Codes of an activation with the scale and zero point of `parameters_of`."""
         value = self.working(value)
         scale, zero = self.parameters_of(value)
-        codes = torch.div(value, scale).add_(zero).clamp_(*code_range(self.bits)).round_()
+        codes = torch.div(value, scale).add_(zero).clamp_(*self.codes).round_()
         return QTensor(codes, scale.float(), zero.float(), self.bits)
 
     def quantize(self, value: Tensor, out: Tensor | None = None) -> Tensor:
@@ -91,7 +100,7 @@ class AffineActivation(Quantizer):
         working = self.working(value)
         scale, zero = self.parameters_of(working)
         ends = None if ends is None else (ends[0].to(working.dtype), ends[1].to(working.dtype))
-        found = fused_quantize(self.context, working, scale, zero, code_range(self.bits), ends)
+        found = fused_quantize(self.context, working, scale, zero, self.codes, ends)
         if found is None or not self._agrees(found[0], working, scale, zero):
             inside = None if ends is None else ((working >= ends[0]) & (working <= ends[1])).to(torch.uint8)
             return self._eager(working, scale, zero).to(value.dtype), inside
@@ -111,7 +120,7 @@ class AffineActivation(Quantizer):
         codes = torch.div(working, scale)
         if not self.symmetric:
             codes.add_(zero)
-        codes.clamp_(*code_range(self.bits)).round_()
+        codes.clamp_(*self.codes).round_()
         if not self.symmetric:
             codes.sub_(zero)
         return codes.mul_(scale)

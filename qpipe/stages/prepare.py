@@ -192,6 +192,7 @@ def refuse_unexportable(run: Run) -> None:
             group_size=getattr(entry.options, "group_size", None),
             dynamic=bool(getattr(entry.options, "dynamic", False)),
             zero_point=entry.zero_point,
+            plain=not (getattr(entry.options, "narrow", False) or getattr(entry.options, "clip", None)),
         )
         for entry in run.plan.sites.values()
         for site in (entry.site, *(tied_sites(run, entry.site) if entry.site.slot == "weight" else ()))

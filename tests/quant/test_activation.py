@@ -212,8 +212,30 @@ def test_sixteen_bits_are_formed_in_float32(dtype, symmetric):
         {"scale": 1},
         {"range": "mse"},
         {"range_options": {"momentum": 0.5}},
+        {"dynamic": False, "granularity": "tensor", "narrow": True},
+        {"dynamic": False, "granularity": "tensor", "clip": 2.5},
+        {"clip": 0},
     ],
 )
 def test_wrong_options_are_refused(options):
     with pytest.raises(ValidationError):
         ActivationOptions(**options)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_narrow_levels_end_where_the_cut_values_do(dtype, symmetric):
+    """Also where compiled code does it, and for a token of zeros."""
+    x = activation(dtype)
+    quantizer = make(dtype, narrow=True, clip=2.5, symmetric=symmetric)
+    out = quantizer(x)
+    assert torch.isfinite(out).all() and not out[0, 0].any()
+    cut = x.float().clamp(-2.5, 2.5)
+    step = torch.finfo(dtype).eps * 2.5
+    torch.testing.assert_close(out.float().amax(-1), cut.amax(-1), rtol=0, atol=cut.amax().item() / 64 + step)
+    assert float(out.float().abs().max()) <= 2.5 + 3 * step
+    learned = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(quantizer(learned).sum(), learned)
+    assert torch.equal(grad != 0, x.abs() < 2.5) and (x == 70).any()
+    quantizer.context.compiled = True
+    assert torch.equal(quantizer(x), out)

@@ -1,8 +1,9 @@
 """Ranges of each batch beside public code: the quantizers of TernaryBERT and TI, of BinaryBERT, and of DeepSpeed.
 
-Their grids are not that of `uniform-activation`, which is compressed-tensors'. Symmetric levels of theirs end at
-`max|x|`, ours half a step before; asymmetric ones of theirs begin at the smallest value, ours have 0 among them. But
-exported activations hold any scale and zero point, so they hold these too.
+The first two have the grids of `uniform-activation` with `narrow` and `clip`. By default its grid is that of
+compressed-tensors: symmetric levels of theirs end at `max|x|`, ours half a step before; asymmetric ones of theirs begin
+at the smallest value, ours have 0 among them. Exported activations hold any scale and zero point, so those of DeepSpeed
+too.
 """
 
 import pytest
@@ -24,7 +25,7 @@ def is_symmetric(case):
 
 def by_range(case, name):
     """A tensor as `[ranges, values]`: those that share a range are a row."""
-    x, params = GOLDEN.tensor(case, name), case["params"]
+    x, params = GOLDEN.tensor(case, name).reshape(GOLDEN.tensor(case, "x").shape), case["params"]
     if params.get("layerwise", True):
         return x.reshape(params.get("num_groups", 1), -1)
     return x.flatten(0, 1).flatten(1) if x.ndim == 4 else x.reshape(-1, x.shape[-1])
@@ -59,6 +60,18 @@ def test_exported_ranges_hold_the_reference_s_levels(case):
         settings = (case["params"]["num_bits"], False, "tensor", is_symmetric(case))
         found = FixedActivation(ActivationRange(*settings, float(scale), float(zero)))(row)
         torch.testing.assert_close(found, out, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("case", CLIPPED, ids=case_name)
+def test_narrow_ranges_with_a_clip_are_those_of_the_reference(case):
+    bits, (low, high) = case["params"]["num_bits"], case["params"]["clip_val"]
+    assert low == -high, "one number is enough for the clips of all cases"
+    options = ActivationOptions(bits=bits, granularity="tensor", symmetric=is_symmetric(case), narrow=True, clip=high)
+    rows = by_range(case, "x").clone().requires_grad_()
+    found = torch.stack([UniformActivation(options)(row) for row in rows])
+    torch.testing.assert_close(found, by_range(case, "out"), rtol=2e-6, atol=2e-6)
+    (grad,) = torch.autograd.grad(found, rows, by_range(case, "g"))
+    assert torch.equal(grad, by_range(case, "grad_x"))
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "min_value" not in c["params"]], ids=case_name)

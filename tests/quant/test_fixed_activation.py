@@ -7,6 +7,7 @@ import torch
 
 from qpipe import ActivationRange, FixedActivation, FormatError, by_feature, quantize_activations
 from qpipe.export.activations import quantizer_of
+from qpipe.quant.activation import ActivationOptions, UniformActivation
 
 GROUPED = ActivationRange(8, False, "group", False, (0.5, 0.01), (3.0, -7.0), (2, 0, 3, 1))
 
@@ -36,6 +37,16 @@ def test_a_record_survives_json():
     x = torch.randn(2, 4)
     assert torch.equal(read(x), FixedActivation(GROUPED)(x))
     assert read.describe().order == [2, 0, 3, 1]
+
+
+def test_narrow_ranges_survive_json_and_are_not_needed_in_records():
+    quantizer = UniformActivation(ActivationOptions(narrow=True, clip=1.5))
+    record = {"module": "m", "slot": "output", **quantizer.describe()._asdict()}
+    x = torch.randn(2, 3, 4)
+    read = quantizer_of(json.loads(json.dumps(record)))
+    assert torch.equal(read(x), quantizer(x)) and read.describe() == quantizer.describe()
+    plain = quantizer_of({name: value for name, value in record.items() if name not in ("narrow", "clip")})
+    assert torch.equal(plain(x), UniformActivation(ActivationOptions())(x)) and not torch.equal(plain(x), read(x))
 
 
 def test_symmetric_ranges_need_no_zero_point():

@@ -85,6 +85,24 @@ def test_a_format_without_room_for_sums_says_so(tmp_path):
         plan_run(config)
 
 
+def test_narrow_ranges_of_cut_values_reach_the_export(tmp_path):
+    """The activations of TernaryBERT's code, verified as trained; where they do not fit, that is said first."""
+    options = {"bits": 8, "granularity": "tensor", "narrow": True, "clip": 2.5}
+    rules = [
+        {"site": "{block}.*:weight", "quantizer": "uniform", "options": {"bits": 4}},
+        {"site": "{block}.*:input", "quantizer": "uniform-activation", "options": options},
+    ]
+    config = tiny_config(tmp_path, quantization__preset=None, quantization__rules=rules)
+    with pytest.raises(FormatError, match=r"'compressed-tensors' cannot hold this plan: .*narrow or clip do not fit"):
+        plan_run(config)
+    run = qpipe.execute(
+        tiny_config(tmp_path, quantization__preset=None, quantization__rules=rules, export__format="native")
+    )
+    assert run.results["verified"] and evaluate_run(run.out) == run.results["evaluation"]
+    layout = json.loads((run.out / "export" / "quantization.json").read_text())
+    assert {(site["narrow"], site["clip"]) for site in layout["activations"]} == {(True, 2.5)}
+
+
 def test_post_training_quantization_of_every_weight(tmp_path, fast):
     config = tiny_config(tmp_path, quantization__preset="w8a8-outputs", export__format="native")
     changed = {**config.model_dump(mode="json"), "out": str(tmp_path / "ptq")}
