@@ -35,14 +35,14 @@ class ActivationOptions(RangeChoice):
     symmetric: bool = True
     narrow: bool = Field(
         False,
-        description="the outermost levels of a dynamic range are its ends, as in TernaryBERT: symmetric codes of "
+        description="the outermost levels of a dynamic range are its ends, as in Zhang et al. (2020): symmetric codes of "
         "-(2**(bits-1) - 1) to 2**(bits-1) - 1, asymmetric ones over a range without 0; needs export.format: native",
     )
     clip: float | None = Field(
         None,
         gt=0,
         description="cut values at +-clip before a dynamic range is taken, and give those there no gradient "
-        "(TernaryBERT: 2.5); needs export.format: native",
+        "(Zhang et al.: 2.5); needs export.format: native",
     )
 
     @model_validator(mode="after")
@@ -73,7 +73,7 @@ class UniformActivation(CalibratedActivation):
     `(max - min) / 255`, over a range that includes 0. Dynamic ranges clip nothing, so their gradient passes unchanged;
     static ranges, which a range estimator finds, block it outside.
 
-    With `narrow` and `clip` they are those of Zhang et al., "TernaryBERT" (EMNLP 2020), as published: symmetric
+    With `narrow` and `clip` they are those that Zhang et al. (EMNLP 2020) publish as code: symmetric
     `max|x| / 127`, asymmetric `(max - min + 1e-8) / 255` with a zero point between codes, of values that are cut at the
     clip; elements at the clip or beyond get no gradient.
     """
