@@ -35,7 +35,7 @@ class ActivationOptions(RangeChoice):
     symmetric: bool = True
     narrow: bool = Field(
         False,
-        description="the outermost levels of a dynamic range are its ends, as in Zhang et al. (2020): symmetric codes of "
+        description="outermost levels of a dynamic range at its ends, as in Zhang et al. (2020): symmetric codes of "
         "-(2**(bits-1) - 1) to 2**(bits-1) - 1, asymmetric ones over a range without 0; needs export.format: native",
     )
     clip: float | None = Field(
