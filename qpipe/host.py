@@ -34,6 +34,7 @@ BUILTINS: Mapping[str, str] = {
     "optim": "qpipe.builtin.optim:Optim",
     "losses": "qpipe.builtin.losses:TaskLoss",
     "log": "qpipe.builtin.log:Log",
+    "trackers": "qpipe.builtin.trackers:Trackers",
     "exporters": "qpipe.builtin.exporters:Exporters",
     "report": "qpipe.builtin.report:ReportSections",
 }

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from qpipe.errors import ConfigError
+from qpipe.errors import ConfigError, suggest
 
 
 class Section(BaseModel):
@@ -165,10 +165,31 @@ class TrainConfig(Section):
     eval_every: int | None = Field(None, gt=0, description="optimizer steps between evaluations; default: an epoch")
     save_every: int | None = Field(None, gt=0, description="optimizer steps between checkpoints; default: an epoch")
     log_every: int = Field(10, gt=0)
+    trackers: tuple[str, ...] = Field(
+        (),
+        description="experiment trackers of Accelerate that get what is logged: `tensorboard`, `wandb`, `mlflow`, ...",
+    )
     keep_checkpoints: int = Field(2, gt=0)
     keep_best: bool = Field(True, description="end with the weights of the best evaluation instead of the last")
     activation_checkpointing: bool = False
     dropout: float | None = Field(None, ge=0, lt=1, description="overrides every dropout of the model")
+
+    @field_validator("trackers")
+    @classmethod
+    def _trackers_are_installed(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if names:
+            from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+            from accelerate.utils import LoggerType
+
+            known = {str(name) for name in LOGGER_TYPE_TO_CLASS}
+            absent = {str(name) for name in LoggerType} - {str(name) for name in get_available_trackers()}
+            for name in names:
+                if name not in known:
+                    allowed = ", ".join(sorted(known))
+                    raise ValueError(f"{name!r} is no tracker{suggest(name, known)}; it is one of {allowed}")
+                if name in absent:
+                    raise ValueError(f"tracker {name!r} needs its own package: pip install {name}")
+        return names
 
     @property
     def clips_tensors(self) -> bool:
@@ -261,5 +282,6 @@ INDIFFERENT = (
     "train.keep_checkpoints",
     "train.log_every",
     "train.save_every",
+    "train.trackers",
 )
 """Keys that decide neither the weights of a run nor which of them are the best: they may change when it goes on."""
