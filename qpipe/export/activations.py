@@ -22,7 +22,7 @@ Place = Callable[[nn.Module, Placed, QuantContext, Host], None]
 
 
 def quantizer_of(site: Record) -> AffineActivation:
-    """The quantizer of an exported site, given as the fields of `ActivationSite`.
+    """The quantizer of an exported site, given as `ActivationSite.record` has it.
 
     Raises:
         FormatError: a static range is incomplete, or its groups do not fit its order of features.

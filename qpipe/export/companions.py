@@ -201,7 +201,7 @@ def metadata(record: ExportRecord, format_name: str, stored: Mapping[str, tuple[
             **dict(record.metadata.get("environment", {})),
         },
         "weights": weights,
-        "activations": [vars(site) for site in record.activations],
+        "activations": [site.record() for site in record.activations],
         "tensors": {
             name: {"shape": list(t.shape), "dtype": dtype_name(t.dtype), "sha256": tensor_sha256(t)}
             for name, t in record.tensors.items()

@@ -36,7 +36,7 @@ def check(sites: Iterable[PlannedSite]) -> list[str]:
         if site.slot == "weight":
             reason = unsupported_weight(site.module_type, site.bits, site.zero_point)
         else:
-            reason = unsupported_activation(site, hosts.get(site.path), site.plain)
+            reason = unsupported_activation(site.slot, site, hosts.get(site.path))
         if reason:
             reasons.append(f"{site.name}: {reason}")
     return reasons
@@ -64,8 +64,7 @@ def _activations(record: ExportRecord) -> dict[str, dict[str, Any]]:
     hosts = {w.module: w.module_type for w in record.weights.values()}
     found: dict[str, dict[str, Any]] = {}
     for site in record.activations:
-        plain = not site.narrow and site.clip is None
-        reason = unsupported_activation(site, hosts.get(site.module), plain)
+        reason = unsupported_activation(site.slot, site.range, hosts.get(site.module))
         if reason:
             raise FormatError(f"{site.module}:{site.slot}: {reason}")
         found.setdefault(site.module, {})[site.slot] = site

@@ -111,7 +111,7 @@ def write(record: ExportRecord, directory: Path, max_shard: int = MAX_SHARD) -> 
             "version": VERSION,
             "dtype": str(record.dtype).removeprefix("torch."),
             "weights": entries,
-            "activations": [vars(site) for site in record.activations],
+            "activations": [site.record() for site in record.activations],
         }
         write_json(folder / LAYOUT, layout)
         stored = {e["module"]: (e["packer"], e["bits"]) for e in entries.values()}

@@ -13,6 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch import nn
 
+    from qpipe.quant.affine import ActivationRange
     from qpipe.quant.tensor import QTensor
     from qpipe.types import Json
 
@@ -30,7 +31,8 @@ class PlannedSite:
         group_size: elements per group, None unless per group.
         dynamic: True if an activation's range is taken from each batch; meaningless for weights.
         zero_point: `none` (symmetric), `integer` or `half` (mid-rise); `float` for anything else.
-        plain: False if the range of an activation is not simply that of all its values.
+        narrow: of a dynamic range; see `ActivationRange`.
+        clip: likewise.
     """
 
     path: str
@@ -41,7 +43,8 @@ class PlannedSite:
     group_size: int | None = None
     dynamic: bool = False
     zero_point: str = "none"
-    plain: bool = True
+    narrow: bool = False
+    clip: float | None = None
 
     @property
     def name(self) -> str:
@@ -73,28 +76,16 @@ class ActivationSite:
     Attributes:
         module: qualified name of the module.
         slot: `input`, `output`, or a slot of attention.
-        bits: width of a code.
-        dynamic: True if the range is taken from each batch.
-        granularity: `token` (dynamic only), `tensor`, or `group` (static only) of features, the last axis.
-        symmetric: True if the zero point is 0.
-        scale: of a static range, else None; of each group, where there are groups.
-        zero_point: likewise.
-        order: with groups, all features: as many neighbours in it as there are features to a group form a group.
-        narrow: True if the outermost levels of a dynamic range are its ends.
-        clip: values beyond it are cut before a dynamic range is taken; None: none are.
+        range: what its quantizer says of itself.
     """
 
     module: str
     slot: str
-    bits: int
-    dynamic: bool
-    granularity: str
-    symmetric: bool
-    scale: float | Sequence[float] | None = None
-    zero_point: float | Sequence[float] | None = None
-    order: Sequence[int] | None = None
-    narrow: bool = False
-    clip: float | None = None
+    range: ActivationRange
+
+    def record(self) -> dict[str, Json]:
+        """As `quantization.json` lists it."""
+        return {"module": self.module, "slot": self.slot, **self.range._asdict()}
 
 
 @dataclass(frozen=True)

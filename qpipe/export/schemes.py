@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qpipe.errors import FormatError
 from qpipe.export.record import ActivationSite, PackedWeight, PlannedSite, zero_point_kind
+from qpipe.quant.affine import ActivationRange
 from qpipe.quant.tensor import QTensor, grouped
 
 PACKED = "pack-quantized"
@@ -213,15 +214,15 @@ def weight_tensors(name: str, weight: PackedWeight, dtype: torch.dtype) -> tuple
     return scheme, found
 
 
-def unsupported_activation(site: PlannedSite | ActivationSite, host: str | None, plain: bool) -> str | None:
+def unsupported_activation(slot: str, planned: PlannedSite | ActivationRange, host: str | None) -> str | None:
     """Why compressed-tensors cannot hold such an activation, or None if it can.
 
     Args:
-        site: planned, or as trained.
+        slot: of the site.
+        planned: how it is quantized.
         host: type of the module if its weight is quantized too, else None.
-        plain: False if a dynamic range is not simply that of all values.
     """
-    slot, bits, granularity, dynamic = site.slot, site.bits, site.granularity, site.dynamic
+    bits, granularity, dynamic = planned.bits, planned.granularity, planned.dynamic
     if slot not in ("input", "output"):
         return f"the format has no place for activations inside attention or sums (slot {slot!r}); {NATIVE_HINT}"
     if host not in STORED_AS:
@@ -234,7 +235,7 @@ def unsupported_activation(site: PlannedSite | ActivationSite, host: str | None,
         return f"{bits}-bit activations do not fit: at most 8; {NATIVE_HINT}"
     if granularity not in (("token", "tensor") if dynamic else ("tensor",)):
         return f"{'dynamic' if dynamic else 'static'} activation ranges per {granularity} do not fit; {NATIVE_HINT}"
-    if not plain:
+    if planned.narrow or planned.clip is not None:
         return f"dynamic ranges with options narrow or clip do not fit; {NATIVE_HINT}"
     return None
 
@@ -249,22 +250,22 @@ def activation_tensors(
     Raises:
         FormatError: a static range lacks its scale or zero point, is one of groups, or its scale does not fit `dtype`.
     """
-    name = f"{site.module}:{site.slot}"
+    name, given = f"{site.module}:{site.slot}", site.range
     pairs: tuple[tuple[str, object], ...] = (
-        ("dynamic", site.dynamic),
-        ("num_bits", site.bits),
-        ("strategy", site.granularity),
-        ("symmetric", site.symmetric),
+        ("dynamic", given.dynamic),
+        ("num_bits", given.bits),
+        ("strategy", given.granularity),
+        ("symmetric", given.symmetric),
     )
-    if site.dynamic:
+    if given.dynamic:
         return pairs, {}
-    if isinstance(site.scale, Sequence) or isinstance(site.zero_point, Sequence):
-        raise FormatError(f"{name}: static activation ranges per {site.granularity} do not fit; {NATIVE_HINT}")
-    if site.scale is None or not site.scale > 0:
-        raise FormatError(f"{name} has a static range without a scale ({site.scale}); was it calibrated?")
-    found = {f"{site.slot}_scale": exact_cast(name, torch.tensor([site.scale]), dtype)}
-    if not site.symmetric:
-        zero = float(site.zero_point or 0.0)
+    if isinstance(given.scale, Sequence) or isinstance(given.zero_point, Sequence):
+        raise FormatError(f"{name}: static activation ranges per {given.granularity} do not fit; {NATIVE_HINT}")
+    if given.scale is None or not given.scale > 0:
+        raise FormatError(f"{name} has a static range without a scale ({given.scale}); was it calibrated?")
+    found = {f"{site.slot}_scale": exact_cast(name, torch.tensor([given.scale]), dtype)}
+    if not given.symmetric:
+        zero = float(given.zero_point or 0.0)
         if not math.isfinite(zero):
             raise FormatError(f"{name} has a static range with the zero point {zero}; did the training diverge?")
         if zero == round(zero) and -128 <= zero <= 127:

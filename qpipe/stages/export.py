@@ -123,7 +123,7 @@ def activation_sites(run: Run) -> list[ActivationSite]:
         if not isinstance(quantizer, AffineActivation):
             raise FormatError(f"{site}: no exporter can describe activations of {type(quantizer).__name__}")
         with run.engine.gathered(quantizer.parameters()), torch.no_grad():
-            found.append(ActivationSite(path, slot, *quantizer.describe()))
+            found.append(ActivationSite(path, slot, quantizer.describe()))
     return found
 
 

@@ -15,7 +15,7 @@ from qpipe.export.record import zero_point_kind
 from qpipe.quant.compiled import use_compiled
 from qpipe.quant.estimators import find_estimator
 from qpipe.quant.modules import QuantModule
-from qpipe.quant.plan import Plan, make_plan
+from qpipe.quant.plan import Plan, PlannedSite, make_plan
 from qpipe.quant.presets import preset_rules, with_fixed_grid
 from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.tensor import QTensor
@@ -183,23 +183,30 @@ def refuse_unexportable(run: Run) -> None:
     """
     exporter = find_exporter(run)
     planned = [
-        export_record.PlannedSite(
-            path=site.path,
-            slot=site.slot,
-            module_type=site.module_type,
-            bits=entry.bits or 0,
-            granularity=entry.granularity or "tensor",
-            group_size=getattr(entry.options, "group_size", None),
-            dynamic=bool(getattr(entry.options, "dynamic", False)),
-            zero_point=entry.zero_point,
-            plain=not (getattr(entry.options, "narrow", False) or getattr(entry.options, "clip", None)),
-        )
+        _planned(entry, site)
         for entry in run.plan.sites.values()
         for site in (entry.site, *(tied_sites(run, entry.site) if entry.site.slot == "weight" else ()))
     ]
     reasons = list(exporter.check(planned))
     if reasons:
         raise FormatError(f"export.format {exporter.name!r} cannot hold this plan: " + "; ".join(reasons[:5]))
+
+
+def _planned(entry: PlannedSite, site: Site) -> export_record.PlannedSite:
+    options = entry.options
+    dynamic = bool(getattr(options, "dynamic", False))  # other quantizers' options may have the same names
+    return export_record.PlannedSite(
+        path=site.path,
+        slot=site.slot,
+        module_type=site.module_type,
+        bits=entry.bits or 0,
+        granularity=entry.granularity or "tensor",
+        group_size=getattr(options, "group_size", None),
+        dynamic=dynamic,
+        zero_point=entry.zero_point,
+        narrow=dynamic and bool(getattr(options, "narrow", False)),
+        clip=getattr(options, "clip", None) if dynamic else None,
+    )
 
 
 def find_exporter(run: Run, name: str | None = None) -> Exporter:

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import export_builders as builders
 
+from qpipe import ActivationRange
 from qpipe.export import compressed, native
 from qpipe.export.record import ActivationSite
 from qpipe.export.verify import verify_all
@@ -41,8 +42,8 @@ def uniform(family, modules, grids, dtype=torch.float32):
 
 
 def token(module, **changes):
-    fields = {"slot": "input", "bits": 8, "dynamic": True, "granularity": "token", "symmetric": True, **changes}
-    return ActivationSite(module, **fields)
+    fields = {"bits": 8, "dynamic": True, "granularity": "token", "symmetric": True, **changes}
+    return ActivationSite(module, fields.pop("slot", "input"), ActivationRange(**fields))
 
 
 def build_records():

@@ -108,13 +108,14 @@ def packed(model: nn.Module, module: str, tensor: QTensor, dtype: torch.dtype) -
 
 def hook_activation(model: nn.Module, site: ActivationSite) -> UniformActivation:
     """Quantize an activation of the reference model as the host does while training."""
+    given = site.range
     options = ActivationOptions(
-        bits=site.bits, dynamic=site.dynamic, granularity=site.granularity, symmetric=site.symmetric
+        bits=given.bits, dynamic=given.dynamic, granularity=given.granularity, symmetric=given.symmetric
     )
     quantizer = UniformActivation(options)
-    if not site.dynamic:
-        quantizer.scale.fill_(site.scale)
-        quantizer.zero_point.fill_(site.zero_point or 0.0)
+    if not given.dynamic:
+        quantizer.scale.fill_(given.scale)
+        quantizer.zero_point.fill_(given.zero_point or 0.0)
     module = model.get_submodule(site.module)
     if site.slot == "input":
         module.register_forward_pre_hook(lambda _, args: (quantizer(args[0]), *args[1:]))

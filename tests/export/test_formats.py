@@ -12,6 +12,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationArgs
 
+from qpipe import ActivationRange
 from qpipe.builtin.exporters import Exporters
 from qpipe.errors import FormatError
 from qpipe.export import compressed
@@ -110,7 +111,7 @@ def exporters():
         (PlannedSite("l", "weight", "Linear", 12), "12 bits"),
         (PlannedSite("attn", "probs", "BertAttention", 8, "token", dynamic=True), "attention"),
         (PlannedSite("norm", "output", "LayerNorm", 8, "tensor", dynamic=True), "whose weight is quantized"),
-        (PlannedSite("l", "input", "Linear", 8, "token", dynamic=True, plain=False), "narrow or clip"),
+        (PlannedSite("l", "input", "Linear", 8, "token", dynamic=True, clip=2.5), "narrow or clip"),
     ],
 )
 def test_check_names_the_site_and_the_way_out(site, word):
@@ -168,19 +169,20 @@ def test_hash_must_match_the_codes(tmp_path):
 
 
 def test_attention_activation_is_refused(tmp_path):
-    site = ActivationSite("bert.encoder.layer.0.attention.self", "probs", 8, True, "tensor", True)
+    site = ActivationSite("bert.encoder.layer.0.attention.self", "probs", ActivationRange(8, True, "tensor", True))
     refused(linear_record(activations=[site]), tmp_path, "inside attention")
 
 
 def test_groups_of_features_are_refused(tmp_path):
-    site = ActivationSite("bert.pooler.dense", "input", 8, False, "group", False, (0.1, 0.2), (0.0, 1.0), (1, 0))
+    groups = ActivationRange(8, False, "group", False, (0.1, 0.2), (0.0, 1.0), (1, 0))
+    site = ActivationSite("bert.pooler.dense", "input", groups)
     refused(linear_record(activations=[site]), tmp_path, "static activation ranges per group do not fit; .*native")
     with pytest.raises(FormatError, match="static activation ranges per group do not fit; use export.format: native"):
         activation_tensors(site, torch.float32)
 
 
 def test_uncalibrated_static_range_is_refused(tmp_path):
-    site = ActivationSite("bert.pooler.dense", "input", 8, False, "tensor", True)
+    site = ActivationSite("bert.pooler.dense", "input", ActivationRange(8, False, "tensor", True))
     refused(linear_record(activations=[site]), tmp_path, "calibrated")
 
 
@@ -230,7 +232,7 @@ def test_logits_may_differ_by_rounding_only_elsewhere():
     ("zero", "dtype"), [(-8.0, torch.int8), (127.0, torch.int8), (-1.3, torch.float32), (300.0, torch.float32)]
 )
 def test_zero_points_of_activations_are_integers_where_they_can_be(zero, dtype):
-    site = ActivationSite("l", "input", 4, False, "tensor", False, 0.25, zero)
+    site = ActivationSite("l", "input", ActivationRange(4, False, "tensor", False, 0.25, zero))
     pairs, found = activation_tensors(site, torch.bfloat16)
     assert found["input_zero_point"].dtype == dtype and float(found["input_zero_point"]) == pytest.approx(zero)
     assert (dict(pairs).get("zp_dtype") == torch.float32) == (dtype == torch.float32)
@@ -242,4 +244,5 @@ def test_zero_points_of_activations_are_integers_where_they_can_be(zero, dtype):
 )
 def test_activations_without_a_range_are_refused(scale, zero, message):
     with pytest.raises(FormatError, match=f"l:input .*{message}"):
-        activation_tensors(ActivationSite("l", "input", 4, False, "tensor", False, scale, zero), torch.float32)
+        given = ActivationRange(4, False, "tensor", False, scale, zero)
+        activation_tensors(ActivationSite("l", "input", given), torch.float32)
