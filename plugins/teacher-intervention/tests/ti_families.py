@@ -16,6 +16,7 @@ from qpipe.config import resolve
 from qpipe.host import load_plugins
 from qpipe.stages.build import override_dropout
 from qpipe.stages.calibrate import calibrate, to_device
+from qpipe.stages.evaluate import evaluate
 from qpipe.stages.execute import assemble
 from qpipe.stages.phases import enter_phase
 from qpipe.stages.train import collect_losses, micro_step, steps_from
@@ -91,10 +92,29 @@ def run_config(folder, family, options, **train):
     )
 
 
-def traces_and_ages(traced, aged, steps, folder):
-    """Write traces of some cases; return `optimizer_ages` of others. For `run_distributed`."""
+def traces_and_ages(traced, aged, evaluated, steps, folder):
+    """Write traces of some cases; return `optimizer_ages` and `evaluations` of others. For `run_distributed`."""
     write_traces(traced, steps, folder)
-    return optimizer_ages(aged, steps)
+    return optimizer_ages(aged, steps), evaluations(evaluated)
+
+
+def evaluations(cases):
+    """By case, the first metric with the teacher's attention as in the first step, and of the student alone."""
+    found = {}
+    for name, source in cases.items():
+        config = resolve(source)
+        run = assemble(config, load_plugins(config.plugins), {})
+        calibrate(run)
+        losses = collect_losses(run)
+        run.student.train()
+        index, (batch,) = next(steps_from(run, 0))
+        enter_phase(run, index)
+        step = Step(index, True, to_device(batch, run))
+        micro_step(run, step, losses)
+        metric = run.task.metrics[0].name
+        found[name] = [evaluate(run, step)[metric], evaluate(run)[metric]]
+        run.engine.close()
+    return found
 
 
 def optimizer_ages(cases, steps):
