@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from qpipe.testing import run_distributed, tiny_config
@@ -65,6 +66,9 @@ def traces(tmp_path_factory):
     write_traces({"one-caching": {**config, "teacher": cached}}, STEPS, str(folder))
     (folder / "cached.json").write_text(json.dumps(cache_files(folder)))
     cases["zero3-cached"] = {**cases["zero3"], "teacher": cached}
+    half = {**config["teacher"], "precision": "bfloat16"}
+    write_traces({"one-bfloat16": {**config, "teacher": half}}, STEPS, str(folder))
+    cases["zero3-teacher-bfloat16"] = {**zero3, "teacher": half}
     trained = {**config, "train": {**config["train"], "learning_rate": 1e-3}}
     write_traces({"one-trained": trained}, STEPS, str(folder))
     cases |= {f"{name}-trained": {**cases[name], "train": trained["train"]} for name in TRAINED}
@@ -112,9 +116,17 @@ def test_the_teacher_is_sharded_where_the_student_is_or_where_that_is_asked_for(
     held = json.loads((traces / "held.json").read_text())
     whole = held["zero0"]
     assert held["zero1"] == held["zero2"] == held["ddp"] == whole
-    for case in ("zero3", "fsdp", "zero1-teacher-cpu", "zero3-offload-all"):
+    for case in ("zero3", "fsdp", "zero1-teacher-cpu", "zero3-offload-all", "zero3-teacher-bfloat16"):
         # Shards are padded to equal sizes.
         assert whole / 2 <= held[case] < 0.55 * whole, case
+
+
+@pytest.mark.distributed
+def test_a_sharded_teacher_in_bfloat16(traces):
+    one, two = load_file(traces / "one-bfloat16.safetensors"), load_file(traces / "zero3-teacher-bfloat16.safetensors")
+    whole = load_file(traces / "one.safetensors")
+    compare(one, two)
+    assert any(not torch.allclose(one[key], whole[key], rtol=1e-4) for key in one if key.startswith("gradient/"))
 
 
 @pytest.mark.distributed
