@@ -203,7 +203,8 @@ class UniformActivation(CalibratedActivation):
     def forward(self, value: Tensor) -> Tensor:
         """Quantize, or only observe while calibrating."""
         clips = self.observing is None and (not self.options.dynamic or self.options.clip is not None)
-        if not clips or not torch.is_grad_enabled() or not self.context.enabled:
+        acts = torch.is_grad_enabled() and self.context.enabled and self.context.rounding
+        if not clips or not acts:
             return super().forward(value)
         ends = self._ends(value)
         masks: list[Tensor] = []

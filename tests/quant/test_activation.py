@@ -239,3 +239,21 @@ def test_narrow_levels_end_where_the_cut_values_do(dtype, symmetric):
     assert torch.equal(grad != 0, x.abs() < 2.5) and (x == 70).any()
     quantizer.context.compiled = True
     assert torch.equal(quantizer(x), out)
+
+
+@pytest.mark.parametrize("switch", ["enabled", "rounding"])
+@pytest.mark.parametrize(
+    "options", [{"clip": 1.0}, {"dynamic": False, "granularity": "tensor"}], ids=["clip", "static"]
+)
+def test_switched_off_the_value_passes_with_its_whole_gradient(options, switch):
+    quantizer = make(**options)
+    if not options.get("dynamic", True):
+        quantizer.low.fill_(-1.0)
+        quantizer.high.fill_(1.0)
+        quantizer.freeze_range()
+    x = activation(torch.float32).requires_grad_()
+    assert not torch.equal(quantizer(x), x)
+    setattr(quantizer.context, switch, False)
+    out = quantizer(x)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(out, x) and bool((grad == 1).all())
