@@ -47,25 +47,25 @@ class Squashed(GridKernel):
     unit: bool = False
 
     def grid(self, rows: Tensor, axes: tuple[int, ...], *state: Tensor) -> Grid:
-        """Mid-rise levels up to 1 or to the largest magnitude.
+        """Mid-rise levels up to 1 or to the largest magnitude; the limit is `max|tanh(w)|`.
 
-        The limits are `max|tanh(w)|`, the largest level of steps that are not rescaled, and `max|w|`.
+        With other steps than these it is the second limit where the largest level was.
         """
         largest = rows.abs().amax(axes, keepdim=True).float()
         top = torch.ones_like(largest) if self.unit else largest
-        scale = self.snap_above_zero(2 * top / (self.high - self.low))
-        return Grid(scale, -0.5, (tanh(largest), top, largest))
+        limits = (tanh(largest),) if self.rescale is None else (tanh(largest), top)
+        return Grid(self.snap_above_zero(2 * top / (self.high - self.low)), -0.5, limits)
 
     def codes(self, rows: Tensor, grid: Grid, out: Tensor | None = None) -> Tensor:
         """The nearest level to `tanh(w) / max|tanh(w)|`."""
-        if self.rescale is not None:
+        if len(grid.limits) > 1:
             return super().codes(self.positions(rows, grid), grid, out)
         codes = (self._share(rows, grid) * (self.high - self.low)).round_().add_(self.low)
         return codes if out is None else out.copy_(codes)
 
     def positions(self, rows: Tensor, grid: Grid) -> Tensor:
         """`tanh(w) / max|tanh(w)|` times the largest level."""
-        top = grid.scale * ((self.high - self.low) / 2) if self.rescale is None else grid.limits[1]
+        top = grid.limits[1] if len(grid.limits) > 1 else grid.scale * ((self.high - self.low) / 2)
         return (2 * self._share(rows, grid) - 1) * top
 
     def _share(self, rows: Tensor, grid: Grid) -> Tensor:
@@ -81,7 +81,6 @@ class DorefaWeight(GridQuantizer):
 
     def __init__(self, options: DorefaOptions) -> None:
         super().__init__(options, options.bits)
-        self._largest: Tensor | None = None
 
     def kernel(self) -> GridKernel:
         """`Squashed`; `Sign` for one bit."""
@@ -92,36 +91,7 @@ class DorefaWeight(GridQuantizer):
 
     def surrogate(self, value: Tensor) -> Tensor:
         """The value, with the gradient of `tanh(w) / max|tanh(w)| * top`."""
-        return value if self.bits == 1 else self._squashed(value, self._largest)
-
-    def _sweep(self, rows: Tensor, target: Tensor) -> list[Grid]:
-        """Remember the largest magnitude, which the gradient needs before it reads the weight."""
-        grids = super()._sweep(rows, target)
-        if self.bits > 1 and self.per_tensor:
-            self._largest = grids[0].limits[-1]
-        return grids
-
-    def _squashed(self, value: Tensor, largest: Tensor | None) -> Tensor:
-        """The value, with the gradient of its levels before rounding.
-
-        Args:
-            value: the weight.
-            largest: its largest magnitude, `[1, 1]`; not used where each row has a scale.
-        """
-
-        def gradient(rows: Tensor, grad: Tensor, out: Tensor) -> tuple[()]:
-            unit = self.options.output == "unit"
-            if not self.per_tensor:
-                over_rows(self.context, row_gradient, out, (rows, grad), (unit,))
-                return ()
-            assert largest is not None, "a weight is quantized before its gradient is asked for"
-            dots, peaks = over_rows(self.context, squash_gradient, out, (rows, grad, largest), (unit,)).unbind(1)
-            at = (peaks == largest.view(1)).nonzero().flatten()  # the few rows that hold the largest magnitude
-            held = rows[at].float()
-            out[at] += _of_largest(held, largest, dots.sum().view(1, 1), (held.abs() == largest).sum(), unit)
-            return ()
-
-        return self.with_gradient(value, gradient)
+        return value if self.bits == 1 else self.with_gradient(value, self._gradient)
 
     def full_precision(self, value: Tensor) -> Tensor:
         """`tanh(w) / max|tanh(w)| * top`, which are the levels without rounding; the value itself for one bit."""
@@ -131,21 +101,37 @@ class DorefaWeight(GridQuantizer):
             rows = self.rows_of(value.detach())
             largest = rows.abs().amax(self.axes, keepdim=True).float()
             squashed = tanh(rows.float()) * _steepness(largest, self.options.output == "unit")
-        return straight_through(self._squashed(value, largest), squashed.to(value.dtype).view(value.shape))
+        return straight_through(self.surrogate(value), squashed.to(value.dtype).view(value.shape))
+
+    def _gradient(self, rows: Tensor, grad: Tensor, out: Tensor) -> tuple[()]:
+        unit = self.options.output == "unit"
+        if not self.per_tensor:
+            over_rows(self.context, row_gradient, out, (rows, grad), (unit,))
+            return ()
+        peaks = over_rows(self.context, row_peaks, rows, (rows,))
+        largest = peaks.max().view(1, 1)
+        at = (peaks == largest).flatten().nonzero().flatten()  # the few rows that hold the largest magnitude
+        value, before = rows[at].float(), grad[at].float()
+        dot = over_rows(self.context, squash_gradient, out, (rows, grad, largest), (unit,)).sum(0, keepdim=True)
+        out[at] = _with_largest(value, before, largest, dot, (value.abs() == largest).sum(), unit).to(out.dtype)
+        return ()
 
 
-def _of_largest(value: Tensor, largest: Tensor, dot: Tensor, ties: Tensor, unit: bool) -> Tensor:
-    """What the largest magnitude, which its `ties` elements share, adds to the gradient of rows.
+def _with_largest(value: Tensor, grad: Tensor, largest: Tensor, dot: Tensor, ties: Tensor, unit: bool) -> Tensor:
+    """Gradient of rows with that of the largest magnitude, which its `ties` elements share.
 
     Args:
         value: the weight, float32, `[rows, width]`.
+        grad: gradient of the quantized weight, float32.
         largest: largest magnitude, `[rows, 1]` or `[1, 1]`.
         dot: `sum(grad * tanh(w))` over what shares it, of the same shape.
         ties: how many elements have it.
         unit: True if the largest level is 1.
     """
     at_largest = _slope_at_largest(largest, unit) * dot / ties
-    return torch.where(value.abs() == largest, value.sign() * at_largest, 0.0)
+    squashed = tanh(value)
+    extra = torch.where(value.abs() == largest, value.sign() * at_largest, 0.0)
+    return grad * (_steepness(largest, unit) * (1 - squashed * squashed)) + extra
 
 
 def _slope_at_largest(largest: Tensor, unit: bool) -> Tensor:
@@ -162,8 +148,13 @@ def _steepness(largest: Tensor, unit: bool) -> Tensor:
     return torch.where(largest > 0, top / tanh(largest), 0.0)
 
 
+def row_peaks(out: Tensor, rows: Tensor) -> Tensor:
+    """Largest magnitude of each row, `[rows, 1]`, float32; `out` is left alone."""
+    return rows.abs().amax(1, keepdim=True).float()
+
+
 def squash_gradient(out: Tensor, rows: Tensor, grad: Tensor, largest: Tensor, unit: bool) -> Tensor:
-    """Gradient of rows into `out`, without that of the largest magnitude.
+    """Gradient of rows into `out`, without that of the largest magnitude; returns `sum(grad * tanh(w))` of each row.
 
     Args:
         out: `[rows, width]`, overwritten; may be `grad`.
@@ -172,24 +163,22 @@ def squash_gradient(out: Tensor, rows: Tensor, grad: Tensor, largest: Tensor, un
         largest: largest magnitude of all rows, `[1, 1]`.
         unit: True if the largest level is 1.
 
-    Returns `sum(grad * tanh(w))` and the largest magnitude of each row, `[rows, 2]`, float32.
+    Returns `[rows, 1]`, float32.
     """
     value, slope = rows.float(), grad.float()
     squashed = tanh(value)
-    found = torch.stack([(slope * squashed).sum(1), value.abs().amax(1)], dim=1)
+    dots = (slope * squashed).sum(1, keepdim=True)
     out.copy_(slope * (_steepness(largest, unit) * (1 - squashed * squashed)))  # last: it may be the memory of grad
-    return found
+    return dots
 
 
 def row_gradient(out: Tensor, rows: Tensor, grad: Tensor, unit: bool) -> None:
     """Gradient of rows that each have a scale of their own, into `out`; arguments as in `squash_gradient`."""
     value, slope = rows.float(), grad.float()
     largest = value.abs().amax(1, keepdim=True)
-    squashed = tanh(value)
-    dots = (slope * squashed).sum(1, keepdim=True)
+    dots = (slope * tanh(value)).sum(1, keepdim=True)
     ties = (value.abs() == largest).float().sum(1, keepdim=True)
-    own = slope * (_steepness(largest, unit) * (1 - squashed * squashed))
-    out.copy_(own + _of_largest(value, largest, dots, ties, unit))
+    out.copy_(_with_largest(value, slope, largest, dots, ties, unit))
 
 
 class DorefaActivation(GridActivation):
