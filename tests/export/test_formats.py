@@ -111,11 +111,13 @@ def exporters():
         (PlannedSite("l", "weight", "Linear", 12), "12 bits"),
         (PlannedSite("attn", "probs", "BertAttention", 8, "token", dynamic=True), "attention"),
         (PlannedSite("norm", "output", "LayerNorm", 8, "tensor", dynamic=True), "whose weight is quantized"),
-        (PlannedSite("l", "input", "Linear", 8, "token", dynamic=True, clip=2.5), "narrow or clip"),
+        (PlannedSite("quantized", "input", "Linear", 8, "token", dynamic=True, clip=2.5), "narrow or clip"),
+        (PlannedSite("quantized", "input", "Linear", 8, "token", dynamic=True, narrow=True), "narrow or clip"),
     ],
 )
 def test_check_names_the_site_and_the_way_out(site, word):
-    (reason, *_) = exporters()["compressed-tensors"].check([site, PlannedSite("l", "weight", "Linear", 4)])
+    weight = PlannedSite("quantized", "weight", "Linear", 4)
+    (reason,) = exporters()["compressed-tensors"].check([site, weight])
     assert reason.startswith(site.name)
     assert word in reason
     assert "native" in reason
