@@ -222,7 +222,7 @@ class UniformActivation(CalibratedActivation):
         """Of what gets a gradient."""
         clip = self.options.clip
         if clip is not None:  # at the clip itself there is none
-            end = torch.nextafter(torch.tensor([clip], dtype=value.dtype), torch.zeros(1, dtype=value.dtype))
-            return -end.to(value.device), end.to(value.device)
+            end = torch.nextafter(value.new_full((1,), clip), value.new_zeros(1))
+            return -end, end
         bottom, top = self.codes
         return (bottom - self.zero_point) * self.scale, (top - self.zero_point) * self.scale
