@@ -135,7 +135,7 @@ class QuantizationConfig(Section):
         None, description="quantize weights before training; `qpipe quantize` always does; null: do not"
     )
     compile: Literal["auto", "on", "off"] = Field(
-        "auto", description="quantize uniform weights in compiled code (CPUs), bit for bit the same; auto: in long runs"
+        "auto", description="quantize in compiled code (CPUs), on the same levels bit for bit; auto: in long runs"
     )
 
 

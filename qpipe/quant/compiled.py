@@ -19,10 +19,9 @@ from qpipe.quant.rounding import block_rows
 
 logger = logging.getLogger("qpipe.compile")
 
-WORTHWHILE = 4e10
-"""Quantized elements (weights times optimizer steps) from which `auto` compiles. Compiling saves about 1.5 ns for each,
-and takes about 20 s in every process, or a few where the machine's inductor cache holds the kernel: see
-docs/benchmarks.md."""
+WORTHWHILE = 1e10
+"""Quantized elements of a training from which `auto` compiles. Compiling saves 3 ns and more for each, and takes about
+20 s in every process, or a few where the machine's inductor cache holds the kernels: see docs/benchmarks.md."""
 
 Setting = Literal["auto", "on", "off"]
 
@@ -33,14 +32,13 @@ def compiler() -> str | None:
     return next((found for name in ([named] if named else ["g++", "clang++"]) if (found := shutil.which(name))), None)
 
 
-def use_compiled(setting: Setting, elements: int, steps: int, device: torch.device) -> bool:
-    """Whether to quantize weights in compiled code.
+def use_compiled(setting: Setting, elements: float, device: torch.device) -> bool:
+    """Whether to quantize in compiled code.
 
     Args:
         setting: `quantization.compile`.
-        elements: number of quantized weights.
-        steps: optimizer steps of the run; 0 for a finished run.
-        device: where the weights are. Other devices than CPUs stay eager: their compilers round divisions differently.
+        elements: of weights and activations that this process quantizes from here on.
+        device: where they are. Other devices than CPUs stay eager: their compilers round divisions differently.
 
     Raises:
         ConfigError: `on` where it is not possible.
@@ -53,14 +51,14 @@ def use_compiled(setting: Setting, elements: int, steps: int, device: torch.devi
                 f"quantization.compile: on works on CPUs only, and this run is on {device}; set auto or off"
             )
         return False
-    if setting == "auto" and elements * steps < WORTHWHILE:
+    if setting == "auto" and elements < WORTHWHILE:
         return False
     if compiler() is None:
         if setting == "on":
             raise ConfigError("quantization.compile: on needs a C++ compiler (g++, clang++ or $CXX); install one")
-        logger.warning("no C++ compiler (g++, clang++ or $CXX): weights are quantized in eager mode, which is slower")
+        logger.warning("no C++ compiler (g++, clang++ or $CXX): quantization runs in eager mode, which is slower")
         return False
-    logger.info("quantizing weights in compiled code (quantization.compile: %s); the first step takes longer", setting)
+    logger.info("quantizing in compiled code (quantization.compile: %s); the first step takes longer", setting)
     return True
 
 

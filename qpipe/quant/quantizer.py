@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,18 @@ from qpipe.quant.estimators import ESTIMATORS
 from qpipe.quant.rounding import snap_scale
 from qpipe.quant.tensor import QTensor
 from qpipe.types import RangeEstimatorKind
+
+
+class Visit(NamedTuple):
+    """What a quantizer met while `QuantContext.visited` was there.
+
+    Attributes:
+        changed: True if it changed a value.
+        elements: in all values together.
+    """
+
+    changed: bool = False
+    elements: int = 0
 
 
 @dataclass
@@ -42,7 +54,7 @@ class QuantContext:
         estimators: range estimators on offer, by name.
         calibration_batch: number of the calibration batch under way.
         kept: tokens that calibration counts, `[batch, tokens]`, true where there is no padding; None counts all.
-        visited: by name of the sites whose quantizer has run, whether it changed its value; None while nobody asks.
+        visited: by name of the sites whose quantizer has run, what it met; None while nobody asks.
     """
 
     enabled: bool = True
@@ -63,7 +75,7 @@ class QuantContext:
     estimators: Mapping[str, RangeEstimatorKind] = field(default_factory=lambda: ESTIMATORS)
     calibration_batch: int = 0
     kept: Tensor | None = None
-    visited: dict[str, bool] | None = None
+    visited: dict[str, Visit] | None = None
 
     def weights_changed(self) -> None:
         """Forget the quantized weights: call after every change of a parameter."""
@@ -250,8 +262,9 @@ class Quantizer(nn.Module):
         with torch.no_grad():
             quantized = quantize(value.detach())
         if self.context.visited is not None:
-            before = self.context.visited.get(self.site, False)
-            self.context.visited[self.site] = before or not torch.equal(quantized, self.master(value))
+            before = self.context.visited.get(self.site, Visit())
+            changed = before.changed or not torch.equal(quantized, self.master(value))
+            self.context.visited[self.site] = Visit(changed, before.elements + value.numel())
         if not torch.is_grad_enabled():
             return quantized
         result = straight_through(self.surrogate(value), quantized)

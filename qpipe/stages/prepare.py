@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -101,9 +100,8 @@ def insert_quantizers(run: Run, trained: Mapping[str, Tensor] | None = None) -> 
     run.instruments.context.scale_dtype = run.engine.dtype if name == "auto" else SCALE_DTYPES[name]
     run.instruments.context.noise = run.config.quantization.noise
     run.instruments.context.seed = run.config.seed
-    weights = [math.prod(entry.site.shape) for entry in run.plan.sites.values() if entry.site.slot == "weight"]
-    setting = run.config.quantization.compile
-    run.instruments.context.compiled = use_compiled(setting, sum(weights), run.total_steps, run.engine.device)
+    # `auto` waits for the self-check, which tells how much a step quantizes.
+    run.instruments.context.compiled = use_compiled(run.config.quantization.compile, 0, run.engine.device)
     kinds = run.host.collect("qpipe_quantizers")
     for entry in run.plan.sites.values():
         quantizer = kinds[entry.quantizer].build(entry.options)

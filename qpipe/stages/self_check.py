@@ -1,13 +1,19 @@
-"""Self-check: before training, prove on every rank that quantization takes part in the forward pass."""
+"""Self-check: before training, prove on every rank that quantization takes part in the forward pass.
+
+What that pass quantizes also tells whether compiling is worth its time.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from qpipe.errors import TrainingError
+from qpipe.quant.compiled import use_compiled
+from qpipe.quant.quantizer import Visit
 from qpipe.run import Run
 from qpipe.stages.calibrate import calibration_batches, inference, inputs_of
 
@@ -15,7 +21,7 @@ logger = logging.getLogger("qpipe.stages")
 
 
 def self_check(run: Run) -> None:
-    """Run one batch with and without quantizers.
+    """Run one batch with and without quantizers, and decide `quantization.compile: auto`.
 
     Raises:
         TrainingError: a planned site never ran, or quantization changes no output on some rank (unless the
@@ -36,8 +42,8 @@ def self_check(run: Run) -> None:
             context.enabled = True
     idle = sorted(set(run.plan.sites) - visited.keys())
     changed = float((quantized.float() - plain.float()).abs().max())
-    found = run.engine.gather_objects((changed, idle))
-    for rank, (difference, unused) in enumerate(found):
+    found = run.engine.gather_objects((changed, idle, quantized_elements(run, visited)))
+    for rank, (difference, unused, _) in enumerate(found):
         if unused:
             raise TrainingError(
                 f"rank {rank}: {len(unused)} planned sites never ran in the forward pass, such as {unused[0]}; "
@@ -48,7 +54,7 @@ def self_check(run: Run) -> None:
                 f"rank {rank}: quantization does not change the model's output, so training would quantize nothing; "
                 "check that rules reach weights that matter (`qpipe inspect plan`)"
             )
-    unchanged = sorted(site for site, changes in visited.items() if not changes)
+    unchanged = sorted(site for site, visit in visited.items() if not visit.changed)
     if unchanged and not rounded_before(run):
         logger.warning(
             "%d of %d quantizers leave their values as they are, such as %s: values on the lattice already, or a "
@@ -57,7 +63,22 @@ def self_check(run: Run) -> None:
             len(visited),
             unchanged[0],
         )
-    run.results["self_check"] = {"max_logit_change": [difference for difference, _ in found]}
+    run.results["self_check"] = {"max_logit_change": [difference for difference, _, _ in found]}
+    if not context.compiled:
+        elements = max(count for _, _, count in found)  # the same decision on all ranks
+        context.compiled = use_compiled(run.config.quantization.compile, elements, run.engine.device)
+
+
+def quantized_elements(run: Run, visited: Mapping[str, Visit]) -> int:
+    """How many elements this process quantizes in the whole training: weights in each step, activations in each pass.
+
+    Args:
+        run: with its engine.
+        visited: what quantizers met in the forward pass of one micro-batch.
+    """
+    passes = dict.fromkeys(run.plan.sites, run.config.train.accumulation)
+    passes |= {name: 1 for name, entry in run.plan.sites.items() if entry.site.slot == "weight"}
+    return run.total_steps * sum(passes[name] * visit.elements for name, visit in visited.items())
 
 
 def rounded_before(run: Run) -> bool:

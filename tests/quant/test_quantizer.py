@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qpipe import QTensor, Quantizer, straight_through
-from qpipe.quant.quantizer import QuantContext
+from qpipe.quant.quantizer import QuantContext, Visit
 
 
 class Halves(Quantizer):
@@ -99,8 +99,10 @@ def test_visited_sites_are_noted_when_asked_for():
     quantizer = attached(site="m:input")
     quantizer(torch.tensor([0.3]))
     quantizer.context.visited = {}
-    quantizer(torch.tensor([0.3]))
-    assert quantizer.context.visited == {"m:input": True}
+    quantizer(torch.tensor([0.0]))
+    assert quantizer.context.visited == {"m:input": Visit(changed=False, elements=1)}
+    quantizer(torch.tensor([0.3, 0.4]))
+    assert quantizer.context.visited == {"m:input": Visit(changed=True, elements=3)}
 
 
 def test_snap_rounds_and_replaces_zero():

@@ -6,7 +6,9 @@ import torch
 import qpipe
 from qpipe import Options, Plugin, QTensor, Quantizer, QuantizerKind, TrainingError, hookimpl
 from qpipe.builtin.models import Models
+from qpipe.quant import compiled
 from qpipe.stages import checkpoint
+from qpipe.stages.self_check import self_check
 from qpipe.testing import tiny_config
 
 
@@ -106,3 +108,20 @@ def test_without_a_plan_there_is_nothing_to_prove(tmp_path, fast):
     run = qpipe.execute(tiny_config(tmp_path, quantization__preset=None, train__max_steps=1))
     assert "self_check" not in run.results and not (run.out / "export").exists()
     assert (run.out / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("less", [0, 1])
+def test_compiling_pays_from_as_many_elements_as_a_training_quantizes(less, tmp_path, assembled, monkeypatch):
+    """32 x 32 weights once a step, their inputs [4, tokens, 32] in each of two passes; 7 steps."""
+    site = "bert.encoder.layer.0.attention.self.query"
+    chosen = [
+        {"site": f"{site}:weight", "options": {"bits": 4}},
+        {"site": f"{site}:input", "quantizer": "uniform-activation"},
+    ]
+    settings = {"train__batch_size": 8, "train__accumulation": 2, "train__max_steps": 7}
+    run = assembled(tiny_config(tmp_path, **rules(*chosen), **settings))
+    tokens = run.data.collate([run.data.train[i] for i in range(4)])["input_ids"].shape[1]
+    monkeypatch.setattr(compiled, "compiler", lambda: "/usr/bin/g++")
+    monkeypatch.setattr(compiled, "WORTHWHILE", 7 * (32 * 32 + 2 * 4 * tokens * 32) + less)
+    self_check(run)
+    assert run.instruments.context.compiled == (less == 0)
