@@ -121,6 +121,8 @@ def _stem(model: Any, found: ModelMap, names: BlockNames) -> Sites | None:
         sums = (*(f"{table}:sum" for table in found.embeddings[1:-1]), f"{norm}:input")
         return {"embedding_sum": sums, "embedding_output": (f"{norm}:output",)}
     if len(found.embeddings) == 1:
+        if type(model.get_submodule(found.embeddings[0])) is not nn.Embedding:
+            return None  # such as Gemma's, which scales what it looks up, and hosts nothing
         return {"embedding_output": (f"{found.embeddings[0]}:output",)}
     patches = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
     parts = [n for n, m in model.named_modules() if patches and hasattr(m, "patch_embeddings")]

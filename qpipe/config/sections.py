@@ -138,6 +138,16 @@ class QuantizationConfig(Section):
         "auto", description="quantize in compiled code (CPUs), on the same levels bit for bit; auto: in long runs"
     )
 
+    @field_validator("calibration_batches", mode="before")
+    @classmethod
+    def _some_batches(cls, value: Any) -> Any:
+        if value == 0:
+            raise ValueError(
+                "ranges that calibration sets need data: give 1 or more, not 0 (dynamic ones need none, and "
+                "ask for none)"
+            )
+        return value
+
 
 class TrainConfig(Section):
     """The loop."""

@@ -180,8 +180,8 @@ def _read_file(path: Path) -> datasets.Dataset:
         with quiet():
             loaded = datasets.load_dataset(builder, data_files=str(path.resolve()), split="train", **options)
     except Exception as error:  # readers raise whatever their parsers raise
-        if "corresponds to no data" in str(error):  # a header without rows
-            raise DataError(f"{str(path)!r} is empty: it has no rows") from error
+        if path.stat().st_size == 0 or "corresponds to no data" in str(error):  # or a header without rows
+            raise DataError(f"{str(path)!r} is empty: it has no rows; give a file with examples") from error
         reason = error.__cause__ or error
         raise DataError(f"{str(path)!r} cannot be read as {builder}: {type(reason).__name__}: {reason}") from error
     assert isinstance(loaded, datasets.Dataset)

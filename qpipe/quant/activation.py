@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Literal
 
 import torch
@@ -17,8 +16,6 @@ from qpipe.quant.fused import Clipped
 from qpipe.quant.observed import Observed
 from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.tensor import code_range
-
-logger = logging.getLogger("qpipe.quant")
 
 NO_ZERO = 1e-8
 """Added to narrow asymmetric ranges by the reference, so that those of one value have a scale."""
@@ -120,13 +117,7 @@ class UniformActivation(CalibratedActivation):
         Raises:
             TrainingError: nothing was seen, or nothing but one value, or the estimator found no range.
         """
-        # One vector of one logit is a single value too, and 0 to that value a range.
-        if seen.count != 1 or seen.low == 0:
-            seen.require_range(self.site)
-        else:
-            logger.warning(
-                "%s: one value, %g, is all that calibration saw, and its range ends there", self.site, seen.low
-            )
+        seen.require_range(self.site)
         low, high = self.range_of(seen)
         self.low.fill_(low)
         self.high.fill_(high)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ from qpipe.errors import TrainingError
 
 if TYPE_CHECKING:
     from qpipe.quant.estimators import RangeEstimator
+
+logger = logging.getLogger("qpipe.quant")
 
 
 @dataclass
@@ -52,7 +55,11 @@ class Observed:
         x = x.detach().float()
         low, high = (float(v) for v in torch.aminmax(x))
         if not math.isfinite(high - low):
-            raise TrainingError(f"calibration met a non-finite value at {site}")
+            met = "NaN" if math.isnan(low) else "infinity"  # aminmax passes NaN on
+            raise TrainingError(
+                f"calibration met {met} at {site} in batch {self.batch + 1}; ranges need finite values: check the "
+                "model's weights and that batch, or leave the site out with quantizer: none"
+            )
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.magnitudes += float(x.abs().sum(dtype=torch.float64))
         self.negative += int((x < 0).sum())
@@ -71,14 +78,18 @@ class Observed:
         return max(abs(self.low), abs(self.high))
 
     def require_range(self, site: str) -> None:
-        """Refuse to make a range of nothing, or of a single value.
+        """Refuse to make a range of nothing, or of values that are all the same.
+
+        One value, such as the logit of one example, is all that a site can show; 0 to that value is its range.
 
         Raises:
             TrainingError: as said.
         """
         if self.count == 0:
             raise TrainingError(f"{site} saw no data in calibration; does the forward pass run this module?")
-        if self.low == self.high:
+        if self.count == 1 and self.low != 0:
+            logger.warning("%s: one value, %g, is all that calibration saw, and its range ends there", site, self.low)
+        elif self.low == self.high:
             raise TrainingError(
                 f"{site} saw nothing but the value {self.low:g} in calibration, which makes no range; leave it out "
                 "with quantizer: none"

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from qpipe.errors import SiteError, suggest
 from qpipe.host import describe
 from qpipe.model.roles import ROLES
+from qpipe.quant.precedence import Selections
 from qpipe.quant.tensor import QTensor
 from qpipe.types import Json, ModelMap, QuantizerKind, Rule, Site
 
@@ -44,14 +45,20 @@ class PlannedSite:
 
 @dataclass(frozen=True)
 class Plan:
-    """The planned sites by name, in model order."""
+    """The planned sites by name, in model order.
+
+    Attributes:
+        sites: by name.
+        lost: in words, exceptions of an earlier source that a later one's general rule has undone.
+    """
 
     sites: Mapping[str, PlannedSite]
+    lost: tuple[str, ...] = ()
 
     def measured(self, name: str, tensor: QTensor, zero_point: str) -> Plan:
         """The plan with bits and granularity of a weight taken from its lattice."""
         entry = replace(self.sites[name], bits=tensor.bits, granularity=tensor.granularity, zero_point=zero_point)
-        return Plan({**self.sites, name: entry})
+        return replace(self, sites={**self.sites, name: entry})
 
     def to_json(self) -> Json:
         """A list of plain mappings, as written to `plan.json`."""
@@ -158,24 +165,6 @@ def validated(rule: Rule, source: str, kinds: Mapping[str, QuantizerKind]) -> Ba
         raise SiteError(f"rule {rule.site!r} of {source}: {describe(error, model)}") from error
 
 
-def decided(source: str, found: list[Site], earlier: dict[tuple[str, str], list[frozenset[Site]]]) -> set[Site]:
-    """Of the sites that a rule selects, those that no earlier and more specific rule of its source selects too.
-
-    Args:
-        source: who contributed the rule.
-        found: the sites.
-        earlier: by source and name of a site, the sites of each rule that selected it; this rule is added.
-    """
-    selected = frozenset(found)
-    deciding = set()
-    for site in found:
-        others = earlier.setdefault((source, site.name), [])
-        if not any(other < selected for other in others):
-            deciding.add(site)
-        others.append(selected)
-    return deciding
-
-
 def make_plan(
     sites: Sequence[Site],
     rules: Iterable[tuple[str, Rule]],
@@ -199,10 +188,10 @@ def make_plan(
             it cannot work.
     """
     chosen: dict[str, PlannedSite] = {}
-    earlier: dict[tuple[str, str], list[frozenset[Site]]] = {}
+    selections = Selections()
     for source, rule in rules:
         found = matches(rule, sites, model_map)
-        deciding = decided(source, found, earlier)
+        deciding = selections.decided(source, rule.site, found)
         if rule.quantizer == NONE:
             for site in deciding:
                 chosen.pop(site.name, None)
@@ -230,4 +219,4 @@ def make_plan(
                     granularity=getattr(options, "granularity", None),
                     zero_point="none" if getattr(options, "symmetric", True) else "integer",
                 )
-    return Plan({site.name: chosen[site.name] for site in sites if site.name in chosen})
+    return Plan({site.name: chosen[site.name] for site in sites if site.name in chosen}, tuple(selections.lost))

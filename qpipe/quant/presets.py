@@ -21,8 +21,9 @@ INPUTS = tuple(
     Rule(f"{{block}}.*:{slot}", "uniform-activation", {"bits": 8, "granularity": "tensor"})
     for slot in ("input", "query", "key", "value", "probs")
 )
-"""Operands of the products in the blocks. Zhang et al. (EMNLP 2020, arXiv:2009.12812), whose code quantizes the
-probabilities after dropout, clips at 2.5 and has the pooler's input too."""
+"""Operands of the products in the blocks: the scheme of Zhang et al. (EMNLP 2020, arXiv:2009.12812)."""
+CLIPPED = tuple(replace(rule, options={**rule.options, "narrow": True, "clip": 2.5}) for rule in INPUTS)
+"""The same with the ranges of their code. It also quantizes the pooler's input, and the probabilities after dropout."""
 OUTPUTS = Rule(
     "{outputs}",
     "uniform-activation",
@@ -51,6 +52,7 @@ PRESETS: dict[str, tuple[Rule, ...]] = {
     **{f"w{bits}a8": (*_weights(bits), ACTIVATIONS) for bits in (8, 4, 3, 2)},
     "a8": (EMBEDDING, ACTIVATIONS),
     "a8-inputs": INPUTS,
+    "a8-inputs-clipped": CLIPPED,
     "w8a8-inputs": (*_weights(8), *INPUTS),
     "a8-outputs": (OUTPUTS,),
     "w8a8-outputs": W8A8,
@@ -62,12 +64,12 @@ PRESETS: dict[str, tuple[Rule, ...]] = {
 blocks, range per token; `a8`: without block weights, for plugins that bring their own. Where a model has no such
 embedding, as those of images, the presets leave it out.
 
-`-inputs`: 8-bit operands of every product in the blocks, symmetric, range of each batch per tensor. `-outputs`: 8 bits
-for what every operation in the model returns, asymmetric, calibrated range per tensor; `w8a8-outputs` also has every
-weight, those of normalisations included, symmetric per tensor, as the paper does. The
-`-mixed` ones are `w8a8-outputs` with 16 bits for some activations: `w8a8-mixed-sum` for the sum after the feed-forward
-network; `w8a8-mixed-ffn` also for its input and output; `w8a8-mixed` also for the logits, whose range has the least
-squared error."""
+`-inputs`: 8-bit operands of every product in the blocks, symmetric, range of each batch per tensor; `-clipped`: of
+values cut at 2.5, with as many levels below 0 as above. `-outputs`: 8 bits for what every operation in the model
+returns, asymmetric, calibrated range per tensor; `w8a8-outputs` also has every weight, those of normalisations
+included, symmetric per tensor, as the paper does. The `-mixed` ones are `w8a8-outputs` with 16 bits for some
+activations: `w8a8-mixed-sum` for the sum after the feed-forward network; `w8a8-mixed-ffn` also for input and output;
+`w8a8-mixed` also for the logits, whose range has the least squared error."""
 
 
 def preset_rules(name: str | None, model_map: ModelMap | None = None) -> tuple[Rule, ...]:

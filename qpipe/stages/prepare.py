@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,8 @@ from qpipe.stages.recomputing import recompute
 from qpipe.stages.teaching import hold_teacher
 from qpipe.types import Exporter, Rule, Site
 
+logger = logging.getLogger("qpipe.stages")
+
 SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -50,6 +54,8 @@ def plan(run: Run) -> None:
         rules = [(source, with_fixed_grid(rule, fixed)) for source, rule in rules]
     kinds = run.host.collect("qpipe_quantizers")
     run.plan = without_repeats(run.student, make_plan(sites, rules, kinds, run.instruments.map))
+    for lost in run.plan.lost if run.engine.rank == 0 else ():
+        logger.warning(lost)
     run.instruments.context.estimators = run.host.collect("qpipe_range_estimators")
     for name, entry in run.plan.sites.items():
         wanted: tuple[str, dict[str, object]] | None = getattr(entry.options, "estimator", None)
@@ -86,7 +92,7 @@ def without_repeats(model: nn.Module, made: Plan) -> Plan:
         if (first.quantizer, first.options) != (entry.quantizer, entry.options):
             raise SiteError(f"{name} and {other} are one tied parameter; exclude one of them with quantizer: none")
         repeated.add(name)
-    return Plan({name: entry for name, entry in made.sites.items() if name not in repeated})
+    return replace(made, sites={name: entry for name, entry in made.sites.items() if name not in repeated})
 
 
 def insert_quantizers(run: Run, trained: Mapping[str, Tensor] | None = None) -> None:

@@ -85,6 +85,18 @@ def test_the_plan_counts_activations_by_role(cli, tmp_path, blocks, activations)
     assert ["ffn_sum", f"{blocks}"] in lines and ["logits", "1"] in lines and ["weight", f"{weights}"] not in lines
 
 
+@pytest.mark.parametrize(("preset", "wide"), [("w8a8-mixed-sum", 12), ("w8a8-mixed-ffn", 36), ("w8a8-mixed", 37)])
+def test_presets_of_mixed_precision_at_the_depth_of_bert_base(cli, tmp_path, preset, wide):
+    from qpipe.config import dump
+    from qpipe.testing import tiny_config, tiny_model
+
+    path = tmp_path / "tiny.yaml"
+    path.write_text(dump(tiny_config(tmp_path, quantization__preset=preset, export__format="native")))
+    model = f"model.name={tiny_model(tmp_path / 'deep', num_hidden_layers=12)}"
+    rows = [r for r in json.loads(cli("inspect", "plan", path, "--json", "--set", model).out) if r["role"] != "weight"]
+    assert [row["bits"] for row in rows].count(16) == wide and [row["bits"] for row in rows].count(8) == 161 - wide
+
+
 def test_evaluate_and_export(cli, stages, tmp_path):
     assert cli("evaluate", tmp_path).out.split() == ["METRIC", "VALUE", "accuracy", "0.875"]
     assert json.loads(cli("evaluate", tmp_path, "--json").out) == {"accuracy": 0.875}

@@ -283,6 +283,13 @@ def test_damaged_file(load: Load, tmp_path: Path) -> None:
         load("classification", train=str(tmp_path / "t.parquet"))
 
 
+@pytest.mark.parametrize("name", ["train.csv", "train.jsonl", "train.txt", "train.parquet"])
+def test_empty_file(load: Load, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match="is empty: it has no rows; give a file with examples"):
+        load("classification", train=str(tmp_path / name))
+
+
 def test_no_data_named(load: Load) -> None:
     with pytest.raises(ConfigError, match=r"set data.train"):
         load("classification")

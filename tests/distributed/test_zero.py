@@ -18,8 +18,13 @@ STATIC = {
 }
 """Ranges that are calibrated, so that calibration on several processes is compared too."""
 ESTIMATED = [
-    {**STATIC, "site": f"{{block[{block}]}}.{dense}:input", "options": {**STATIC["options"], "range": name}}
-    for (block, dense), name in {(0, "output.dense"): "running", (1, "output.dense"): "mse-golden"}.items()
+    {**STATIC, "site": site, "options": {**STATIC["options"], "range": name}}
+    for site, name in {
+        "{block[0]}.attention.output.dense:input": "current",
+        "{block[0]}.output.dense:input": "running",
+        "{block[1]}.output.dense:input": "mse-golden",
+        "{logits}": "cross-entropy",
+    }.items()
 ]
 """The same with estimators whose result depends on the order of batches, and on all values."""
 LEARNED = {"site": "{block}.*query:input", "quantizer": "lsq+-activation", "options": {"bits": 4, "init": "percentile"}}
@@ -43,6 +48,7 @@ def traces(tmp_path_factory):
         teacher__name=str(folder / "teacher"),
         quantization__preset="a8",
         quantization__rules=[STATIC, *ESTIMATED, LEARNED],
+        export__format="native",
         train__accumulation=2,
         train__max_steps=4,
         train__learning_rate=1e-12,  # so that every phase is compared on equal weights
@@ -93,7 +99,9 @@ def test_gradients_and_codes_equal_one_process(traces, case):
     assert sum(key.startswith("gradient/0/") for key in one) > 30
     assert any(key.startswith("codes/") for key in one)
     compare(one, two)
-    assert sum(key.startswith("ranges/") for key in one) == 4 * 4, "low, high, scale and zero point of four inputs"
+    assert sum(key.startswith("ranges/") for key in one) == 5 * 4, (
+        "low, high, scale, zero point of four inputs and logits"
+    )
     assert sum(key.startswith("learned/") for key in one) == 2 * 2, "step and offset of two inputs"
     for key in one:
         assert not key.startswith("codes/") or bool((one[key] == two[key]).all()), key

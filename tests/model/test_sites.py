@@ -104,6 +104,32 @@ def test_all_161_quantizers_of_bert_base_run(instrumented):
     assert roles == around | dict.fromkeys(per_block, 12) and roles.keys() <= ROLES.keys()
 
 
+PER_BLOCK = {"query", "key", "value", "scores", "probs", "context", "attention_output", "attention_sum"}
+PER_BLOCK |= {"ffn_input", "ffn_activation", "ffn_output", "ffn_sum"}
+GATED = {"ffn_up", "ffn_product"}
+EMBEDDED = {"embedding_sum", "embedding_output"}
+ROLES_OF = {
+    "bert": PER_BLOCK | EMBEDDED | {"block_output", "pooler", "logits"},
+    "distilbert": PER_BLOCK | EMBEDDED | {"block_output", "pooler", "logits"},
+    "vit": PER_BLOCK | {"patch_embedding", "embedding_sum", "attention_input", "final_output", "logits"},
+    "llama": PER_BLOCK | GATED | {"embedding_output", "attention_input", "final_output", "logits"},
+}
+ROLES_OF |= {"roberta": ROLES_OF["bert"], "ernie": ROLES_OF["bert"], "qwen3": ROLES_OF["llama"]}
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_every_family_has_the_roles_of_its_kind(family, family_model, instrumented):
+    assert instrumented(family_model(family)).map.sites.keys() == ROLES_OF[family]
+
+
+def test_a_model_whose_embedding_hosts_nothing_has_no_roles(instrumented):
+    """Gemma scales what it looks up, in a class of its own; its weights can be quantized all the same."""
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    config = hf.GemmaConfig(vocab_size=20, hidden_size=16, intermediate_size=32, pad_token_id=0, **sizes)
+    found = instrumented(hf.GemmaForSequenceClassification(config))
+    assert not found.map.sites and "model.layers.0.mlp.up_proj:weight" in found.sites
+
+
 @pytest.mark.parametrize("preset", ["a8-inputs", "a8-outputs"])
 @pytest.mark.parametrize("family", TRANSFORMERS)
 def test_every_planned_quantizer_runs(family, preset, family_model, instrumented, batch_of):

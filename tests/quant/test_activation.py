@@ -152,11 +152,11 @@ def test_calibration_refuses_a_constant(caplog):
     assert "m:input: one value, 3, is all that calibration saw" in caplog.text
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_calibration_refuses_non_finite_values(value):
+@pytest.mark.parametrize(("value", "name"), [(torch.nan, "NaN"), (-torch.inf, "infinity")])
+def test_calibration_refuses_non_finite_values(value, name):
     quantizer = make(dynamic=False, granularity="tensor")
     quantizer.observing = quantizer.observer()
-    with pytest.raises(TrainingError, match="non-finite value at m:input"):
+    with pytest.raises(TrainingError, match=f"calibration met {name} at m:input in batch 1; ranges need finite"):
         quantizer(torch.tensor([1.0, value]))
 
 

@@ -52,6 +52,12 @@ def gradients(quantizer, case):
     return out.detach(), *torch.autograd.grad(out, (x, *quantizer.parameters()), UNIFORM.tensor(case, "g"))
 
 
+def test_one_logit_of_one_example_is_a_range_from_0(caplog):
+    quantizer = calibrated(make(), torch.tensor([[3.0]]))
+    assert "m:output: one value, 3, is all that calibration saw" in caplog.text
+    assert quantizer.step().item() == pytest.approx(3 / 255) and quantizer(torch.tensor([3.0])).item() == 3
+
+
 def compare(case, found, name):
     expected = UNIFORM.tensor(case, name)
     torch.testing.assert_close(found.view(expected.shape), expected, rtol=1e-4, atol=1e-5)

@@ -371,9 +371,9 @@ def test_one_vector_per_sequence_counts_whole():
     assert seen.count == 9
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_calibration_refuses_non_finite_values(value):
-    with pytest.raises(TrainingError, match="non-finite value at m:input"):
+@pytest.mark.parametrize(("value", "name"), [(torch.nan, "NaN"), (-torch.inf, "infinity")])
+def test_calibration_refuses_non_finite_values(value, name):
+    with pytest.raises(TrainingError, match=f"calibration met {name} at m:input in batch 1; ranges need finite"):
         make("lsq", torch.tensor([1.0, value]))
 
 
@@ -382,8 +382,18 @@ def test_calibration_refuses_what_makes_no_range():
         make("lsq").calibrated(Observed())
     with pytest.raises(TrainingError, match="m:input saw nothing but the value 3 in calibration.*quantizer: none"):
         make("lsq+", torch.full((2, 3), 3.0))
+    with pytest.raises(TrainingError, match="m:input: init 'min-max' found nothing but 3, which is no range"):
+        make("lsq+", torch.tensor([[3.0]]))
     with pytest.raises(TrainingError, match="m:input saw no positive value in calibration"):
         make("pact", -activation().abs())
+
+
+@pytest.mark.parametrize("kind", ["lsq", "pact"])
+def test_one_logit_of_one_example_is_a_range_from_0(caplog, kind):
+    with caplog.at_level(logging.WARNING):
+        quantizer = make(kind, torch.tensor([[3.0]]), **({} if kind == "pact" else {"init": "min-max"}))
+    assert "m:input: one value, 3, is all that calibration saw" in caplog.text
+    assert quantizer(torch.tensor([3.0])).item() == pytest.approx(3, rel=0.01)
 
 
 @pytest.mark.parametrize(("kind", "options"), [("lsq", {"signed": False}), ("pact", {})])

@@ -283,6 +283,21 @@ def test_a_specific_rule_wins_over_a_later_general_one_of_its_source():
     assert list(widths(specific, replace(general, quantizer="none"))) == ["enc.0.q:weight"]
 
 
+def test_exceptions_that_a_later_source_undoes_are_told():
+    """A rule of the configuration for all outputs also takes those to which the preset gives 16 bits."""
+    wide = {"bits": 8, "granularity": "tensor", "dynamic": False, "range": "running"}
+    own = Rule("{outputs}", "uniform-activation", wide)
+    preset = [("preset", rule) for rule in preset_rules("w8a8-mixed-sum")]
+    made = make_plan(WITHIN, [*preset, ("configuration", own)], KINDS, MAP)
+    (told,) = made.lost
+    assert told.startswith("rule '{outputs}' of configuration also selects 2 site(s) that preset treats apart")
+    assert all(entry.bits == 8 for entry in made.sites.values())
+    for kept in (replace(own, site="{ffn_sum}"), replace(own, site="{ffn_sum[0]}")):
+        assert make_plan(WITHIN, [*preset, ("configuration", kept)], KINDS, MAP).lost == ()
+    plain = [("preset", rule) for rule in preset_rules("w8a8-outputs")]
+    assert make_plan(WITHIN, [*plain, ("configuration", own)], KINDS, MAP).lost == ()
+
+
 def test_unknown_preset_suggests_the_nearest():
     with pytest.raises(ConfigError, match="'w4a4' is unknown; did you mean 'w4a?8?'.*available: a8, a8-inputs"):
         preset_rules("w4a4")

@@ -6,7 +6,17 @@ import pytest
 import torch
 
 import qpipe
-from qpipe import DataError, FormatError, Options, Plugin, RangeEstimator, RangeEstimatorKind, SiteError, hookimpl
+from qpipe import (
+    ConfigError,
+    DataError,
+    FormatError,
+    Options,
+    Plugin,
+    RangeEstimator,
+    RangeEstimatorKind,
+    SiteError,
+    hookimpl,
+)
 from qpipe.host import load_plugins
 from qpipe.stages.calibrate import calibrate, inputs_of, observed_batches
 from qpipe.stages.execute import assemble
@@ -156,6 +166,12 @@ def test_no_calibration_data(tmp_path):
         DataError, match="calibration_batch_size is 100000, and there are .* training examples; lower it"
     ):
         calibrated(config(tmp_path, rule(QUERY), quantization__calibration_batch_size=100_000))
+
+
+def test_no_calibration_batches(tmp_path):
+    told = "quantization.calibration_batches: ranges that calibration sets need data: give 1 or more"
+    with pytest.raises(ConfigError, match=told):
+        config(tmp_path, rule(QUERY), quantization__calibration_batches=0)
 
 
 def test_fewer_batches_than_asked_for_are_reported(tmp_path, caplog):

@@ -41,9 +41,11 @@ def values(run):
     return {f"{s}/{n}": float(p.detach()) for s, q in quantizers(run).items() for n, p in q.named_parameters()}
 
 
-def test_first_ranges_come_from_real_tokens_before_the_engine_wraps(tmp_path, assembled):
-    """Computed again with hooks on the same model: weights quantized, activations not, padding left out."""
-    run = assembled(config(tmp_path, quantization__calibration_batches=3))
+@pytest.mark.parametrize("padding", [False, True])
+def test_first_ranges_come_from_real_tokens_before_the_engine_wraps(tmp_path, assembled, padding):
+    """Computed again with hooks on the same model: weights quantized, activations not, padding left out or not."""
+    settings = {"quantization__calibration_batches": 3, "quantization__calibration_padding": padding}
+    run = assembled(config(tmp_path, **settings))
     sites = quantizers(run)
     seen = {site: [] for site in sites}
 
@@ -55,6 +57,7 @@ def test_first_ranges_come_from_real_tokens_before_the_engine_wraps(tmp_path, as
         for _, batch in observed_batches(run, 3):
             mask = batch["attention_mask"].bool()
             padded += int((~mask).sum())
+            mask = mask | padding
             modules = {site: run.student.get_submodule(site.removesuffix(":input")) for site in sites}
             handles = [m.register_forward_pre_hook(keep(site, mask)) for site, m in modules.items()]
             run.student.eval()(**inputs_of(batch))

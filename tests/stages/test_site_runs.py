@@ -87,17 +87,16 @@ def test_a_format_without_room_for_sums_says_so(tmp_path):
 
 def test_narrow_ranges_of_cut_values_reach_the_export(tmp_path):
     """The activations of TernaryBERT's code, verified as trained; where they do not fit, that is said first."""
-    options = {"bits": 8, "granularity": "tensor", "narrow": True, "clip": 2.5}
-    rules = [
-        {"site": "{block}.*:weight", "quantizer": "uniform", "options": {"bits": 4}},
-        {"site": "{block}.*:input", "quantizer": "uniform-activation", "options": options},
+    preset = {"quantization__preset": "a8-inputs-clipped"}
+    rules = [{"site": "{block}.*:weight", "quantizer": "uniform", "options": {"bits": 4}}]
+    inputs = [
+        *rules,
+        *({"site": f"{{block}}.*:{slot}", "quantizer": "none"} for slot in ("query", "key", "value", "probs")),
     ]
-    config = tiny_config(tmp_path, quantization__preset=None, quantization__rules=rules)
+    config = tiny_config(tmp_path, **preset, quantization__rules=inputs)
     with pytest.raises(FormatError, match=r"'compressed-tensors' cannot hold this plan: .*narrow or clip do not fit"):
         plan_run(config)
-    run = qpipe.execute(
-        tiny_config(tmp_path, quantization__preset=None, quantization__rules=rules, export__format="native")
-    )
+    run = qpipe.execute(tiny_config(tmp_path, **preset, quantization__rules=rules, export__format="native"))
     assert run.results["verified"] and evaluate_run(run.out) == run.results["evaluation"]
     layout = json.loads((run.out / "export" / "quantization.json").read_text())
     assert {(site["narrow"], site["clip"]) for site in layout["activations"]} == {(True, 2.5)}

@@ -205,11 +205,11 @@ def test_groups_that_do_not_divide():
         calibrated(values(2, 12), groups=5)
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_calibration_that_is_not_finite(bad):
+@pytest.mark.parametrize(("bad", "name"), [(torch.nan, "NaN"), (-torch.inf, "infinity")])
+def test_calibration_that_is_not_finite(bad, name):
     x = values(2, 3, 12)
     x[0, 1, 2] = bad
-    with pytest.raises(TrainingError, match="non-finite value at checked:output"):
+    with pytest.raises(TrainingError, match=f"calibration met {name} at checked:output in batch 1; ranges need finite"):
         calibrated(x)
 
 
