@@ -32,7 +32,7 @@ def make(site="checked:output", **options):
 def calibrated(*batches, **options):
     quantizer = make(**options)
     seen = quantizer.observer()
-    for batch in batches:
+    for seen.batch, batch in enumerate(batches):
         seen.add(batch, quantizer.site)
     quantizer.calibrated(seen)
     return quantizer
@@ -51,9 +51,10 @@ def of_golden(case, learned=False):
     options = {"bits": params["n_bits"], "groups": params["n_groups"], "permute": params["permute"]}
     quantizer = make(statistics="last", range="last", learned=learned, **options)
     seen = quantizer.observer()
-    for name in [n for n in ("p0", "p1") if n in case["tensors"]]:
+    for seen.batch, name in enumerate(n for n in ("p0", "p1") if n in case["tensors"]):
         seen.add(golden(case, name), quantizer.site)
     ordering = replace(seen.ordering)
+    seen.batch = 2
     seen.add(golden(case, "x"), quantizer.site)
     if params["permute"]:
         seen.ordering = ordering
@@ -161,14 +162,32 @@ def test_the_described_range_quantizes_alike():
     [("last", [-1.0, 0.0], [0.0, 8.0]), ("max", [-4.0, 0.0], [2.0, 8.0]), ("ema", [-3.25, 0.0], [1.5, 3.5])],
 )
 def test_statistics(statistic, low, high):
-    """The average of two batches with momentum 0.75: three quarters of the first, one of the second."""
-    seen = ObservedFeatures(ordering=RunningRange(statistic, 0.75), gridding=RunningRange("max"))
-    seen.add(torch.tensor([[-4.0, 0.0], [2.0, 2.0]]), "site")
-    seen.add(torch.tensor([[-1.0, 8.0], [0.0, 0.0]]), "site")
-    seen.add(torch.empty(0, 2), "site")
-    found = seen.ordering.ends()
-    assert (found[0].tolist(), found[1].tolist()) == (low, high)
-    assert (seen.low, seen.high, seen.count) == (-4.0, 8.0, 8)
+    """The average of two batches with momentum 0.75: three quarters of the first, one of the second.
+
+    Shown whole, in parts of one token, or with parts that are empty.
+    """
+    batches = torch.tensor([[[-4.0, 0.0], [2.0, 2.0]], [[-1.0, 8.0], [0.0, 0.0]]])
+    for size in (2, 1):
+        seen = ObservedFeatures(ordering=RunningRange(statistic, 0.75), gridding=RunningRange("max"))
+        for seen.batch, batch in enumerate(batches):
+            for part in batch.split(size):
+                seen.add(part, "site")
+                seen.add(torch.empty(0, 2), "site")
+        found = seen.ordering.ends()
+        assert (found[0].tolist(), found[1].tolist()) == (low, high)
+        assert (seen.low, seen.high, seen.count) == (-4.0, 8.0, 8)
+
+
+@pytest.mark.parametrize(
+    ("statistic", "low", "high"),
+    [("last", 7.0, 8.0), ("max", 0.0, 8.0), ("ema", 0.5625 * 0 + 0.1875 * 3 + 0.25 * 7, 0.5625 * 2 + 0.1875 * 5 + 2.0)],
+)
+def test_three_batches(statistic, low, high):
+    """The average keeps .75 of itself twice: .5625 of the first batch, .1875 of the second, .25 of the third."""
+    running = RunningRange(statistic, 0.75)
+    for batch, ends in enumerate(((0.0, 1.0), (1.0, 2.0), (3.0, 5.0), (7.0, 7.5), (8.0, 8.0))):
+        running.add(torch.tensor([ends[0]]), torch.tensor([ends[1]]), (0, 0, 1, 2, 2)[batch])
+    assert tuple(float(end) for end in running.ends()) == (low, high)
 
 
 def test_a_shared_order_is_that_of_the_other():
