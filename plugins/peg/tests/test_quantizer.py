@@ -16,7 +16,8 @@ TENSORS = load_file(GOLDEN / "qct_peg.safetensors")
 UNIFORM = load_file(GOLDEN / "qct_uniform.safetensors")
 BY_FEATURE = [c for c in json.loads((GOLDEN / "qct_uniform.json").read_text())["cases"] if c["params"].get("axis") == 2]
 FEATURES = [c for c in CASES if c["params"]["axis"] == 2]
-"""The others have a range for each token, which is no matter of groups."""
+POSITIONS = [c for c in CASES if c["params"]["axis"] == 1]
+"""A static range for each position of a token (`--per-token`), which no run can have (docs/decisions/019)."""
 
 
 def golden(case, name):
@@ -78,6 +79,23 @@ def test_reference(case):
     assert torch.equal(out.detach(), golden(case, "out"))
     (grad,) = torch.autograd.grad(out, x, golden(case, "g"))
     torch.testing.assert_close(grad, golden(case, "grad_x"), rtol=1e-6, atol=0)  # multiplied and divided by s there
+
+
+@pytest.mark.parametrize("case", POSITIONS, ids=lambda c: f"case{c['case']}")
+def test_reference_with_a_range_for_each_position(case):
+    """The same arithmetic along another axis, so positions stand where features do."""
+    params = case["params"]
+    assert (params["n_groups"], params["permute"]) == (None, False)
+    x = golden(case, "x").transpose(1, 2)
+    quantizer = calibrated(x, bits=params["n_bits"], groups=None, permute=False, range="last")
+    low, high = quantizer.seen.gridding.ends()
+    assert torch.equal(low, golden(case, "emb_min")) and torch.equal(high, golden(case, "emb_max"))
+    assert torch.equal(quantizer(x).transpose(1, 2), golden(case, "out"))
+
+
+def test_no_case_of_the_reference_is_left_out():
+    tested = [case["case"] for case in (*FEATURES, *POSITIONS)]
+    assert sorted(tested) == [0, 1, 3, 4, 6, 7, 9, 10] == [case["case"] for case in CASES]
 
 
 @pytest.mark.parametrize("case", BY_FEATURE, ids=lambda c: f"case{c['case']}")
