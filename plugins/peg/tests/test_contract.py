@@ -21,10 +21,16 @@ def test_contract():
     check_plugin(Peg, "peg", {"groups": 4}, **NATIVE)
 
 
-def test_learned_ranges_keep_the_contract():
-    """Ranges under ZeRO-3 on two processes are those of one, bit for bit; so are the orders."""
-    options = {"groups": 8, "learned": True, "statistics": "ema", "everywhere": True, "shared": False}
-    check_rules([], plugins__peg=options, **NATIVE)
+def test_learned_ranges_and_other_statistics_keep_the_contract():
+    """Ranges under ZeRO-3 on two processes are those of one, bit for bit; so are the orders.
+
+    Learned from a moving average everywhere but at the sums, where they stay those of the last batch, which comes in
+    parts.
+    """
+    options = {"groups": 8, "learned": True, "statistics": "ema", "range": "ema", "everywhere": True, "shared": False}
+    last = {"groups": 8, "statistics": "last", "range": "last", "shared": False}
+    rules = [{"site": "{ffn_sum}", "quantizer": "peg", "options": last}]
+    check_rules(rules, plugins__peg=options, train__eval_batch_size=6, **NATIVE)
 
 
 def described(run):
