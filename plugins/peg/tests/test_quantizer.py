@@ -16,7 +16,8 @@ TENSORS = load_file(GOLDEN / "qct_peg.safetensors")
 UNIFORM = load_file(GOLDEN / "qct_uniform.safetensors")
 BY_FEATURE = [c for c in json.loads((GOLDEN / "qct_uniform.json").read_text())["cases"] if c["params"].get("axis") == 2]
 FEATURES = [c for c in CASES if c["params"]["axis"] == 2]
-"""The others have a range for each token, which is no matter of groups."""
+POSITIONS = [c for c in CASES if c["params"]["axis"] == 1]
+"""A static range for each position of a token (`--per-token`), which no run can have (docs/decisions/019)."""
 
 
 def golden(case, name):
@@ -32,7 +33,7 @@ def make(site="checked:output", **options):
 def calibrated(*batches, **options):
     quantizer = make(**options)
     seen = quantizer.observer()
-    for batch in batches:
+    for seen.batch, batch in enumerate(batches):
         seen.add(batch, quantizer.site)
     quantizer.calibrated(seen)
     return quantizer
@@ -51,9 +52,10 @@ def of_golden(case, learned=False):
     options = {"bits": params["n_bits"], "groups": params["n_groups"], "permute": params["permute"]}
     quantizer = make(statistics="last", range="last", learned=learned, **options)
     seen = quantizer.observer()
-    for name in [n for n in ("p0", "p1") if n in case["tensors"]]:
+    for seen.batch, name in enumerate(n for n in ("p0", "p1") if n in case["tensors"]):
         seen.add(golden(case, name), quantizer.site)
     ordering = replace(seen.ordering)
+    seen.batch = 2
     seen.add(golden(case, "x"), quantizer.site)
     if params["permute"]:
         seen.ordering = ordering
@@ -77,6 +79,23 @@ def test_reference(case):
     assert torch.equal(out.detach(), golden(case, "out"))
     (grad,) = torch.autograd.grad(out, x, golden(case, "g"))
     torch.testing.assert_close(grad, golden(case, "grad_x"), rtol=1e-6, atol=0)  # multiplied and divided by s there
+
+
+@pytest.mark.parametrize("case", POSITIONS, ids=lambda c: f"case{c['case']}")
+def test_reference_with_a_range_for_each_position(case):
+    """The same arithmetic along another axis, so positions stand where features do."""
+    params = case["params"]
+    assert (params["n_groups"], params["permute"]) == (None, False)
+    x = golden(case, "x").transpose(1, 2)
+    quantizer = calibrated(x, bits=params["n_bits"], groups=None, permute=False, range="last")
+    low, high = quantizer.seen.gridding.ends()
+    assert torch.equal(low, golden(case, "emb_min")) and torch.equal(high, golden(case, "emb_max"))
+    assert torch.equal(quantizer(x).transpose(1, 2), golden(case, "out"))
+
+
+def test_no_case_of_the_reference_is_left_out():
+    tested = [case["case"] for case in (*FEATURES, *POSITIONS)]
+    assert sorted(tested) == [0, 1, 3, 4, 6, 7, 9, 10] == [case["case"] for case in CASES]
 
 
 @pytest.mark.parametrize("case", BY_FEATURE, ids=lambda c: f"case{c['case']}")
@@ -161,14 +180,32 @@ def test_the_described_range_quantizes_alike():
     [("last", [-1.0, 0.0], [0.0, 8.0]), ("max", [-4.0, 0.0], [2.0, 8.0]), ("ema", [-3.25, 0.0], [1.5, 3.5])],
 )
 def test_statistics(statistic, low, high):
-    """The average of two batches with momentum 0.75: three quarters of the first, one of the second."""
-    seen = ObservedFeatures(ordering=RunningRange(statistic, 0.75), gridding=RunningRange("max"))
-    seen.add(torch.tensor([[-4.0, 0.0], [2.0, 2.0]]), "site")
-    seen.add(torch.tensor([[-1.0, 8.0], [0.0, 0.0]]), "site")
-    seen.add(torch.empty(0, 2), "site")
-    found = seen.ordering.ends()
-    assert (found[0].tolist(), found[1].tolist()) == (low, high)
-    assert (seen.low, seen.high, seen.count) == (-4.0, 8.0, 8)
+    """The average of two batches with momentum 0.75: three quarters of the first, one of the second.
+
+    Shown whole, in parts of one token, or with parts that are empty.
+    """
+    batches = torch.tensor([[[-4.0, 0.0], [2.0, 2.0]], [[-1.0, 8.0], [0.0, 0.0]]])
+    for size in (2, 1):
+        seen = ObservedFeatures(ordering=RunningRange(statistic, 0.75), gridding=RunningRange("max"))
+        for seen.batch, batch in enumerate(batches):
+            for part in batch.split(size):
+                seen.add(part, "site")
+                seen.add(torch.empty(0, 2), "site")
+        found = seen.ordering.ends()
+        assert (found[0].tolist(), found[1].tolist()) == (low, high)
+        assert (seen.low, seen.high, seen.count) == (-4.0, 8.0, 8)
+
+
+@pytest.mark.parametrize(
+    ("statistic", "low", "high"),
+    [("last", 7.0, 8.0), ("max", 0.0, 8.0), ("ema", 0.5625 * 0 + 0.1875 * 3 + 0.25 * 7, 0.5625 * 2 + 0.1875 * 5 + 2.0)],
+)
+def test_three_batches(statistic, low, high):
+    """The average keeps .75 of itself twice: .5625 of the first batch, .1875 of the second, .25 of the third."""
+    running = RunningRange(statistic, 0.75)
+    for batch, ends in enumerate(((0.0, 1.0), (1.0, 2.0), (3.0, 5.0), (7.0, 7.5), (8.0, 8.0))):
+        running.add(torch.tensor([ends[0]]), torch.tensor([ends[1]]), (0, 0, 1, 2, 2)[batch])
+    assert tuple(float(end) for end in running.ends()) == (low, high)
 
 
 def test_a_shared_order_is_that_of_the_other():

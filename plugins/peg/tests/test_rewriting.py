@@ -14,7 +14,7 @@ from qpipe.testing import tiny_config, tiny_model
 GROUPS = 4
 
 
-@pytest.fixture(scope="module", params=["bert", "distilbert"])
+@pytest.fixture(scope="module", params=["bert", "roberta", "ernie", "distilbert"])
 def exported(request, tmp_path_factory):
     """A folder in the native format, its activations, and inputs."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -11,6 +11,7 @@ from torch import Tensor
 from qpipe import Observed
 
 Statistic = Literal["last", "max", "ema"]
+Ends = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -21,29 +22,48 @@ class RunningRange:
         statistic: `last`: of the last batch; `max`: of all batches; `ema`: an average that begins with the first batch
             and keeps `momentum` of its value with each further one.
         momentum: of `ema`.
-        low: smallest values, float32 `[features]`; None before the first batch.
-        high: largest values.
+        before: ends over the batches before the one under way, float32 `[features]` each; None in the first one.
+        current: ends of the batch under way; None before there is any.
+        batch: number of the batch under way.
     """
 
     statistic: Statistic
     momentum: float = 0.9
-    low: Tensor | None = None
-    high: Tensor | None = None
+    before: Ends | None = None
+    current: Ends | None = None
+    batch: int = 0
 
-    def add(self, low: Tensor, high: Tensor) -> None:
-        """Take in the smallest and largest values of a batch, float32 `[features]`."""
-        if self.low is None or self.high is None or self.statistic == "last":
-            self.low, self.high = low, high
-        elif self.statistic == "max":
-            self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+    def add(self, low: Tensor, high: Tensor, batch: int) -> None:
+        """Take in values of a batch.
+
+        Args:
+            low: smallest ones, float32 `[features]`.
+            high: largest ones.
+            batch: its number. A large batch comes in several parts with the same number, which count as one.
+        """
+        if self.current is None:
+            self.current = low, high
+        elif batch == self.batch:
+            self.current = _wider(self.current, (low, high))
         else:
-            self.low = (1 - self.momentum) * low + self.momentum * self.low
-            self.high = (1 - self.momentum) * high + self.momentum * self.high
+            self.before, self.current = self.ends(), (low, high)
+        self.batch = batch
 
-    def ends(self) -> tuple[Tensor, Tensor]:
+    def ends(self) -> Ends:
         """Smallest and largest values, after at least one batch."""
-        assert self.low is not None and self.high is not None
-        return self.low, self.high
+        assert self.current is not None
+        if self.before is None or self.statistic == "last":
+            return self.current
+        if self.statistic == "max":
+            return _wider(self.before, self.current)
+        low, high = (
+            (1 - self.momentum) * new + self.momentum * old for old, new in zip(self.before, self.current, strict=True)
+        )
+        return low, high
+
+
+def _wider(one: Ends, other: Ends) -> Ends:
+    return torch.minimum(one[0], other[0]), torch.maximum(one[1], other[1])
 
 
 @dataclass
@@ -57,7 +77,7 @@ class ObservedFeatures(Observed):
     gridding: RunningRange | None = None
 
     def add(self, x: Tensor, site: str) -> None:
-        """Take in a batch, `[..., features]`; an empty one changes nothing.
+        """Take in values of the batch `self.batch`, `[..., features]`; none at all change nothing.
 
         Raises:
             TrainingError: `x` holds NaN or infinity.
@@ -68,4 +88,4 @@ class ObservedFeatures(Observed):
         low, high = torch.aminmax(x.detach().float().reshape(-1, x.shape[-1]), dim=0)
         for running in (self.ordering, self.gridding):
             assert running is not None
-            running.add(low, high)
+            running.add(low, high, self.batch)

@@ -44,7 +44,7 @@ class PegOptions(GridActivationOptions):
     statistics: Statistic = Field(
         "max",
         description="range that features are ordered by: of all calibration batches (max), a moving average (ema), or "
-        "of the last one (last), as in public code; a batch here is one of `train.eval_batch_size`",
+        "of the last one (last), as in public code; `quantization.calibration_batch_size` is what a batch has",
     )
     range: Statistic = Field("max", description="range that a group's levels cover; the same choices")
     momentum: float = Field(0.9, ge=0, lt=1, description="part that `ema` keeps of its value with each batch")
