@@ -27,12 +27,16 @@ def test_imports_nothing_heavy(args):
 
 
 @pytest.mark.parametrize("args", COMMANDS, ids=" ".join)
-def test_answers_within_300_ms(args):
-    def seconds() -> float:
+def test_answers_nearly_as_fast_as_a_program_of_typer_can(args):
+    """Less than 300 ms on the machines it was written on; how fast this one is does not matter."""
+
+    def seconds(*words: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "qpipe.cli", *args], capture_output=True, check=True)
+        subprocess.run([sys.executable, *words], capture_output=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    # Processor time is the time it takes on an idle machine, and does not fail because other programs run.
-    assert min(seconds() for _ in range(5)) < 0.3
+    # Processor time, which other programs change less; both in turns, since the machine's speed changes too.
+    pairs = [(seconds("-m", "qpipe.cli", *args), seconds("-c", "import typer.testing")) for _ in range(5)]
+    own, least = (min(times) for times in zip(*pairs, strict=True))
+    assert own < 2.2 * least, (own, least)
