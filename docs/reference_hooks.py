@@ -13,6 +13,8 @@ from reference_text import anchor, repository_plugins
 
 from qpipe import hookspecs, run, types
 from qpipe.data import loading, text
+from qpipe.export.program import Program
+from qpipe.export.record import ExportRecord
 from qpipe.host import BUILTINS
 from qpipe.quant.estimators import RangeEstimator, RangeGrid
 from qpipe.quant.quantizer import Quantizer
@@ -34,6 +36,8 @@ CONTRIBUTIONS = (
     types.Metric,
     types.Task,
     types.Exporter,
+    ExportRecord,
+    Program,
     types.ReportSection,
     loading.TaskData,
     text.Texts,

@@ -28,6 +28,8 @@ def page(root: Path) -> str:
         parts.append(options_table(cls.Options, f"{name}."))
         for kind in cls(cls.Options()).qpipe_quantizers() if hasattr(cls, "qpipe_quantizers") else ():
             parts.append(_quantizer(kind, f"from plugin `{name}`").replace("\n###", "\n####", 1))
+        for exporter in cls(cls.Options()).qpipe_exporters() if hasattr(cls, "qpipe_exporters") else ():
+            parts.append(f"\n#### Format `{exporter.name}`\n\n{exporter.summary} (`export.format`).")
     parts.append("\n## Built-ins\n\nThey use the same hooks as plugins and are always there.\n")
     parts.append(table(("name", "class"), [(f"`{n}`", f"`{t}`") for n, t in BUILTINS.items()]))
     return "\n".join(parts) + "\n"

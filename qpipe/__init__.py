@@ -86,6 +86,10 @@ _PUBLIC = {
     "Inject": "qpipe.model.gradients",
     "StopGradient": "qpipe.model.gradients",
     "load_native": "qpipe.export.native",
+    "plain_model": "qpipe.export.native",
+    "ExportRecord": "qpipe.export.record",
+    "Program": "qpipe.export.program",
+    "write_program": "qpipe.export.program",
     "quantize_activations": "qpipe.export.activations",
     "Run": "qpipe.run",
     "Step": "qpipe.run",
@@ -104,6 +108,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Engine",
+    "ExportRecord",
     "Exporter",
     "FirstRange",
     "FixedActivation",
@@ -125,6 +130,7 @@ __all__ = [
     "ParamGroup",
     "Plugin",
     "PluginError",
+    "Program",
     "QTensor",
     "QpipeError",
     "QuantContext",
@@ -170,12 +176,14 @@ __all__ = [
     "mean_magnitude",
     "moments",
     "over_rows",
+    "plain_model",
     "quantize_activations",
     "resolve",
     "split_to_binary",
     "straight_through",
     "tanh",
     "visible_nan",
+    "write_program",
 ]
 
 if TYPE_CHECKING:
@@ -196,7 +204,9 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from qpipe.export.activations import quantize_activations
-    from qpipe.export.native import load_native
+    from qpipe.export.native import load_native, plain_model
+    from qpipe.export.program import Program, write_program
+    from qpipe.export.record import ExportRecord
     from qpipe.model.distances import (
         all_scores_mse,
         attention_mse,

@@ -361,7 +361,8 @@ class Exporter:
 
     Attributes:
         name: what `export.format` calls it.
-        write: writes the packed model of a run into an empty folder.
+        write: writes the packed model of a run, an `ExportRecord`, into an empty folder. Where the target needs other
+            operations than the model's, `write_program` does.
         check: returns a reason for each planned site that the format cannot hold; called before training.
         summary: one line for the docs and error messages.
         stored_bytes: takes a parameter name, a `PackedWeight` and the export's dtype, and returns the bytes that the

@@ -28,13 +28,14 @@ def export(
 def verify(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Packed checkpoint.", exists=True, file_okay=False)],
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the checkpoint run Python code that lies in it.")
+        bool,
+        typer.Option("--trust-remote-code", help="Let the checkpoint run Python code, or a program, that lies in it."),
     ] = False,
 ) -> None:
     """Prove that a packed checkpoint is the trained model.
 
     Reloads it in a fresh process without qpipe, and compares weights, logits and the metric. Activations of native
-    checkpoints, which no other program quantizes, are quantized by qpipe.
+    checkpoints, which no other program quantizes, are quantized by qpipe. A `program.pt2` beside them is code.
     """
     from qpipe.export.verify import verify as verify_directory
 

@@ -12,6 +12,7 @@ import math
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -181,12 +182,45 @@ def run_decoded(state: dict[str, torch.Tensor], dtype: torch.dtype, job: dict[st
     return [f"{key}: {names}" for key, names in (("missing", absent), ("unexpected", unexpected)) if names]
 
 
+class Runnable:
+    """A program as `predict` calls models: it returns logits, and knows its type and configuration."""
+
+    def __init__(self, graph: Any, dtype: torch.dtype, config: Any) -> None:
+        self.graph, self.dtype, self.config = graph, dtype, config
+
+    def __call__(self, **inputs: torch.Tensor) -> SimpleNamespace:
+        """An object with `logits`."""
+        return SimpleNamespace(logits=self.graph(**inputs))
+
+
+def program(job: dict[str, Any]) -> dict[str, Any]:
+    """Load a program with torch, hash its weights and other tensors by the recipe of docs/format.md, and run it."""
+    directory = Path(job["directory"])
+    layout = json.loads((directory / job["program_layout"]).read_text())
+    dtype = getattr(torch, layout["dtype"])
+    exported = torch.export.load(directory / job["program"])
+    state = exported.state_dict
+    hashes = {name: digest(state[name]) for name in layout["tensors"] if name in state}
+    for name, entry in layout["weights"].items():
+        codes, scale, zero = (state[entry[part]] for part in ("codes", "scale", "zero_point"))
+        rows = codes.float()
+        if entry["group_size"]:
+            rows = rows.reshape(len(codes), -1, entry["group_size"])
+        hashes[name] = digest(((rows - zero) * scale).to(dtype).view(entry["shape"]))
+    run(Runnable(exported.module(), dtype, auto_class(job)[1]), job)
+    return {"hashes": hashes, "problems": []}
+
+
+LOADERS = {"native": native, "program": program}
+"""By format; every other format is loaded by transformers."""
+
+
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """Findings of one job; an error becomes a finding, so that the other jobs still run."""
     try:
         if job["num_threads"]:
             torch.set_num_threads(job["num_threads"])
-        return native(job) if job["format"] == "native" else stock(job)
+        return LOADERS.get(job["format"], stock)(job)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
 

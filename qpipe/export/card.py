@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,19 @@ model = load_native("."{{ trust }})
 
 The layout is described by `quantization.json` and qpipe's `docs/format.md`; numpy is enough to read it.
 {% endif %}
+{% if program %}
+
+The same network in other operations, for targets that need them, runs with torch alone:
+
+```python
+import torch
+
+program = torch.export.load("{{ program }}").module()
+logits = program({{ inputs }})
+```
+
+`program.json` lists its int8 weights and its quantized activations. A program is code: run those of people you trust.
+{% endif %}
 
 ## Licence
 
@@ -129,12 +142,13 @@ def _licence(name: str, has_file: bool) -> str:
     return "See `LICENSE`." if has_file else "The licence of the base model applies; none was recorded."
 
 
-def render(data: Mapping[str, Any], has_licence_file: bool) -> str:
+def render(data: Mapping[str, Any], has_licence_file: bool, inputs: Sequence[str] = ()) -> str:
     """The card as Markdown.
 
     Args:
         data: contents of `qpipe.json`.
         has_licence_file: True if a LICENSE file lies beside it.
+        inputs: what the model is called with.
     """
     base = str(data.get("base_model") or "")
     is_hub = (
@@ -157,6 +171,8 @@ def render(data: Mapping[str, Any], has_licence_file: bool) -> str:
         dtype=data["dtype"],
         plugins=_plugins(data),
         auto_class=data["auto_class"],
+        program=data.get("program"),
+        inputs=", ".join(f"{name}={name}" for name in inputs),
         trust=", trust_remote_code=True" if data.get("custom_code") else "",
         licence=data.get("licence") or "",
         licence_text=_licence(str(data.get("licence") or ""), has_licence_file),

@@ -70,12 +70,17 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
-def _architecture(model: nn.Module) -> str:
+def plain_class(model: nn.Module) -> Any:
+    """The class of a model before qpipe changed it, which its architecture names.
+
+    Raises:
+        FormatError: no transformers auto class makes it.
+    """
     if has_code(model):
-        return type(model).__name__
+        return type(model)
     offered = getattr(transformers, auto_class(model))._model_mapping.get(type(model.config), None)
     names = {c.__name__ for c in _as_tuple(offered)}
-    return next(base.__name__ for base in type(model).__mro__ if base.__name__ in names)
+    return next(base for base in type(model).__mro__ if base.__name__ in names)
 
 
 def _tie_keys(model: nn.Module) -> dict[str, str]:
@@ -128,7 +133,7 @@ def _second_copy(packed: PackedWeight, model: nn.Module, name: str) -> PackedWei
 def model_config(record: ExportRecord) -> Any:
     """A copy of the model's configuration that says how the export is to be loaded."""
     config: Any = copy.deepcopy(record.model.config)
-    config.architectures = [_architecture(record.model)]
+    config.architectures = [plain_class(record.model).__name__]
     config.dtype = record.dtype
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -257,4 +262,5 @@ def companions(record: ExportRecord, folder: Path, format_name: str, stored: Map
     save_file({k: v.detach().cpu().contiguous() for k, v in record.reference.items()}, folder / REFERENCE)
     write_json(folder / METADATA, data)
     card = folder / "README.md"
-    card.write_text(render(data, licence is not None), encoding="utf-8")
+    inputs = [name.removeprefix("inputs.") for name in record.reference if name.startswith("inputs.")]
+    card.write_text(render(data, licence is not None, inputs), encoding="utf-8")

@@ -26,6 +26,8 @@ MODEL = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 METADATA = "qpipe.json"
 REFERENCE = "qpipe_reference.safetensors"
+PROGRAM = "program.pt2"
+PROGRAM_LAYOUT = "program.json"
 MAX_SHARD = 5 * 2**30
 """Bytes per weight file."""
 SLACK = 4 * 2**20

@@ -6,7 +6,8 @@ Layout: docs/format.md. Every value is read back bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qpipe.errors import FormatError
-from qpipe.export.companions import companions, resolve_ties, save_config
-from qpipe.export.folder import MAX_SHARD, METADATA, read_json, save_tensors, weight_files, whole_folder, write_json
+from qpipe.export.companions import companions, model_config, plain_class, resolve_ties, save_config
+from qpipe.export.folder import (
+    MAX_SHARD,
+    METADATA,
+    PROGRAM,
+    read_json,
+    save_tensors,
+    weight_files,
+    whole_folder,
+    write_json,
+)
 from qpipe.export.packing import pack_bits, pack_trits, packed_width, unpack_bits, unpack_trits
 from qpipe.export.record import ExportRecord, PackedWeight, PlannedSite
 from qpipe.quant.tensor import QTensor
@@ -83,13 +93,19 @@ def _table(value: Tensor, columns: int) -> Tensor:
     return (flat.reshape(1, 1) if flat.numel() == 1 else flat.reshape(-1, columns)).contiguous()
 
 
-def write(record: ExportRecord, directory: Path, max_shard: int = MAX_SHARD) -> None:
+def write(
+    record: ExportRecord,
+    directory: Path,
+    max_shard: int = MAX_SHARD,
+    beside: Callable[[Path], None] | None = None,
+) -> None:
     """Write a native checkpoint.
 
     Args:
         record: what to write.
         directory: becomes the checkpoint; empty, missing, or an earlier export.
         max_shard: bytes per weight file.
+        beside: writes a program into the folder (`qpipe.export.program`).
 
     Raises:
         FormatError: a weight has more than 8 bits, or `directory` holds other files.
@@ -98,12 +114,17 @@ def write(record: ExportRecord, directory: Path, max_shard: int = MAX_SHARD) -> 
     if not record.weights and not record.activations:
         raise FormatError("nothing is quantized, so there is nothing to pack; save the model with save_pretrained")
     record = resolve_ties(record)
+    if beside is not None:
+        record = replace(record, metadata={**record.metadata, "program": PROGRAM})
     entries: dict[str, Any] = {}
     tensors: dict[str, Tensor] = dict(record.tensors)
     for name, weight in record.weights.items():
         entries[name], found = pack(name, weight)
         tensors.update(found)
-    with whole_folder(Path(directory), sum(t.nbytes for t in tensors.values())) as folder:
+    needed = sum(t.nbytes for t in tensors.values())
+    if beside is not None:
+        needed += needed_by_program(record)
+    with whole_folder(Path(directory), needed) as folder:
         save_config(record, folder)
         save_tensors(folder, tensors, max_shard)
         layout = {
@@ -114,8 +135,15 @@ def write(record: ExportRecord, directory: Path, max_shard: int = MAX_SHARD) -> 
             "activations": [site.record() for site in record.activations],
         }
         write_json(folder / LAYOUT, layout)
+        if beside is not None:
+            beside(folder)
         stored = {e["module"]: (e["packer"], e["bits"]) for e in entries.values()}
         companions(record, folder, NAME, stored)
+
+
+def needed_by_program(record: ExportRecord) -> int:
+    """Bytes of a program with the same weights: a byte for each code."""
+    return sum(w.tensor.codes.numel() for w in record.weights.values()) + sum(t.nbytes for t in record.tensors.values())
 
 
 def _read_tensors(directory: Path) -> dict[str, Tensor]:
@@ -218,16 +246,44 @@ def load_native(directory: Path | str, attention: str | None = None, trust_remot
         raise FormatError(f"the configuration in {directory} does not load: {error}") from error
     own = (getattr(config, "auto_map", None) or {}).get(about["auto_class"]) if trust_remote_code else None
     made = get_class_from_dynamic_module(own, directory) if own else auto._model_mapping[type(config)]
-    if attention is not None and not getattr(made, f"_supports_{attention}", True):
-        attention = None  # convolution nets have none to choose
+    attention = _supported(made, attention)
     dtype = getattr(torch, about["dtype"])
     model = auto.from_config(config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code)
+    return _filled(model, read_native(directory), f"the weights in {directory} do not fit its config.json")
+
+
+def plain_model(record: ExportRecord) -> nn.Module:
+    """The model of an export with its decoded weights, in evaluation mode on the CPU. Activations are not quantized.
+
+    It is what `load_native` returns for the file, with the attention implementation of the run.
+
+    Raises:
+        FormatError: no transformers auto class makes such a model, or the record does not hold its weights.
+    """
+    record = resolve_ties(record)
+    made = plain_class(record.model)
+    attention = _supported(made, record.metadata.get("attention"))
+    model = made._from_config(model_config(record), dtype=record.dtype, attn_implementation=attention)
+    decoded = {
+        name: replace(w.tensor, codes=w.tensor.integers()).decode(record.dtype) for name, w in record.weights.items()
+    }
+    return _filled(model, {**record.tensors, **decoded}, f"the record does not fit a {made.__name__}")
+
+
+def _supported(made: Any, attention: str | None) -> str | None:
+    """The attention implementation; None for convolution nets, which have none to choose."""
+    return attention if attention is None or getattr(made, f"_supports_{attention}", True) else None
+
+
+def _filled(model: Any, tensors: Mapping[str, Tensor], problem: str) -> nn.Module:
+    """The model with these parameters and buffers; `problem` begins the message where they do not fit."""
     try:
-        missing, unexpected = model.load_state_dict(read_native(directory), strict=False)
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
-        raise FormatError(f"the weights in {directory} do not fit its config.json: {error}") from error
+        raise FormatError(f"{problem}: {error}") from error
     model.tie_weights()
     absent = set(missing) - set(getattr(model, "_tied_weights_keys", None) or {})
     if absent or unexpected:
-        raise FormatError(f"the weights in {directory} do not fit its config.json: {sorted(absent) + unexpected}")
-    return model.eval()
+        raise FormatError(f"{problem}: {sorted(absent) + unexpected}")
+    filled: nn.Module = model.eval()
+    return filled

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qpipe.errors import FormatError, QpipeError
 from qpipe.export.companions import environment
-from qpipe.export.folder import METADATA, REFERENCE, check_sums, read_json
+from qpipe.export.folder import METADATA, PROGRAM, PROGRAM_LAYOUT, REFERENCE, check_sums, read_json
 from qpipe.export.metric import Prepared, compare_metrics, prepare
 
 Status = Literal["pass", "fail", "skip"]
@@ -36,7 +36,7 @@ class Check:
     """One line of a verification.
 
     Attributes:
-        name: what was checked: `files`, `weights`, `logits` or `metric`.
+        name: what was checked: `files`, `weights`, `logits`, `metric` or `program`.
         status: `pass`, `fail`, or `skip` if it could not be checked.
         detail: what was compared and found.
     """
@@ -79,15 +79,29 @@ class _Case:
     prepared: Prepared
     outputs: Path
     trusted: bool
+    runs_program: bool
+
+    @property
+    def program_outputs(self) -> Path:
+        """What the program computes."""
+        return self.outputs.with_name("program.safetensors")
 
 
-def verify(directory: Path | str, check_metric: bool = True, trust_remote_code: bool = False) -> VerifyResult:
+def verify(
+    directory: Path | str,
+    check_metric: bool = True,
+    trust_remote_code: bool = False,
+    run_program: bool | None = None,
+) -> VerifyResult:
     """Check one checkpoint; see `verify_all`."""
-    return verify_all([directory], check_metric, trust_remote_code)[0]
+    return verify_all([directory], check_metric, trust_remote_code, run_program)[0]
 
 
 def verify_all(
-    directories: Sequence[Path | str], check_metric: bool = True, trust_remote_code: bool = False
+    directories: Sequence[Path | str],
+    check_metric: bool = True,
+    trust_remote_code: bool = False,
+    run_program: bool | None = None,
 ) -> list[VerifyResult]:
     """Check packed checkpoints in one fresh process in which qpipe cannot be imported.
 
@@ -95,12 +109,16 @@ def verify_all(
     exactly 0; the logits of the reference examples, exactly in an unchanged environment, else within `ROUNDING`; and
     the metrics, if the data of the run can be loaded. Of native checkpoints with quantized activations, which no other
     program computes, logits and metrics come from a plain model in this process, whose activations qpipe quantizes.
+    Where a program lies beside the weights, its tensors are compared too, and its logits and metrics within rounding,
+    since it forms sums in another order.
 
     Args:
         directories: packed checkpoints.
         check_metric: False leaves the metric out, which needs the data.
         trust_remote_code: let a checkpoint run Python code that lies in it; without that, one that needs it fails.
+        run_program: run programs, which can do anything that code can; None: if code is trusted. Others are skipped.
     """
+    run_program = trust_remote_code if run_program is None else run_program
     results = [VerifyResult(Path(d)) for d in directories]
     with tempfile.TemporaryDirectory(prefix="qpipe-verify-") as scratch:
         cases = []
@@ -111,9 +129,16 @@ def verify_all(
                 folder.mkdir()
                 prepared = _metric_source(about, folder, check_metric, trust_remote_code)
                 outputs = folder / "outputs.safetensors"
-                cases.append(_Case(result.directory.resolve(), about, result, prepared, outputs, trust_remote_code))
-        for case, found in zip(cases, _run([_job(c) for c in cases], Path(scratch)), strict=True):
-            _judge(case, found)
+                runs = run_program and "program" in about
+                home = result.directory.resolve()
+                cases.append(_Case(home, about, result, prepared, outputs, trust_remote_code, runs))
+        programs = [case for case in cases if case.runs_program]
+        jobs = [*map(_job, cases), *map(_program_job, programs)]
+        found = _run(jobs, Path(scratch))
+        for case, finding in zip(cases, found[: len(cases)], strict=True):
+            _judge(case, finding)
+        for case, finding in zip(programs, found[len(cases) :], strict=True):
+            _judge_program(case, finding)
     return results
 
 
@@ -165,6 +190,11 @@ def _job(case: _Case) -> dict[str, Any]:
         "batches": str(case.prepared.batches) if case.prepared.batches else None,
         "outputs": str(case.outputs),
     }
+
+
+def _program_job(case: _Case) -> dict[str, Any]:
+    named = {"program": PROGRAM, "program_layout": PROGRAM_LAYOUT}
+    return {**_job(case), **named, "format": "program", "outputs": str(case.program_outputs)}
 
 
 def _run(jobs: list[dict[str, Any]], scratch: Path) -> list[dict[str, Any]]:
@@ -222,6 +252,35 @@ def _judge(case: _Case, found: Mapping[str, Any]) -> None:
             about, case.prepared, outputs["predictions"], outputs["references"]
         )
         result.add("metric", "pass" if ok else "fail", detail)
+    if "program" in about and not case.runs_program:
+        result.add(
+            "program",
+            "skip",
+            f"{PROGRAM} can do what any code can, so it only runs if you trust whom it comes from: "
+            "qpipe verify --trust-remote-code",
+        )
+
+
+def _judge_program(case: _Case, found: Mapping[str, Any]) -> None:
+    """Compare a program with its layout, and what it computes with the run."""
+    if "error" in found:
+        case.result.add("program", "fail", f"running it without qpipe failed: {found['error']}")
+        return
+    layout = read_json(case.directory / PROGRAM_LAYOUT)
+    expected = {**layout["weights"], **layout["tensors"]}
+    wrong = [name for name, entry in expected.items() if found["hashes"].get(name) != entry["sha256"]]
+    if wrong:
+        case.result.add("program", "fail", f"{len(wrong)} of {len(expected)} tensors differ: {', '.join(wrong[:3])}")
+        return
+    outputs = load_file(case.program_outputs)
+    logits = load_file(case.directory / REFERENCE)["logits"]
+    ok, detail = compare_rounded(case.about, logits, outputs["logits"], "sums are formed in another order")
+    parts = [f"{len(expected)} tensors, difference exactly 0", detail]
+    if case.prepared.batches is not None:
+        agrees, detail, _ = compare_metrics(case.about, case.prepared, outputs["predictions"], outputs["references"])
+        ok = ok and agrees
+        parts.append(detail)
+    case.result.add("program", "pass" if ok else "fail", "; ".join(parts))
 
 
 def needs_trust(case: _Case, error: str) -> bool:
@@ -276,19 +335,24 @@ def changed_environment(about: Mapping[str, Any]) -> list[str]:
 
 def compare_logits(about: Mapping[str, Any], expected: Tensor, found: Tensor) -> tuple[Status, str]:
     """Compare logits `[examples, ...]` exactly, or within rounding where the environment changed."""
-    if expected.shape != found.shape:
-        return "fail", f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
     examples = f"{len(expected)} reference examples"
     if torch.equal(expected.double(), found.double()):
         return "pass", f"{examples}, difference exactly 0"
-    difference = (expected.double() - found.double()).abs().max().item()
     changes = changed_environment(about)
+    ok, detail = compare_rounded(about, expected, found, f"the environment changed: {'; '.join(changes)}")
     if not changes:
-        return "fail", f"{examples}, largest difference {difference:.3g} in the environment of the export, expected 0"
+        return "fail", f"{detail.partition(', allowed')[0]} in the environment of the export, expected 0"
+    return "pass" if ok else "fail", detail
+
+
+def compare_rounded(about: Mapping[str, Any], expected: Tensor, found: Tensor, why: str) -> tuple[bool, str]:
+    """Compare logits `[examples, ...]` within rounding, which `why` gives a reason for: `(agrees, detail)`."""
+    if expected.shape != found.shape:
+        return False, f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
+    difference = (expected.double() - found.double()).abs().max().item()
     relative = ROUNDING[about["dtype"]] + (ACTIVATION_ROUNDING if about["activations"] else 0.0)
     bound = relative * max(1.0, expected.double().abs().max().item())
-    status: Status = "pass" if difference <= bound else "fail"  # a NaN compares false and fails
-    return status, (
-        f"{examples}, largest difference {difference:.3g}, allowed {bound:.3g} for rounding in {about['dtype']} "
-        f"because the environment changed: {'; '.join(changes)}"
+    return difference <= bound, (  # a NaN compares false and fails
+        f"{len(expected)} reference examples, largest difference {difference:.3g}, allowed {bound:.3g} for rounding in "
+        f"{about['dtype']} because {why}"
     )

@@ -28,7 +28,7 @@ from qpipe.stages.calibrate import calibrate
 from qpipe.stages.evaluate import evaluate
 from qpipe.stages.export import export
 from qpipe.stages.initialize import initialize, needs_data, require_targets
-from qpipe.stages.prepare import prepare, wrap
+from qpipe.stages.prepare import prepare, refuse_unexportable, wrap
 from qpipe.stages.ranges import initialize_ranges
 from qpipe.stages.recomputing import recompute
 from qpipe.stages.self_check import self_check
@@ -209,7 +209,8 @@ def conclude(run: Run, seconds: dict[str, float]) -> None:
         return
     if folder is not None:
         with timed(seconds, "verify"):
-            result = verify(folder, trust_remote_code=run.config.model.trust_remote_code)
+            # A program that this process has just written is no stranger's code.
+            result = verify(folder, trust_remote_code=run.config.model.trust_remote_code, run_program=True)
         run.results["reloaded"] = result.metrics
         run.results["verified"] = result.passed
         run.results["size"] = sizes(folder)
@@ -263,6 +264,7 @@ def evaluate_run(run_dir: Path) -> dict[str, float]:
 def export_run(run_dir: Path, format: str | None = None, out: Path | None = None) -> Path:
     """Export a trained run again, for example in another format."""
     run = restore(Path(run_dir))
+    refuse_unexportable(run, format)
     run.results |= read_results(Path(run_dir))
     run.results["evaluation"] = evaluate(run)
     return export(run, format, out)

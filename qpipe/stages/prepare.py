@@ -178,14 +178,18 @@ def tied_sites(run: Run, site: Site) -> list[Site]:
     return [other for other in found if other is not None]
 
 
-def refuse_unexportable(run: Run) -> None:
-    """Ask the configured exporter, before anything long starts, whether it can hold the plan.
+def refuse_unexportable(run: Run, name: str | None = None) -> None:
+    """Ask an exporter, before anything long starts, whether it can hold the plan.
+
+    Args:
+        run: with a plan.
+        name: of the exporter; default: the configured one.
 
     Raises:
-        ConfigError: no exporter has the configured name.
+        ConfigError: no exporter has that name.
         FormatError: it cannot; says why, for each kind of site.
     """
-    exporter = find_exporter(run)
+    exporter = find_exporter(run, name)
     planned = [
         _planned(entry, site)
         for entry in run.plan.sites.values()

@@ -59,7 +59,7 @@ def config(recipe, tmp_path_factory):
     return resolve(EXAMPLE / "base.yaml", overrides(recipe, ALONE, changes), ["kure"])
 
 
-def no_verification(folder, trust_remote_code):
+def no_verification(folder, trust_remote_code, run_program):
     assert trust_remote_code, "the recipe says so"
     return SimpleNamespace(passed=True, metrics={}, lines=list)
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from pydantic import Field
 from torch import nn
 
-from qpipe import ModelMap, Plugin, QuantizerKind, Rule, Run, Site, SiteError, hookimpl
+from qpipe import Exporter, ModelMap, Plugin, QuantizerKind, Rule, Run, Site, SiteError, hookimpl
+from qpipe_peg import exporting
 from qpipe_peg.quantizer import PegActivation, PegOptions
 
 NAME = "peg"
@@ -70,11 +71,23 @@ class Peg(Plugin):
             yield Rule(pattern, NAME, options)
 
     @hookimpl
+    def qpipe_exporters(self) -> Iterable[Exporter]:
+        """`peg-tensors`."""
+        yield Exporter(
+            exporting.NAME,
+            exporting.write,
+            exporting.check,
+            "native, and a program of torch.export that quantizes whole tensors in place of groups of features",
+            exporting.stored_bytes,
+        )
+
+    @hookimpl
     def qpipe_model_prepared(self, run: Run) -> None:
         """Tell quantizers how many features they get, and whose order they share.
 
         Raises:
             SiteError: no site has groups, the groups do not divide the features of one, or their number is unknown.
+            FormatError: orders differ within a block, and the export is to have none.
         """
         found = {site: q for site, q in run.instruments.quantizers().items() if isinstance(q, PegActivation)}
         if not found:
@@ -85,6 +98,8 @@ class Peg(Plugin):
         for site, quantizer in found.items():
             quantizer.set_width(width_of(run.student, run.instruments.map, run.instruments.sites[site]))
         share(found, run.instruments.map.sites)
+        if run.config.export.format == exporting.NAME:
+            exporting.require_one_order(found, run.instruments.map.sites)
 
 
 def share(found: Mapping[str, PegActivation], roles: Mapping[str, tuple[str, ...]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,32 @@ from torch import Tensor, nn
 from qpipe import ActivationRange, FixedActivation, FormatError
 
 Record = Mapping[str, Any]
+Member = TypeVar("Member")
+
+PLACES = (("LayerNorm", "output"), ("Linear", "output"), ("LayerNorm", "input"))
+"""Class and slot where x, h and y of a feed-forward network can be rewritten."""
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """The sites of one block that share an order: input x, output h and residual sum y of its feed-forward network."""
+    """The sites of one block that share an order: input x, output h and residual sum y of its feed-forward network.
+
+    Attributes:
+        x: its activation as `quantization.json` has it, at the LayerNorm before the network.
+        h: at the last linear map.
+        y: at the LayerNorm after it.
+        first: path of the first linear map.
+    """
 
     x: Record
     h: Record
     y: Record
+    first: str
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The features of each group, int64 `[features / K]` each."""
+        return torch.tensor(self.x["order"]).chunk(len(self.x["scale"]))
 
 
 class GroupQuantizers(nn.Module):
@@ -72,9 +89,9 @@ class OrderedNorm(nn.Module):
 class SplitInputs(nn.Module):
     """A linear map of an ordered input as the sum of one map for each group."""
 
-    def __init__(self, linear: nn.Linear, order: Tensor, groups: int) -> None:
+    def __init__(self, linear: nn.Linear, parts: Iterable[Tensor]) -> None:
         super().__init__()
-        self.maps = nn.ModuleList(_part(linear.weight[:, part], None) for part in order.chunk(groups))
+        self.maps = nn.ModuleList(_part(linear.weight[:, part], None) for part in parts)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,11 +104,10 @@ class SplitInputs(nn.Module):
 class SplitOutputs(nn.Module):
     """A linear map whose outputs come in order: one map for each group, each quantized as a tensor of its own."""
 
-    def __init__(self, linear: nn.Linear, record: Record) -> None:
+    def __init__(self, linear: nn.Linear, record: Record, parts: Iterable[Tensor]) -> None:
         super().__init__()
-        parts = torch.tensor(record["order"], device=linear.weight.device).chunk(len(record["scale"]))
-        biases = [None if linear.bias is None else linear.bias[part] for part in parts]
-        self.maps = nn.ModuleList(_part(linear.weight[part], b) for part, b in zip(parts, biases, strict=True))
+        bias = linear.bias
+        self.maps = nn.ModuleList(_part(linear.weight[p], None if bias is None else bias[p]) for p in parts)
         self.quantizers = GroupQuantizers(record).to(linear.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,36 +144,67 @@ def rewrite(model: nn.Module, activations: Iterable[Record]) -> list[Record]:
             number of groups, or the model normalises before its branches.
     """
     records = list(activations)
-    grouped = [record for record in records if record["granularity"] == "group"]
-    if not grouped:
-        raise FormatError("no activation has groups of features, so there is nothing to rewrite")
-    for layer in _layers(model, grouped):
+    for layer in feed_forwards(model, records):
         _replace(model, layer)
     return [record for record in records if record["granularity"] != "group"]
 
 
-def _layers(model: nn.Module, grouped: list[Record]) -> list[FeedForward]:
-    """The feed-forward networks, by the order of modules in the model: x, h, y of the first, of the second, ..."""
+def feed_forwards(model: nn.Module, activations: Iterable[Record]) -> list[FeedForward]:
+    """What `rewrite` replaces, in the order of modules in the model.
+
+    Args:
+        model: before it is rewritten.
+        activations: as for `rewrite`.
+
+    Raises:
+        FormatError: as `rewrite` does.
+    """
+    grouped = [record for record in activations if record["granularity"] == "group"]
+    if not grouped:
+        raise FormatError("no activation has groups of features, so there is nothing to rewrite")
+    blocks, problems = by_block(
+        (r["module"], r["slot"], type(model.get_submodule(r["module"])).__name__, r) for r in grouped
+    )
+    if problems:
+        raise FormatError("; ".join(problems))
     place = {name: number for number, (name, _) in enumerate(model.named_modules())}
-    by_block: dict[str, list[Record]] = {}
-    for record in grouped:
-        by_block.setdefault(_block(record["module"]), []).append(record)
-    layers = []
-    for block, members in by_block.items():
-        kinds = {(type(model.get_submodule(r["module"])), r["slot"]): r for r in members}
-        wanted = ((nn.LayerNorm, "output"), (nn.Linear, "output"), (nn.LayerNorm, "input"))
-        if len(members) != 3 or set(kinds) != set(wanted):
-            names = ", ".join(f"{r['module']}:{r['slot']}" for r in members)
-            raise FormatError(
-                f"{block} has groups at {names}; what can be rewritten has them at the output of the LayerNorm before "
-                "the feed-forward network, the output of its last Linear, and the input of the LayerNorm after it "
-                "(peg.sites as it is by default, in models that normalise after the residual sum)"
-            )
-        layer = FeedForward(*(kinds[kind] for kind in wanted))
-        if len({(tuple(r["order"]), len(r["scale"])) for r in members}) > 1:
-            raise FormatError(f"{block}: its sites have orders or numbers of groups of their own; set peg.shared=true")
-        layers.append(layer)
+    layers = [_feed_forward(model, block, *members) for block, members in blocks.items()]
     return sorted(layers, key=lambda layer: place[layer.h["module"]])
+
+
+def by_block(sites: Iterable[tuple[str, str, str, Member]]) -> tuple[dict[str, tuple[Member, ...]], list[str]]:
+    """What belongs to x, h and y of each block, by its path; and what is wrong with sites that have groups elsewhere.
+
+    Args:
+        sites: path and slot of each activation with groups, class of its module, and anything.
+    """
+    found: dict[str, list[tuple[str, str, str, Member]]] = {}
+    for site in sites:
+        found.setdefault(_block(site[0]), []).append(site)
+    blocks: dict[str, tuple[Member, ...]] = {}
+    problems = []
+    for block, members in found.items():
+        kinds = {(kind, slot): member for _, slot, kind, member in members}
+        if len(members) == len(PLACES) and set(kinds) == set(PLACES):
+            blocks[block] = tuple(kinds[place] for place in PLACES)
+        else:
+            names = ", ".join(f"{path}:{slot}" for path, slot, _, _ in members)
+            problems.append(
+                f"{block or 'the model'} has groups at {names}; what can be rewritten has them at the output of the "
+                "LayerNorm before the feed-forward network, the output of its last Linear, and the input of the "
+                "LayerNorm after it (peg.sites as it is by default, in models that normalise after the residual sum)"
+            )
+    return blocks, problems
+
+
+def _feed_forward(model: nn.Module, block: str, x: Record, h: Record, y: Record) -> FeedForward:
+    if len({(tuple(r["order"]), len(r["scale"])) for r in (x, h, y)}) > 1:
+        raise FormatError(f"{block}: its sites have orders or numbers of groups of their own; set peg.shared=true")
+    last: Any = model.get_submodule(h["module"])
+    name, first = _linear_before(model, h["module"])
+    if (first.in_features, first.out_features) != (len(x["order"]), last.in_features):
+        raise FormatError(f"{name} is not the linear map from {x['module']} to {h['module']}")
+    return FeedForward(x, h, y, name)
 
 
 def _block(module: str) -> str:
@@ -168,17 +215,17 @@ def _block(module: str) -> str:
 
 
 def _replace(model: nn.Module, layer: FeedForward) -> None:
-    before: Any = model.get_submodule(layer.x["module"])
-    last: Any = model.get_submodule(layer.h["module"])
-    after: Any = model.get_submodule(layer.y["module"])
-    name, first = _linear_before(model, layer.h["module"])
-    groups, order = len(layer.x["scale"]), torch.tensor(layer.x["order"], device=first.weight.device)
-    if (first.in_features, first.out_features) != (len(order), last.in_features):
-        raise FormatError(f"{name} is not the linear map from {layer.x['module']} to {layer.h['module']}")
-    model.set_submodule(layer.x["module"], OrderedNorm(before, layer.x, begin=True))
-    model.set_submodule(name, SplitInputs(first, order, groups))
-    model.set_submodule(layer.h["module"], SplitOutputs(last, layer.h))
-    model.set_submodule(layer.y["module"], OrderedNorm(after, layer.y, begin=False))
+    paths = (layer.x["module"], layer.first, layer.h["module"], layer.y["module"])
+    modules: list[Any] = [model.get_submodule(path) for path in paths]
+    before, first, last, after = modules
+    parts = (
+        OrderedNorm(before, layer.x, begin=True),
+        SplitInputs(first, layer.parts),
+        SplitOutputs(last, layer.h, layer.parts),
+        OrderedNorm(after, layer.y, begin=False),
+    )
+    for path, part in zip(paths, parts, strict=True):
+        model.set_submodule(path, part)
 
 
 def _linear_before(model: nn.Module, path: str) -> tuple[str, nn.Linear]:
