@@ -46,12 +46,12 @@ def _ablation(session: Session) -> dict[str, Json]:
 
 def _outliers(session: Session) -> dict[str, Json]:
     tokens = [example.tokens for example in session.sample]
-    return {"sites": {name: outliers(seen, tokens) for name, seen in session.values.items()}}
+    return {"sites": {name: outliers(seen, tokens) for name, seen in session.values()}}
 
 
 def _ranges(session: Session) -> dict[str, Json]:
     tokens = [example.tokens for example in session.sample]
-    return {"tokens": tokens, "sites": {name: token_ranges(seen) for name, seen in session.values.items()}}
+    return {"tokens": tokens, "sites": {name: token_ranges(seen) for name, seen in session.values()}}
 
 
 def _attention(session: Session) -> dict[str, Json]:

@@ -38,7 +38,8 @@ class Request:
     Attributes:
         parts: any of `SETTINGS`.
         by: how quantized activations are grouped for the ablation.
-        sites: patterns over activation sites for ablation, outliers and ranges; none: all.
+        sites: patterns over activation sites for ablation, outliers and ranges; none: all that are quantized for the
+            first, and see `Session.looked_at` for the others.
         examples: examples that ablation, layers, hessian and landscape evaluate. None: all of the validation split;
             `FEW` for the last two.
         sequences: validation examples whose activations are looked at.

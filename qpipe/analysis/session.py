@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +27,8 @@ Told = Callable[[str], None]
 
 PER_TOKEN = ("input", "output", "sum", "stream")
 """Slots whose tensors may be `[batch, tokens, features]`."""
+AT_ONCE = 32
+"""Sites whose values are kept at a time: those of all sites of a large model would not fit into memory."""
 
 
 def nowhere(role: Role, teacher: str | None) -> str | None:
@@ -129,29 +131,44 @@ class Session:
         """Within, weights are quantized and activations are not: a range that clips would hide what it clips."""
         return switched_off(self.run, [name for name in self.run.plan.sites if not name.endswith(":weight")])
 
-    @cached_property
-    def values(self) -> dict[str, list[Tensor]]:
-        """Values `[tokens, features]` of the sample at every activation site of that form, no activation quantized.
+    def looked_at(self) -> list[str]:
+        """Names of the activation sites whose values outliers and ranges look at.
+
+        Those of `request.sites`; else those that are quantized together with those that have a role in the model, since
+        what hurts may lie where nothing is quantized; else all.
 
         Raises:
-            SiteError: there is none.
+            SiteError: a pattern matches none.
         """
-        run, patterns = self.run, self.request.sites
+        run = self.run
         every = [name for name, site in run.instruments.sites.items() if site.slot in PER_TOKEN]
-        with_role = {name for names in run.instruments.map.sites.values() for name in names}
-        first = [name for name in every if name in run.plan.sites] or [name for name in every if name in with_role]
-        names = select(run, every if patterns or not first else first, patterns)
+        if self.request.sites:
+            return select(run, every, self.request.sites)
+        known = {name for names in run.instruments.map.sites.values() for name in names}.union(run.plan.sites)
+        return [name for name in every if name in known] or every
+
+    def values(self) -> Iterator[tuple[str, list[Tensor]]]:
+        """Each of these sites with its values in the sample, no activation quantized; those of other forms left out.
+
+        Yields:
+            Name, and `[tokens, features]` for each example.
+
+        Raises:
+            SiteError: no site gives that.
+        """
         lengths = [len(next(iter(example.batch.values()))[0]) for example in self.sample]
-        with self.activations_as_they_are():
-            collected = collect(run, names, self.sample)
-        fitting = {
-            name: seen
-            for name, seen in collected.items()
-            if all(v.ndim == 2 for v in seen) and _same_tokens(seen, self.sample, lengths)
-        }
+        names, fitting = self.looked_at(), 0
+        for start in range(0, len(names), AT_ONCE):
+            some = names[start : start + AT_ONCE]
+            with self.activations_as_they_are():
+                collected = collect(self.run, some, self.sample)
+            for name in some:
+                seen = collected.get(name, [])
+                if all(v.ndim == 2 for v in seen) and _same_tokens(seen, self.sample, lengths):
+                    fitting += 1
+                    yield name, seen
         if not fitting:
             raise SiteError("no site gives [tokens, features]; choose others with --sites")
-        return fitting
 
 
 def _same_tokens(seen: Sequence[Any], sample: Sequence[Example], lengths: list[int]) -> bool:

@@ -14,6 +14,7 @@ from qpipe.analysis.ablation import first_metric
 from qpipe.errors import ConfigError, SiteError
 from qpipe.quant.plan import PlannedSite
 from qpipe.run import Run
+from qpipe.stages.recalibrate import recalibrated
 from qpipe.stages.variants import options_with_bits, rebuilt, rule_with_bits, switched_off
 from qpipe.types import Json
 
@@ -70,11 +71,12 @@ def suggest(
 
 
 def at_bits(run: Run, sites: Sequence[str], bits: int) -> float:
-    """The metric with these sites at another width."""
+    """The metric with these sites at another width, calibrated as `recalibrated` says."""
     able = _able(run, sites, bits)
     with ExitStack() as stack:
         stack.enter_context(rebuilt(run, able, bits))
         stack.enter_context(switched_off(run, [name for name in sites if name not in able]))
+        stack.enter_context(recalibrated(run, sites))
         return first_metric(run)
 
 

@@ -40,7 +40,13 @@ By = Annotated[
     typer.Option(help="Groups of the ablation: sites of a role, a name with any block, a block, or each."),
 ]
 Sites = Annotated[
-    list[str] | None, typer.Option("--sites", metavar="PATTERN", help="Activation sites to look at. Default: all.")
+    list[str] | None,
+    typer.Option(
+        "--sites",
+        metavar="PATTERN",
+        help="Activation sites of ablation (default: those quantized), outliers and ranges (default: also those that "
+        "have a role).",
+    ),
 ]
 Examples = Annotated[
     int | None,
@@ -130,14 +136,14 @@ def analyze(
     )  # fmt: skip
     found = analyze_runs(list(map(source_of, inputs)), request, again, lambda line: typer.echo(line, err=True), _track)
     if suggest is not None:
-        suggestion = next(iter(found.values()))["ablation"]["suggestion"]
-        _write(suggest, suggestion, sources[0])
+        ablation = next(iter(found.values()))["ablation"]
+        _write(suggest, ablation, sources[0])
     if as_json:
         print_json(found if len(found) > 1 else next(iter(found.values())))
         return
     _print(found)
     if suggest is not None:
-        typer.echo(f"suggested: {_outcome(suggestion)}")
+        typer.echo(f"suggested: {_outcome(ablation['suggestion'])}")
         typer.echo(f"plan: {suggest}; use it with --set quantization.plan={suggest}")
     typer.echo(f"next: qpipe report {next(iter(found))}")
 
@@ -208,15 +214,23 @@ def _print(results: dict[str, dict[str, Any]]) -> None:
 
 
 def _print_sites(found: dict[str, Any]) -> None:
-    ablation, outliers, noise = (found.get(part) for part in ("ablation", "outliers", "noise"))
+    from qpipe.report.analysis import most_outliers, widest
+
+    ablation, outliers, ranges, noise = (found.get(part) for part in ("ablation", "outliers", "ranges", "noise"))
     if ablation:
         rows = [[g["group"], g["sites"], g["without"], g["alone"]] for g in ablation["groups"]]
         print_table((f"{ablation['metric']} of a group", "sites", "all quantized but it", "it alone quantized"), rows)
         typer.echo(f"all quantized {ablation['quantized']:.4f}, none {ablation['full_precision']:.4f}")
     if outliers:
-        ranked = sorted(outliers["sites"].items(), key=lambda item: -item[1]["share"])[:SHOWN]
+        ranked = most_outliers(outliers["sites"])[:SHOWN]
         rows = [[name, s["count"], _named(s["dimensions"]), _named(s["tokens"])] for name, s in ranked]
         print_table(("site", "outliers", "dimensions", "tokens"), rows)
+    if ranges:
+        rows = [
+            [w.name, f"{w.low:.3g}", f"{w.high:.3g}", w.token, f"{w.span:.3g}", f"{w.median:.3g}"]
+            for w in widest(ranges)[:SHOWN]
+        ]
+        print_table(("site", "least value", "largest", "widest token", "its range", "median token's"), rows)
     if noise:
         least = sorted((v, k) for k, v in noise["sites"].items() if v is not None)[:SHOWN]
         print_table(("site", "SQNR, dB (least first)"), [[name, round(value, 1)] for value, name in least])
@@ -226,13 +240,22 @@ def _named(entries: list[list[Any]]) -> str:
     return ", ".join(f"{name} ({count})" for name, count, _ in entries[:3])
 
 
-def _write(path: Path, suggestion: dict[str, Any], model: str) -> None:
+def _write(path: Path, ablation: dict[str, Any], model: str) -> None:
     from qpipe.config import yaml_text
     from qpipe.files import write_text
 
-    head = f"# Written by qpipe analyze {model} --suggest: {_outcome(suggestion)}\n"
+    head = [f"Written by qpipe analyze {model} --suggest: {_outcome(ablation['suggestion'])}", _basis(ablation, model)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, head + yaml_text({"quantization": {"rules": suggestion["rules"]}}))
+    rules = yaml_text({"quantization": {"rules": ablation["suggestion"]["rules"]}})
+    write_text(path, "".join(f"# {line}\n" for line in head) + rules)
+
+
+def _basis(ablation: dict[str, Any], model: str) -> str:
+    """What the numbers of a suggestion were measured on, and where they hold."""
+    measured = f"{ablation['metric']} on {ablation['examples']} validation examples"
+    if _is_run(model):
+        return f"{measured} of the run as it was trained; trained or quantized by this plan, the model has others."
+    return f"{measured}; on these, `qpipe quantize` with this plan, and all else the same, gives the last number."
 
 
 def _outcome(suggestion: dict[str, Any]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from qpipe.report.inputs import ANALYSIS_FOLDER, read_json
 
 MAPS = 3
 """Outlier maps and range plots that are shown: of the sites with most outliers, or the widest ranges."""
+HEADS = 16
+"""Heads of a layer whose maps can be told apart side by side."""
 
 
 def read_part(run_dir: Path, part: str) -> Any:
@@ -27,8 +30,8 @@ def analysis(run_dir: Path) -> str | None:
     attention = read_part(run_dir, "attention")
     if not any((ablation, noise, outliers, ranges, attention)):
         return None
-    worst = _most_outliers(outliers["sites"]) if outliers else []
-    widest = _widest(ranges["sites"]) if ranges else []
+    worst = most_outliers(outliers["sites"]) if outliers else []
+    uneven = widest(ranges) if ranges else []
     return render(
         "analysis.html.j2",
         ablation=ablation,
@@ -36,25 +39,83 @@ def analysis(run_dir: Path) -> str | None:
         outliers=outliers,
         outlier_rows=worst,
         outlier_plots=[plots.outlier_map(name, site) for name, site in worst[:MAPS] if site["count"]],
-        range_plots=[plots.token_ranges(name, site, ranges["tokens"]) for name, site in widest[:MAPS]],
+        range_rows=uneven,
+        range_plots=[plots.token_ranges(w.name, ranges["sites"][w.name], ranges["tokens"]) for w in uneven[:MAPS]],
         attention=attention,
         attention_plot=plots.attention_maps(attention) if attention else "",
+        head_plots=_heads(attention) if attention else [],
         noise=noise,
         noise_plot=plots.noise_points(noise["sites"]) if noise else "",
     )
 
 
-def _most_outliers(sites: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return sorted(sites.items(), key=lambda item: -item[1]["share"])
+def most_outliers(sites: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Sites with what they were found to have, those with the largest share of outliers first.
+
+    A tensor that several sites receive, such as the input of query, key and value, is there once, under its first name.
+    """
+    return sorted(_first_of_each(sites, ("mean", "deviation", "points")), key=lambda item: -item[1]["share"])
 
 
-def _widest(sites: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Sites by their widest token's range over their median token's: those that one range per tensor fits worst."""
+def _first_of_each(sites: Mapping[str, Any], keys: Sequence[str]) -> list[tuple[str, Any]]:
+    """Of sites that have the same under these keys, the first."""
+    first: dict[str, tuple[str, Any]] = {}
+    for name, site in sites.items():
+        first.setdefault(repr([site[key] for key in keys]), (name, site))
+    return list(first.values())
 
-    def unevenness(site: Mapping[str, Any]) -> float:
-        spans = sorted(h - low for lows, highs in zip(site["low"], site["high"], strict=True)
-                       for low, h in zip(lows, highs, strict=True))  # fmt: skip
-        middle = spans[len(spans) // 2]
-        return spans[-1] / middle if middle > 0 else 0.0
 
-    return sorted(sites.items(), key=lambda item: -unevenness(item[1]))
+@dataclass(frozen=True)
+class Width:
+    """Ranges of tokens at one site, over all examples.
+
+    Attributes:
+        name: of the site.
+        low: least value.
+        high: largest value.
+        token: the one with the widest range; its number in its example where tokens have no names.
+        span: that range's width.
+        median: of the widths.
+    """
+
+    name: str
+    low: float
+    high: float
+    token: str
+    span: float
+    median: float
+
+    @property
+    def unevenness(self) -> float:
+        """How much wider the widest range is than the median one: what one range for all does not fit."""
+        return self.span / self.median if self.median > 0 else 0.0
+
+
+def widest(ranges: Mapping[str, Any]) -> list[Width]:
+    """Ranges of tokens by site, those first that one range per tensor fits worst; of sites with the same, one.
+
+    Args:
+        ranges: `tokens`, the examples' tokens as text, and `sites` with `low` and `high` of each token.
+    """
+    distinct = _first_of_each(ranges["sites"], ("low", "high"))
+    found = [_width(name, site, ranges["tokens"]) for name, site in distinct]
+    return sorted(found, key=lambda width: -width.unevenness)
+
+
+def _width(name: str, site: Mapping[str, Any], tokens: Sequence[Sequence[str]]) -> Width:
+    spans = [
+        (high - low, tokens[example][at] if tokens and tokens[example] else str(at))
+        for example, (lows, highs) in enumerate(zip(site["low"], site["high"], strict=True))
+        for at, (low, high) in enumerate(zip(lows, highs, strict=True))
+    ]
+    span, token = max(spans, key=lambda entry: entry[0])
+    low, high = min(map(min, site["low"])), max(map(max, site["high"]))
+    return Width(name, low, high, token, span, sorted(entry[0] for entry in spans)[len(spans) // 2])
+
+
+def _heads(attention: Mapping[str, Any]) -> list[str]:
+    """A figure for each layer; none where there are too many heads."""
+    from qpipe.report import analysis_plots as plots
+
+    layers = attention["maps"]
+    return [plots.attention_heads(attention, n) for n, heads in enumerate(layers) if 1 < len(heads) <= HEADS]

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from qpipe.report.plots import GRID, INK, SERIES, inline_svg, literal, new_figure, styled
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 LABELLED = 40
 """Tokens that a figure can name along an axis."""
+WIDTH = 7.2
+"""Of a figure, in inches."""
+SMALLEST = 5.0
+"""Type of tokens that stand along a map, in points: none is smaller where two maps stand side by side."""
 
 
 @styled
@@ -59,22 +68,65 @@ def token_ranges(name: str, site: Mapping[str, Any], tokens: Sequence[Sequence[s
 
 @styled
 def attention_maps(attention: Mapping[str, Any]) -> str:
-    """The mean map over the heads of each layer, four layers a row."""
-    maps = attention["maps"]
-    rows = -(-len(maps) // 4)
-    figure, axes = new_figure(7.2, 1.9 * rows, rows, 4)
-    for number, (panel, heads) in enumerate(zip(axes, maps, strict=False)):
-        size = len(heads[0])
-        mean = [[sum(head[i][j] for head in heads) / len(heads) for j in range(size)] for i in range(size)]
-        panel.pcolormesh(mean, cmap="Blues", vmin=0)
-        panel.invert_yaxis()
+    """The mean map over the heads of each layer."""
+    means = [np.mean(heads, axis=0) for heads in attention["maps"]]
+    titles = [f"layer {number}" for number in range(len(means))]
+    label = "Attention of the first example, mean over heads, by layer"
+    return _maps(means, titles, attention["tokens"], "attention", label)
+
+
+@styled
+def attention_heads(attention: Mapping[str, Any], layer: int) -> str:
+    """The map of every head of a layer."""
+    maps = [np.array(head) for head in attention["maps"][layer]]
+    titles = [f"head {number}" for number in range(len(maps))]
+    label = f"Attention of the first example in layer {layer}, by head"
+    return _maps(maps, titles, attention["tokens"], f"attention-{layer}", label)
+
+
+def _maps(maps: Sequence[np.ndarray], titles: Sequence[str], tokens: Sequence[str], name: str, label: str) -> str:
+    """Maps side by side in the same colours, on the outer axes the tokens, or their numbers where names are too many.
+
+    Each is an image within the SVG: drawn as rectangles, the heads of a model would make a file of many megabytes.
+    """
+    named = tokens[: len(maps[0])] if len(tokens) <= LABELLED else []
+    columns, type_size = _columns(len(named))
+    rows = -(-len(maps) // columns)
+    figure, axes = new_figure(WIDTH, 1.2 + rows * (WIDTH - 0.4) / columns, rows, columns)
+    top = max(float(values.max()) for values in maps)
+    drawn: Any = None
+    for number, (panel, values) in enumerate(zip(axes, maps, strict=False)):
+        drawn = panel.imshow(values, cmap="Blues", vmin=0, vmax=top, interpolation="none")
         panel.grid(visible=False)
-        panel.set_title(f"layer {number}", loc="left")
-        panel.set_xticks([])
-        panel.set_yticks([])
+        panel.set_title(titles[number], loc="left")
+        outer = {"y": number % columns == 0, "x": number + columns >= len(maps)}
+        _name_tokens(panel, outer, named, type_size)
     for panel in axes[len(maps) :]:
         panel.set_axis_off()
-    return inline_svg(figure, "attention", "Attention of the first example, mean over heads, by layer")
+    above: dict[str, Any] = {"location": "top", "shrink": 0.5, "aspect": 40, "pad": 0.05 / rows}
+    figure.colorbar(drawn, ax=axes, label="part of a token's attention", **above)
+    figure.supylabel("token", fontsize=9)
+    figure.supxlabel("token that it attends to", fontsize=9)
+    return inline_svg(figure, name, label)
+
+
+def _name_tokens(panel: Axes, outer: Mapping[str, bool], tokens: Sequence[str], size: float) -> None:
+    """Ticks on the outer axes of a map, a token each; without tokens they are numbers."""
+    for name, axis in (("x", panel.xaxis), ("y", panel.yaxis)):
+        if not outer[name]:
+            axis.set_ticks([])
+        elif tokens:
+            names = [literal(token, 14) for token in tokens]
+            axis.set_ticks(range(len(tokens)), names, fontsize=size, rotation=90 if name == "x" else 0)
+
+
+def _columns(named: int) -> tuple[int, float]:
+    """How many maps stand side by side so that so many tokens can be read along one, and the size of their type."""
+    for columns in (4, 3, 2):
+        room = 72 * (WIDTH / columns - 0.5)
+        if named * SMALLEST <= room or columns == 2:
+            break
+    return columns, min(7.0, room / max(named, 1))
 
 
 @styled

@@ -33,7 +33,7 @@ def initialize_ranges(run: Run) -> None:
     if not learned:
         return
     cast(run.student, run)
-    off = QuantContext(enabled=False)
+    off, contexts = QuantContext(enabled=False), {site: q.context for site, q in activations.items()}
     seen = {site: quantizer.observer() for site, quantizer in learned.items()}
     try:
         for quantizer in activations.values():
@@ -45,8 +45,8 @@ def initialize_ranges(run: Run) -> None:
     finally:
         for quantizer in learned.values():
             quantizer.observing = None
-        for other in activations.values():
-            other.context = run.instruments.context
+        for site, other in activations.items():
+            other.context = contexts[site]
     for site, quantizer in learned.items():
         quantizer.calibrated(seen[site])
         for tensor in (*quantizer.parameters(), *quantizer.buffers()):

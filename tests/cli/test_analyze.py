@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import qpipe
 from qpipe.cli import app
-from qpipe.cli.analyze import _outcome
+from qpipe.cli.analyze import _outcome, _print_sites
 from qpipe.config import resolve
 from qpipe.stages.trained import restore
 from qpipe.testing import tiny_config
@@ -36,12 +36,23 @@ def test_a_run_is_analyzed_and_a_plan_written_that_loads(finished, tmp_path):
     assert {p.stem for p in (finished / "analysis").iterdir()} == {
         "ablation", "outliers", "ranges", "attention", "noise",
     }  # fmt: skip
-    rules = yaml.safe_load(plan.read_text())["quantization"]["rules"]
-    resolve({"model": {"name": "m"}, "quantization": {"plan": str(plan)}})
-    ablation = json.loads((finished / "analysis" / "ablation.json").read_text())
-    assert rules == ablation["suggestion"]["rules"]
-    assert f"suggested: {plan.read_text().splitlines()[0].partition('--suggest: ')[2]}" in done.output
+    assert yaml.safe_load(plan.read_text()) == {"quantization": {"rules": []}}, "the run has learned nothing to lose"
+    assert resolve({"model": {"name": "m"}, "quantization": {"plan": str(plan)}}).quantization.rules == ()
+    first, second = plan.read_text().splitlines()[:2]
+    assert (
+        first.endswith("--suggest: no group needs more bits") and "suggested: no group needs more bits" in done.output
+    )
+    assert second.startswith("# accuracy on 16 validation examples of the run as it was trained;")
     assert "no activation has fewer than 8 bits" in str(call(*words, "--bits", "8", "--again").exception)
+
+
+def test_ranges_of_tokens_are_printed_where_one_for_all_fits_worst(capsys):
+    even = {"low": [[-1.0, -1.0, -1.0]], "high": [[1.0, 1.0, 1.0]]}
+    uneven = {"low": [[-2.0, -1.0, -1.0]], "high": [[192.42, 3.0, 1.0]]}
+    sites = {"even": even, "also even": even, "uneven": uneven}
+    _print_sites({"ranges": {"tokens": [["[CLS]", "a", "[SEP]"]], "sites": sites}})
+    _, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows == [["uneven", "-2", "192", "[CLS]", "194", "4"], ["even", "-1", "1", "[CLS]", "2", "2"]]
 
 
 def test_what_a_suggestion_came_to_is_said():

@@ -113,24 +113,18 @@ def check_qpipe(arguments: list[str]) -> None:
         load_plugins({name: o for name, o in config.plugins.items() if name in installed()}, builtins=False)
 
 
-def check_shell(block: Block) -> int:
-    """Check every `qpipe` and `make` command; returns how many there were."""
+def check_line(line: str) -> None:
+    """Check every `qpipe` and `make` command of a line."""
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
-    found = 0
-    for line in command_lines(block):
-        try:
-            words_of_line = list(commands(line))
-        except ValueError:  # unbalanced quotes: output, or prose in an unnamed block
-            continue
-        for words in words_of_line:
-            if words[0] == "qpipe":
-                check_qpipe(words[1:])
-            elif words[0] == "make":
-                assert targets.issuperset(w for w in words[1:] if "=" not in w), line
-            else:
-                continue
-            found += 1
-    return found
+    try:
+        words_of_line = list(commands(line))
+    except ValueError:  # unbalanced quotes: output, or prose in an unnamed block
+        return
+    for words in words_of_line:
+        if words[0] == "qpipe":
+            check_qpipe(words[1:])
+        elif words[0] == "make":
+            assert targets.issuperset(w for w in words[1:] if "=" not in w), line
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -147,10 +141,9 @@ def check_yaml(text: str) -> None:
     load_plugins(config.plugins, builtins=False)
 
 
-def run_commands(block: Block, folder: Path) -> None:
-    for line in command_lines(block):
-        done = subprocess.run(["bash", "-c", line], cwd=folder, env=ENV, capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
+def run_line(line: str, folder: Path) -> None:
+    done = subprocess.run(["bash", "-c", line], cwd=folder, env=ENV, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
 
 
 def execute(page: Path, block: Block, namespace: dict[str, Any], folder: Path) -> None:
@@ -169,9 +162,10 @@ def execute(page: Path, block: Block, namespace: dict[str, Any], folder: Path) -
     elif block.language == "toml":
         tomllib.loads(block.text)
     elif block.language in SHELL:
-        check_shell(block)
-        if block.mark == "run":
-            run_commands(block, folder)
+        for line in command_lines(block):
+            check_line(line)  # may name what the line before has written
+            if block.mark == "run":
+                run_line(line, folder)
     else:
         assert block.language == "text", f"{page.name}, line {block.line}: a block of unknown language"
 
@@ -198,7 +192,7 @@ def test_every_fence_is_recognised():
 )
 def test_wrong_commands_are_noticed(line):
     with pytest.raises(BaseException, match=r"(?s).+"):
-        check_shell(Block("console", line, 1, ""))
+        check_line(line)
 
 
 def test_wrong_configurations_are_noticed():

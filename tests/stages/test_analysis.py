@@ -1,5 +1,6 @@
 """What `qpipe analyze` measures, against values computed by hand or with the plain model."""
 
+import json
 import math
 
 import numpy as np
@@ -181,7 +182,7 @@ def test_outliers_are_not_hidden_by_a_range_that_clips(tmp_path):
     run = load(qpipe.execute(config).out)
     after = "bert.encoder.layer.0.output.LayerNorm:input"
     session = Session(Source(run.out, lambda: run), Request(("outliers",), sequences=2, sites=(after,)))
-    found = session.values[after]
+    found = dict(session.values())[after]
     quantized_sum = collect(run, [after], session.sample)[after]
     assert all(float((a - b).abs().max()) > 0.01 for a, b in zip(found, quantized_sum, strict=True))
     activations = [name for name in run.plan.sites if not name.endswith(":weight")]
@@ -189,6 +190,33 @@ def test_outliers_are_not_hidden_by_a_range_that_clips(tmp_path):
         plainly = collect(run, [after], session.sample)[after]
     assert all(torch.equal(a, b) for a, b in zip(found, plainly, strict=True))
     assert run.instruments.quantizers()[OUTPUT].context.enabled, "it is on again"
+
+
+def test_outliers_and_ranges_look_where_nothing_is_quantized_too(run):
+    """The plan `w4a8` quantizes what linear maps in the blocks receive; what they return has a role in the model."""
+    found = analyze(run, Request(("outliers", "ranges"), sequences=2))
+    outputs = [f"bert.encoder.layer.{n}.output.{site}" for n in (0, 1) for site in ("dense:output", "LayerNorm:input")]
+    assert not set(outputs) & run.plan.sites.keys()
+    planned = [name for name in run.plan.sites if not name.endswith(":weight")]
+    for part in ("outliers", "ranges"):
+        names = list(found[part]["sites"])
+        assert {*outputs, *planned, "bert.embeddings.LayerNorm:output"} <= set(names)
+        assert not [name for name in names if "pooler" in name or "classifier" in name], "these have no tokens"
+        assert len(names) < len([site for site in run.instruments.sites.values() if site.slot != "weight"])
+    stored = json.loads((run.out / "analysis" / "outliers.json").read_text())["sites"]
+    assert stored == found["outliers"]["sites"]
+
+
+def test_few_sites_at_a_time_have_the_same_values(run, monkeypatch):
+    session = Session(Source(run.out, lambda: run), Request(("ranges",), sequences=2))
+    before = list(session.values())
+    assert len(before) > 20
+    monkeypatch.setattr("qpipe.analysis.session.AT_ONCE", 3)
+    after = list(session.values())
+    assert [name for name, _ in after] == [name for name, _ in before]
+    assert all(
+        torch.equal(a, b) for (_, x), (_, y) in zip(before, after, strict=True) for a, b in zip(x, y, strict=True)
+    )
 
 
 def test_patterns_select_as_in_rules(run):
@@ -218,6 +246,7 @@ def test_parts_are_kept_and_not_measured_twice(run, tmp_path, monkeypatch):
     assert analyze(run, Request(("noise",), sequences=1))["noise"]["settings"] == {"sequences": 1}
     html = analysis(tmp_path)
     assert all(title in html for title in ("Which sites hurt", "Outliers", "Ranges of tokens", "Attention", "noise"))
+    assert html.count("<figure><svg") == html.count("<figure>") >= 8, "ablation, ranges, attention, each layer, noise"
     assert analysis(tmp_path / "elsewhere") is None
 
 

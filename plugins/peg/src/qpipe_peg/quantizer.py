@@ -186,8 +186,9 @@ class PegActivation(GridActivation):
         return ActivationRange(self.bits, False, "group", False, scale, zero, self.order.tolist())
 
     def inherit(self, trained: Quantizer, value: Tensor | None) -> None:
-        """Keep order and ranges, and divide them anew."""
+        """Keep order and ranges, and divide them anew; calibrated again, share the same quantizer's order."""
         assert isinstance(trained, PegActivation)
+        self.shared_with = trained.shared_with
         self._make_room(len(trained.steps), len(trained.order))
         self.to(trained.order.device)
         ratio = (trained.high - trained.low) / (self.high - self.low)
