@@ -14,7 +14,6 @@ from qpipe.analysis.heads import probabilities, ranking
 from qpipe.analysis.layers import layer_errors
 from qpipe.analysis.noise import signal_to_noise
 from qpipe.analysis.observe import examples
-from qpipe.analysis.outliers import outliers, token_ranges
 from qpipe.analysis.session import Session
 from qpipe.analysis.suggest import suggest
 from qpipe.types import Json
@@ -45,13 +44,12 @@ def _ablation(session: Session) -> dict[str, Json]:
 
 
 def _outliers(session: Session) -> dict[str, Json]:
-    tokens = [example.tokens for example in session.sample]
-    return {"sites": {name: outliers(seen, tokens) for name, seen in session.values()}}
+    return {"sites": {name: look.outliers for name, look in session.looks.items()}}
 
 
 def _ranges(session: Session) -> dict[str, Json]:
     tokens = [example.tokens for example in session.sample]
-    return {"tokens": tokens, "sites": {name: token_ranges(seen) for name, seen in session.values()}}
+    return {"tokens": tokens, "sites": {name: look.ranges for name, look in session.looks.items()}}
 
 
 def _attention(session: Session) -> dict[str, Json]:

@@ -7,13 +7,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
 from qpipe.analysis.groups import select
 from qpipe.analysis.ledger import Ledger
 from qpipe.analysis.observe import Example, collect, examples
+from qpipe.analysis.outliers import outliers, token_ranges
 from qpipe.analysis.request import Request
 from qpipe.analysis.teacher import Pairing, load_reference, pairing
 from qpipe.analysis.weights import Role, Weights
@@ -21,6 +22,7 @@ from qpipe.errors import ConfigError, SiteError
 from qpipe.report.inputs import ANALYSIS_FOLDER
 from qpipe.run import Run
 from qpipe.stages.variants import switched_off
+from qpipe.types import Json
 
 T = TypeVar("T")
 Told = Callable[[str], None]
@@ -62,6 +64,18 @@ class Track(Protocol):
 def untracked(items: Sequence[T], what: str) -> Iterable[T]:
     """The items; nothing is shown."""
     return items
+
+
+class Look(NamedTuple):
+    """Summaries of one site's values in the sample.
+
+    Attributes:
+        outliers: see `outliers`.
+        ranges: see `token_ranges`.
+    """
+
+    outliers: dict[str, Json]
+    ranges: dict[str, list[list[float]]]
 
 
 class Session:
@@ -146,6 +160,12 @@ class Session:
             return select(run, every, self.request.sites)
         known = {name for names in run.instruments.map.sites.values() for name in names}.union(run.plan.sites)
         return [name for name in every if name in known] or every
+
+    @cached_property
+    def looks(self) -> dict[str, Look]:
+        """What these sites hold, by name; both summaries come from one pass, since their values are not kept."""
+        tokens = [example.tokens for example in self.sample]
+        return {name: Look(outliers(seen, tokens), token_ranges(seen)) for name, seen in self.values()}
 
     def values(self) -> Iterator[tuple[str, list[Tensor]]]:
         """Each of these sites with its values in the sample, no activation quantized; those of other forms left out.

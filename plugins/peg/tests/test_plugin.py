@@ -103,7 +103,7 @@ def test_no_site_at_all(tmp_path):
 
 
 def test_no_calibration_data(tmp_path):
-    with pytest.raises(ConfigError, match="calibration_batches = 0"):
+    with pytest.raises(ConfigError, match="calibration_batches: .*give 1 or more, not 0"):
         planned(tmp_path, quantization__calibration_batches=0)
 
 
