@@ -6,7 +6,6 @@ import contextlib
 import io
 import os
 import platform
-import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -134,23 +133,17 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _cpu() -> Iterator[Finding]:
+    import torch
+
+    from qpipe.engine.base import bf16_is_native
     from qpipe.launching.topology import cpu_cores
 
-    flags = _cpu_flags()
     cores = f"{cpu_cores()} cores of {os.cpu_count()} usable"
-    if "amx_bf16" in flags:
-        yield Finding("CPU", f"{cores}, fast bf16 (AMX)")
+    if bf16_is_native(torch.device("cpu")):
+        yield Finding("CPU", f"{cores}, fast bf16")
     else:
         advice = "on CPUs, leave engine.precision at auto or float32"
-        yield Finding("CPU", f"{cores}, no fast bf16 (AMX)", "note", advice)
-
-
-def _cpu_flags() -> set[str]:
-    path = Path("/proc/cpuinfo")
-    if not path.is_file():
-        return set()
-    found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", path.read_text(), re.MULTILINE)
-    return set(found.group(1).split()) if found else set()
+        yield Finding("CPU", f"{cores}, no fast bf16", "note", advice)
 
 
 def _compilers() -> Iterator[Finding]:

@@ -229,7 +229,8 @@ class EngineConfig(Section):
     zero: Literal[0, 1, 2, 3] = Field(1, description="ZeRO stage (deepspeed)")
     offload: Literal["none", "optimizer", "all"] = Field("none", description="what to keep in CPU memory (deepspeed)")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 where the hardware is faster in it (GPUs, AMX), else float32"
+        "auto",
+        description="auto: bfloat16 where the hardware is faster in it (GPUs, AMX, AMD's AVX512-BF16), else float32",
     )
     config_file: str | None = Field(None, description="DeepSpeed JSON whose keys are added to those qpipe sets")
     fsdp: bool = Field(False, description="shard with FSDP2 instead of DDP (accelerate)")
