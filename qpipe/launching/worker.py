@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 from qpipe.errors import QpipeError
 from qpipe.launching import failures
@@ -51,6 +54,8 @@ def run_worker(config_path: Path, resume: bool, held: bool = False) -> None:
             execute(config, resume=resume)
     except Exception as error:
         _fail(out, error, quiet=launched)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        end_rank()
     _destroy_process_group()
 
 
@@ -116,3 +121,20 @@ def _destroy_process_group() -> None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def end_rank() -> NoReturn:
+    """End this process, one of several, with status 0 after all its work; threads and exit handlers finish first.
+
+    The interpreter is not taken apart: after sharded training the group's gloo threads outlive
+    `destroy_process_group` (DTensor's caches hold the group), and a thread that lets go of a tensor while the
+    interpreter ends aborts the process, so that a run would count as failed after its last line.
+    """
+    _destroy_process_group()
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

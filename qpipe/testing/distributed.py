@@ -59,6 +59,9 @@ def run_distributed(function: str, world_size: int = 2, timeout: float = 600, **
 def _worker(call_file: str, result_file: str) -> None:
     import torch.distributed as dist
 
+    from qpipe.launching.worker import end_rank, end_with_launcher
+
+    end_with_launcher(os.getppid())  # after a time limit the launcher is killed and could not end its processes
     call = json.loads(Path(call_file).read_text())
     sys.path[:] = [*sys.path, *(p for p in call["path"] if p not in sys.path)]
     module, _, name = call["function"].partition(":")
@@ -67,7 +70,7 @@ def _worker(call_file: str, result_file: str) -> None:
         Path(result_file).write_text(json.dumps(result))
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":

@@ -56,6 +56,24 @@ def test_workers_get_the_configuration_and_their_ranks(process, config_file, tmp
     assert not (out / "errors").exists()
 
 
+def test_a_finished_run_is_no_failure_where_the_interpreter_could_not_end(process, config_file, tmp_path, fake_stages):
+    """What is left of a sharded model's process group can abort the process after its last line."""
+    out = tmp_path / "run"
+    body = """
+import atexit, threading
+class Left:
+    def __del__(self):
+        os.abort()
+sys.left = Left()
+atexit.register((out / f"exit-{rank}").touch)
+threading.Thread(target=lambda: (time.sleep(0.5), (out / f"thread-{rank}").touch())).start()
+print("trained")"""
+    result = process("launch", config_file, "--cpus", 2, "--out", out, env=fake_stages(body))
+    assert result.returncode == 0, result.stderr
+    assert "trained" in result.stdout
+    assert all((out / f"{what}-{rank}").exists() for what in ("exit", "thread") for rank in (0, 1))
+
+
 def test_a_directory_that_the_launcher_holds_is_not_locked_again(process, config_file, tmp_path, fake_stages):
     """DeepSpeed's launcher, which a hostfile needs, gives its workers no mark in the environment."""
     out = tmp_path / "run"
