@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import Field, model_validator
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from qpipe.plugin import Plugin, hookimpl
 from qpipe.quant.compiled import over_rows
-from qpipe.quant.grid import Grid, GridKernel, GridOptions, GridQuantizer, mean_magnitude
+from qpipe.quant.grid import Grid, GridKernel, GridOptions, mean_magnitude
 from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.ranges import RangeMethod, search_grid
+from qpipe.quant.settable import SettableGrid
 from qpipe.quant.tensor import code_range
 from qpipe.types import QuantizerKind
 
@@ -83,7 +84,7 @@ class Learned(GridKernel):
         return Grid(self.snap(step.float().clamp_min(smallest)), self.zero_point)
 
 
-class LsqWeight(GridQuantizer):
+class LsqWeight(SettableGrid):
     """A weight on a grid whose step is a parameter.
 
     `q = clamp(round(w / s), low, high) * s`. With `v = w / s`, the gradient passes to `w` where `low <= v <= high`, and
@@ -146,17 +147,33 @@ class LsqWeight(GridQuantizer):
         if init == "lsq":
             return 2 * mean_magnitude(rows, axes) / math.sqrt(top)
         if init in get_args(RangeMethod):
-            return self._searched_step(rows, init)
+            return self._search(rows, method=init)
         mean, deviation = rows.mean(axes, keepdim=True), rows.std(axes, keepdim=True, correction=1)
         reach = torch.maximum((mean - 3 * deviation).abs(), (mean + 3 * deviation).abs())
         return reach / (2 ** (self.bits - 1) if init == "lsq+" else 2**self.bits - 1)
 
-    def _searched_step(self, rows: Tensor, method: RangeMethod) -> Tensor:
+    def _search(self, rows: Tensor, **changes: Any) -> Tensor:
         """The step of the symmetric grid that a range search finds best for these levels."""
         options, mid_rise = self.options, self.zero_point != 0
         snap = self.kernel().snap_above_zero if mid_rise else self.snap
-        found = {"percentile": options.percentile, "p": options.p, "mid_rise": mid_rise}
-        return search_grid(rows, self.axes, self.low, self.high, True, method, snap, **found)[0]
+        settings = {"percentile": options.percentile, "p": options.p, "mid_rise": mid_rise, **changes}
+        return search_grid(rows, self.axes, self.low, self.high, True, snap=snap, **settings)[0]
+
+    def grid_in_use(self) -> tuple[Tensor, Tensor]:
+        """The learned step, and 0 or -1/2."""
+        scale = self.kernel().grid(self.step, self.axes, *self.state()).scale
+        return scale, torch.full_like(scale, self.zero_point)
+
+    def search(self, value: Tensor, **changes: Any) -> tuple[Tensor, Tensor]:
+        """Of least squared error if `changes` names no `method`."""
+        scale = self._search(self.rows_of(value.float()), **{"method": "mse", **changes})
+        return scale, torch.full_like(scale, self.zero_point)
+
+    def set_grid(self, scale: Tensor, zero_point: Tensor, value: Tensor) -> None:
+        """The scale is what the step learns from; the zero point is that of the levels."""
+        with torch.no_grad():
+            self.step.copy_(scale)
+        self.changed()
 
     def gradient_scale(self, value: Tensor) -> float:
         """The factor on the step's gradient, for a weight of this shape."""

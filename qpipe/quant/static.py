@@ -10,10 +10,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from qpipe.quant.compiled import over_rows
-from qpipe.quant.grid import Grid, GridKernel, GridOptions, GridQuantizer
+from qpipe.quant.grid import Grid, GridKernel, GridOptions
 from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.ranges import RangeOptions, search_grid
 from qpipe.quant.rounding import round_to_codes
+from qpipe.quant.settable import SettableGrid
 from qpipe.quant.tensor import code_range
 
 
@@ -61,7 +62,7 @@ class Fixed(GridKernel):
         return rows.float() - (grid.zero_point - grid.limits[0]) * grid.scale if grid.limits else rows.float()
 
 
-class StaticWeight(GridQuantizer):
+class StaticWeight(SettableGrid):
     """Affine quantization of a weight with a fixed grid; weights outside it are clipped, and get no gradient.
 
     `code = clamp(round(w / scale + zero_point), low, high)`. The grid is chosen from the full-precision weight by the
@@ -87,6 +88,15 @@ class StaticWeight(GridQuantizer):
         # Per tensor every row is quantized alike, in whatever batch of rows; otherwise a row needs its own scale.
         self.per_tensor = self.per_tensor and not options.keep_mean
         self.row_wise = self.per_tensor
+
+    @property
+    def moves_levels(self) -> bool:
+        """With `keep_mean`."""
+        return self.options.keep_mean
+
+    def grid_in_use(self) -> tuple[Tensor, Tensor]:
+        """The buffers."""
+        return self.scale, self.zero_point
 
     def kernel(self) -> Fixed:
         """`Fixed` at the options' width."""
@@ -147,10 +157,6 @@ class StaticWeight(GridQuantizer):
         self.register_buffer("scale", scale.detach().clone())
         self.register_buffer("zero_point", zero_point.detach().clone())
         self.changed()
-
-    def changed(self) -> None:
-        """Quantize again: this weight, or its grid, is another."""
-        self._cached_version = -1
 
     def surrogate(self, value: Tensor) -> Tensor:
         """The value, with no gradient where its code is clamped."""

@@ -17,18 +17,18 @@ from qpipe.config import PtqConfig
 from qpipe.errors import ConfigError
 from qpipe.quant.adaround import Rounding, learn_rounding
 from qpipe.quant.lapq import lapq
-from qpipe.quant.static import StaticWeight
+from qpipe.quant.settable import SettableGrid
 from qpipe.run import Run, Step
 from qpipe.stages.calibrate import inference, inputs_of
 from qpipe.stages.layers import (
     Batches,
     Layer,
     calibration_data,
-    fixed_weights,
     full_precision_copy,
     inputs_to,
     layers_in_order,
     weights_only,
+    weights_with_grids,
 )
 from qpipe.stages.train import task_loss
 
@@ -44,19 +44,19 @@ def require_targets(run: Run) -> None:
     """Refuse a plan that leaves these methods nothing to do.
 
     Raises:
-        ConfigError: no weight has a fixed grid, or one has levels that learned rounding cannot keep.
+        ConfigError: no weight has a grid that data may choose, or one has levels that learned rounding cannot keep.
     """
     options = run.config.quantization.ptq
     if options is None or not needs_data(options):
         return
     method = f"weights: {options.weights}" if options.weights != "none" else "bias_correction"
-    found = fixed_weights(run)
+    found = weights_with_grids(run)
     if not found:
         raise ConfigError(
-            f"quantization.ptq.{method} works on `uniform` or `uniform-static` weights, and the plan has none; "
-            "give quantization.preset, or rules with one of them"
+            f"quantization.ptq.{method} works on `uniform`, `uniform-static`, `lsq` or `lsq+` weights, and the plan "
+            "has none; give quantization.preset, or rules with one of them"
         )
-    shifted = next((path for path, quantizer in found.items() if quantizer.options.keep_mean), None)
+    shifted = next((path for path, quantizer in found.items() if quantizer.moves_levels), None)
     if options.weights == "adaround" and shifted is not None:
         raise ConfigError(f"quantization.ptq.weights: adaround does not go with keep_mean, which {shifted} has")
 
@@ -92,7 +92,7 @@ def initialize(run: Run) -> None:
 
 def share(run: Run) -> None:
     """Every process takes over weights, biases and grids of process 0."""
-    for quantizer in fixed_weights(run).values():
+    for quantizer in weights_with_grids(run).values():
         for buffer in quantizer.buffers():
             run.engine.broadcast_tensor(buffer)
     for parameter in run.student.parameters():
@@ -103,9 +103,9 @@ def share(run: Run) -> None:
 
 
 class WeightClip:
-    """The clip of a weight with a fixed grid: one factor on all its scales."""
+    """The clip of a weight on a grid: one factor on all its scales."""
 
-    def __init__(self, weight: Tensor, quantizer: StaticWeight) -> None:
+    def __init__(self, weight: Tensor, quantizer: SettableGrid) -> None:
         self._weight, self._quantizer = weight.detach(), quantizer
 
     def start(self, p: float) -> None:
@@ -119,7 +119,7 @@ class WeightClip:
 
 
 def search_clips(run: Run, batches: Batches, options: PtqConfig) -> dict[str, Any]:
-    """Set the clips of all weights with fixed grids by LAPQ; returns how it went."""
+    """Set the clips of all weights with grids by LAPQ; returns how it went."""
     term = task_loss(run)
     sizes = torch.tensor([float(len(next(iter(batch.values())))) for batch in batches])
     shares = (sizes / sizes.mean()).to(run.engine.device)  # a last batch may be smaller
@@ -133,7 +133,7 @@ def search_clips(run: Run, batches: Batches, options: PtqConfig) -> dict[str, An
 
     clips = [
         WeightClip(run.student.get_parameter(f"{path}.weight"), quantizer)
-        for path, quantizer in fixed_weights(run).items()
+        for path, quantizer in weights_with_grids(run).items()
     ]
     result = lapq(clips, loss, options.evaluations)
     logger.info(
@@ -205,9 +205,7 @@ def round_layer(layer: Layer, inputs: Tensor, target: Tensor, options: PtqConfig
     quantizer, weight = layer.quantizer, layer.module.weight
     rows = quantizer.rows_of(weight.detach())
     with torch.enable_grad():
-        rounding = Rounding(
-            rows, quantizer.scale, quantizer.zero_point, quantizer.low, quantizer.high, options.relaxation
-        )
+        rounding = Rounding(rows, *quantizer.grid_in_use(), quantizer.low, quantizer.high, options.relaxation)
         learn_rounding(
             rounding,
             lambda x, w: layer.output(x, w.view(weight.shape)),

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from qpipe.data.loader import train_loader
 from qpipe.errors import DataError
 from qpipe.quant.quantizer import QuantContext, Quantizer
-from qpipe.quant.static import StaticWeight
+from qpipe.quant.settable import SettableGrid
 from qpipe.run import Run
 from qpipe.stages.calibrate import inference, inputs_of, to_device
 from qpipe.stages.prepare import tied_sites
@@ -27,7 +27,7 @@ Batches = Sequence[dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear map or convolution whose weight has a fixed grid.
+    """A linear map or convolution whose weight has a grid of its own.
 
     Attributes:
         path: of the module.
@@ -37,7 +37,7 @@ class Layer:
 
     path: str
     module: nn.Linear | nn.Conv2d
-    quantizer: StaticWeight
+    quantizer: SettableGrid
 
     def output(self, inputs: Tensor, weight: Tensor) -> Tensor:
         """The layer without bias. Input `[positions, in_features]` or `[images, channels, height, width]`."""
@@ -50,10 +50,10 @@ class _Reached(Exception):
     """The forward pass has come to the layer in question; what follows is not needed."""
 
 
-def fixed_weights(run: Run) -> dict[str, StaticWeight]:
-    """Every weight with a fixed grid, by module path."""
+def weights_with_grids(run: Run) -> dict[str, SettableGrid]:
+    """Every weight whose grid data may choose, by module path."""
     found = run.instruments.quantizers().items()
-    return {site.removesuffix(":weight"): q for site, q in found if isinstance(q, StaticWeight)}
+    return {site.removesuffix(":weight"): q for site, q in found if isinstance(q, SettableGrid)}
 
 
 def calibration_data(run: Run) -> list[dict[str, Tensor]]:
@@ -107,13 +107,13 @@ def full_precision_copy(model: nn.Module) -> nn.Module:
 
 
 def layers_in_order(run: Run, batches: Batches) -> list[Layer]:
-    """The layers with a fixed grid in the order in which the forward pass reaches them.
+    """The layers with such a grid in the order in which the forward pass reaches them.
 
     Embeddings are left out: each of their weights acts alone, so that rounding to the nearest is best. So are weights
     that several modules share.
     """
     layers = {}
-    for path, quantizer in fixed_weights(run).items():
+    for path, quantizer in weights_with_grids(run).items():
         module: Any = run.student.get_submodule(path)
         if not isinstance(module, nn.Linear | nn.Conv2d):
             continue

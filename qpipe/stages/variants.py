@@ -20,7 +20,7 @@ from qpipe.host import describe
 from qpipe.quant.grid import GridQuantizer
 from qpipe.quant.plan import PlannedSite, expand
 from qpipe.quant.quantizer import Quantizer
-from qpipe.quant.static import StaticWeight
+from qpipe.quant.settable import SettableGrid
 from qpipe.run import Run
 from qpipe.stages.prepare import tied_sites
 from qpipe.types import Json
@@ -124,7 +124,7 @@ def require_master_copies(run: Run, names: Iterable[str]) -> None:
         return
     for name in names:
         quantizer = quantizers[name]
-        if not isinstance(quantizer, StaticWeight):
+        if not isinstance(quantizer, SettableGrid):
             continue
         weight = run.student.get_parameter(f"{run.plan.sites[name].site.path}.weight").detach()
         if torch.equal(quantizer.quantize(weight), weight):

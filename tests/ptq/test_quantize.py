@@ -39,11 +39,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-def config(folder, preset="w3", out="run", **ptq):
+def config(folder, preset="w3", out="run", learned=None, **ptq):
+    """Weights of a preset, or with steps that training will learn, of `learned` bits."""
+    lsq = {"site": "{block}.*:weight", "quantizer": "lsq", "options": {"bits": learned}}
     return tiny_config(
         folder,
         model__name=str(folder / "trained" / "model"),
-        quantization__preset=preset,
+        quantization__preset=None if learned else preset,
+        quantization__rules=[lsq] if learned else [],
         quantization__ptq={**QUICK, **ptq},
         out=str(folder / out),
     )
@@ -238,6 +241,35 @@ def test_lapq_lowers_the_loss_and_keeps_the_weights(folder):
     assert all(bool((lattice.scale > 0).all()) for lattice in codes(run).values())
 
 
+@pytest.mark.parametrize("method", ["lapq", "adaround"])
+def test_steps_that_training_learns_start_from_it(folder, method):
+    """LAPQ chooses the first steps, AdaRound rounds on the steps of `init`; the parameters hold both."""
+    run, original = prepared(folder, learned=2, weights=method)
+    before = codes(run)
+    initialize(run)
+    after = codes(run)
+    found = run.results["ptq"]
+    assert len(after) == 12
+    for site, lattice in after.items():
+        path = site.removesuffix(":weight")
+        step = run.instruments.quantizers()[site].step
+        assert isinstance(step, torch.nn.Parameter) and step.requires_grad
+        torch.testing.assert_close(lattice.scale, step.detach().view_as(lattice.scale), rtol=0, atol=0)
+        weight = run.student.get_parameter(f"{path}.weight").detach()
+        if method == "lapq":
+            assert torch.equal(weight, original[f"{path}.weight"])
+            assert not torch.equal(lattice.scale, before[site].scale)
+        else:
+            assert torch.equal(lattice.scale, before[site].scale)
+            assert torch.equal(lattice.decode(), weight), "the stored weight lies on the grid"
+            assert found["layers"][path]["after"] < found["layers"][path]["before"]
+    if method == "lapq":
+        assert found["lapq"]["loss"] <= found["lapq"]["start_loss"]
+    else:
+        with pytest.raises(ConfigError, match="query:weight was rounded by quantization.ptq.weights: adaround"):
+            require_master_copies(run, run.plan.sites)
+
+
 def test_clips_are_kept_at_their_width_and_found_anew_at_others(folder):
     run, original = prepared(folder, preset="w2", weights="lapq", range="min-max")
     initialize(run)
@@ -262,11 +294,12 @@ def test_wrong_input(folder):
     with pytest.raises(ConfigError, match="plugin 'ti-g' trains with a teacher, and `qpipe quantize` trains nothing"):
         quantize(config(folder, out="refused-3").model_copy(update={"plugins": {"ti-g": {}}}))
     with pytest.raises(
-        ConfigError, match="weights: adaround works on `uniform` or `uniform-static` weights, and the plan"
+        ConfigError,
+        match=r"weights: adaround works on `uniform`, `uniform-static`, `lsq` or `lsq\+` weights, and the plan has",
     ):
         made = config(folder, preset=None, out="refused-4", weights="adaround")
-        lsq = (qpipe.config.RuleConfig(site="{block}.*:weight", quantizer="lsq"),)
-        quantize(made.model_copy(update={"quantization": made.quantization.model_copy(update={"rules": lsq})}))
+        dorefa = (qpipe.config.RuleConfig(site="{block}.*:weight", quantizer="dorefa"),)
+        quantize(made.model_copy(update={"quantization": made.quantization.model_copy(update={"rules": dorefa})}))
 
 
 def test_a_model_without_its_head_is_refused(folder, tmp_path):
@@ -284,14 +317,16 @@ def test_a_model_without_its_head_is_refused(folder, tmp_path):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "ptq", [{"weights": "adaround", "bias_correction": True}, {"weights": "lapq"}], ids=["adaround", "lapq"]
+    "ptq",
+    [{"weights": "adaround", "bias_correction": True}, {"weights": "lapq"}, {"weights": "lapq", "learned": 3}],
+    ids=["adaround", "lapq", "lapq-lsq"],
 )
 def test_training_starts_from_it_under_zero_3_as_on_one_process(folder, ptq):
     made = config(folder, out="start", **ptq)
     train = made.train.model_copy(update={"learning_rate": 1e-12})
     one = made.model_copy(update={"train": train}).model_dump(mode="json")
     two = {**one, "engine": {**one["engine"], "name": "deepspeed", "zero": 3}}
-    name = ptq["weights"]
+    name = "-".join(map(str, ptq.values()))
     write_traces({f"{name}-one": one}, 2, str(folder))
     run_distributed("qpipe.testing.gradients:write_traces", cases={f"{name}-two": two}, steps=2, folder=str(folder))
     first, second = (load_file(folder / f"{name}-{n}.safetensors") for n in ("one", "two"))
@@ -301,6 +336,7 @@ def test_training_starts_from_it_under_zero_3_as_on_one_process(folder, ptq):
     assert any(key.startswith("gradient/") for key in first)
 
 
-def test_training_that_starts_from_it_resumes_bit_for_bit():
-    rules = [{"site": "{block}.*:weight", "quantizer": "uniform", "options": {"bits": 3}}]
+@pytest.mark.parametrize("quantizer", ["uniform", "lsq"])
+def test_training_that_starts_from_it_resumes_bit_for_bit(quantizer):
+    rules = [{"site": "{block}.*:weight", "quantizer": quantizer, "options": {"bits": 3}}]
     check_rules(rules, zero3=False, quantization__ptq={**QUICK, "weights": "adaround", "iterations": 20})
