@@ -12,6 +12,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from qpipe.config import RunConfig
+from qpipe.engine.base import resolve_precision
 from qpipe.errors import CheckpointError
 from qpipe.files import disk_errors, sha256, sync_folder, write_json
 from qpipe.run import Run
@@ -101,7 +103,10 @@ def _write(run: Run, temporary: Path, progress: dict[str, Any]) -> None:
     }
     torch.save(state, temporary / f"rank-{run.engine.rank:05d}.pt")
     if run.engine.rank == 0:
-        write_json(temporary / "progress.json", {**progress, "world_size": run.engine.world_size})
+        precision = str(resolve_precision(run.config.engine, run.engine.device)).removeprefix("torch.")
+        write_json(
+            temporary / "progress.json", {**progress, "world_size": run.engine.world_size, "precision": precision}
+        )
 
 
 def _publish(temporary: Path, final: Path) -> None:
@@ -147,9 +152,27 @@ def best_known(path: Path) -> int | None:
 
 
 def read_progress(path: Path) -> dict[str, Any]:
-    """Where training stood when a checkpoint was written: `step`, `best_step`, `best_metric`, `world_size`."""
+    """Where training stood when a checkpoint was written.
+
+    `step`, `best_step`, `best_metric`, `world_size`, `precision`.
+    """
     progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
     return progress
+
+
+def as_begun(config: RunConfig) -> RunConfig:
+    """The configuration with the precision that `auto` meant where the newest checkpoint was written.
+
+    A run that is resumed on other hardware goes on as it began.
+    """
+    found = steps(Path(config.out))
+    if config.engine.precision != "auto" or not found:
+        return config
+    try:
+        precision = read_progress(Path(config.out, "checkpoints", f"step-{found[-1]:08d}"))["precision"]
+    except (OSError, ValueError, KeyError):
+        return config  # damaged, as loading it will tell, or of an earlier version
+    return config.model_copy(update={"engine": config.engine.model_copy(update={"precision": precision})})
 
 
 def steps(out: Path) -> list[int]:

@@ -86,6 +86,8 @@ def execute(config: RunConfig, resume: bool = False) -> Run:
 
 def assemble(config: RunConfig, host: Host, seconds: dict[str, float], resume: bool = False) -> Run:
     """Teacher, build, prepare and wrap: everything before the first batch."""
+    if resume:
+        config = checkpoint.as_begun(config)
     with timed(seconds, "build"):
         engine = connect(config.engine)
         refuse_used(config, engine, resume)

@@ -1,10 +1,15 @@
 """`engine.precision: auto` takes bfloat16 where the processor is faster in it."""
 
+import shutil
+
 import pytest
 import torch
 
 from qpipe.config import EngineConfig
+from qpipe.engine import base
 from qpipe.engine.base import resolve_precision
+from qpipe.stages import execute
+from qpipe.testing import tiny_config
 
 CPU = torch.device("cpu")
 
@@ -26,3 +31,17 @@ def test_auto_follows_the_processor(monkeypatch, features, expected):
         assert resolve_precision(EngineConfig(precision=name), CPU) == getattr(torch, name), (
             "what is asked for is taken"
         )
+
+
+def test_a_resumed_run_keeps_the_precision_that_it_began_with(tmp_path, monkeypatch):
+    """On a processor for which `auto` means another one."""
+    config = tiny_config(tmp_path, engine__precision="auto", train__max_steps=2, train__save_every=1)
+    monkeypatch.setattr(base, "bf16_is_native", lambda device: False)
+    whole = execute(config.model_copy(update={"out": str(tmp_path / "whole")}))
+    execute(config)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000002")
+    monkeypatch.setattr(base, "bf16_is_native", lambda device: True)
+    resumed = execute(config, resume=True)
+    assert resumed.results["resumed_step"] == 1
+    for name, value in whole.student.state_dict().items():
+        assert torch.equal(resumed.student.state_dict()[name], value), name
