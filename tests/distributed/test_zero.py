@@ -29,12 +29,19 @@ ESTIMATED = [
 """The same with estimators whose result depends on the order of batches, and on all values."""
 LEARNED = {"site": "{block}.*query:input", "quantizer": "lsq+-activation", "options": {"bits": 4, "init": "percentile"}}
 """Ranges that are parameters, and begin with what calibration has seen."""
+PLAIN = {"site": "{block}.*key:input", "quantizer": "affine-activation", "options": {"bits": 8}}
+"""The same with the plain gradients of scale and zero point; `peg` has one of each for every group."""
 TRAINED = ("zero0", "zero1", "zero2", "zero3", "ddp", "fsdp")
 HELD = ("zero1-teacher-cpu", "zero3-offload-all", "zero3-cached")
 """Other ways to have a teacher: sharded in CPU memory, beside a whole student and one that is kept there too, and read
 from one process's cache."""
 CASES = ("zero0", "zero1", "zero2", "zero3", "zero3-recomputing", "ddp", "fsdp", "fsdp-recomputing", *HELD)
-PLUGINS = {"kure": {"skip_above": None}, "ternary-twn": {}, "ti-g": {"fraction": 0.7}}
+PLUGINS = {
+    "kure": {"skip_above": None},
+    "ternary-twn": {},
+    "ti-g": {"fraction": 0.7},
+    "peg": {"groups": 4, "learned": True, "shared": True},
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,7 @@ def traces(tmp_path_factory):
         PLUGINS,
         teacher__name=str(folder / "teacher"),
         quantization__preset="a8",
-        quantization__rules=[STATIC, *ESTIMATED, LEARNED],
+        quantization__rules=[STATIC, *ESTIMATED, LEARNED, PLAIN],
         export__format="native",
         train__accumulation=2,
         train__max_steps=4,
@@ -99,10 +106,11 @@ def test_gradients_and_codes_equal_one_process(traces, case):
     assert sum(key.startswith("gradient/0/") for key in one) > 30
     assert any(key.startswith("codes/") for key in one)
     compare(one, two)
-    assert sum(key.startswith("ranges/") for key in one) == 5 * 4, (
-        "low, high, scale, zero point of four inputs and logits"
-    )
-    assert sum(key.startswith("learned/") for key in one) == 2 * 2, "step and offset of two inputs"
+    found = sorted(key for key in one if key.startswith("ranges/"))
+    orders = [key for key in found if key.endswith("/order")]
+    assert len(orders) == 6, "of the features at three sites in each of two blocks"
+    assert len(found) - len(orders) == 5 * 4, "low, high, scale, zero point of four inputs and logits"
+    assert sum(key.startswith("learned/") for key in one) == 2 * 2 + 2 * 2 + 6 * 2, "of lsq+, affine, and with groups"
     for key in one:
         assert not key.startswith("codes/") or bool((one[key] == two[key]).all()), key
 

@@ -12,7 +12,9 @@ from qpipe.testing import tiny_config
 RECIPES = Path(__file__).parents[2] / "examples" / "activations"
 
 
-@pytest.mark.parametrize(("name", "weights", "embedding"), [("qat-w8a8", 8, 8), ("qat-w4a8-e2", 4, 2)])
+@pytest.mark.parametrize(
+    ("name", "weights", "embedding"), [("qat-w8a8", 8, 8), ("qat-w4a8", 4, 4), ("qat-w4a8-e2", 4, 2)]
+)
 def test_every_weight_and_activation_is_trained_exported_and_verified(tmp_path, name, weights, embedding):
     recipe = read_yaml((RECIPES / name / "recipe.yaml").read_text(), name)
     settings = {f"quantization__{key}": value for key, value in recipe["quantization"].items()}

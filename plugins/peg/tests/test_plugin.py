@@ -73,6 +73,11 @@ def test_blocks_that_normalise_first(tmp_path):
     assert len(found) == 2 * 8 + 2 and {len(q.order) for q in found.values()} == {32, 16}  # 16: grouped values
     x, h, y = (found[roles[role][1]] for role in ("ffn_input", "ffn_output", "ffn_sum"))
     assert x.shared_with == y.shared_with == (h,)
+    ffn_only = {**source, "plugins": {"peg": {"groups": 4}}, "export": {"format": "peg-tensors"}}
+    with pytest.raises(
+        FormatError, match=r"what can be rewritten has them .* models that normalise after the residual"
+    ):
+        plan_run(resolve(ffn_only))
 
 
 def test_groups_have_to_divide_the_features(tmp_path):
