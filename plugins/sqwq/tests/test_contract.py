@@ -1,5 +1,7 @@
 """Runs with the plugin: the contract, every width through export and verification, groups, and what is saved."""
 
+import json
+
 import pytest
 import torch
 from qpipe_sqwq import Sqwq, SqwqWeight
@@ -7,6 +9,7 @@ from safetensors.torch import load_file
 
 import qpipe
 from qpipe import ConfigError, SiteError, moments
+from qpipe.export.verify import verify
 from qpipe.stages import evaluate_run, export_run, plan_run
 from qpipe.stages.param_groups import parameter_groups
 from qpipe.testing import check_plugin, check_rules, tiny_config
@@ -16,10 +19,10 @@ def test_contract():
     check_plugin(Sqwq, "sqwq")
 
 
-@pytest.mark.parametrize("bits", [1, 3])
-def test_embeddings_and_other_widths(bits):
+@pytest.mark.parametrize(("bits", "zero3"), [(1, False), (3, True)])
+def test_embeddings_and_other_widths(bits, zero3):
     options = {"bits": bits, "embedding": True, "rules": True}
-    check_rules([], zero3=False, plugins__sqwq=options)
+    check_rules([], zero3=zero3, plugins__sqwq=options)
 
 
 @pytest.mark.parametrize("init", ["lossless", "scratch"])
@@ -30,10 +33,17 @@ def test_other_starts(init):
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_every_width_is_exported_as_trained(bits, tmp_path):
     """`execute` verifies: the packed weights equal the trained ones in every bit, in a process without qpipe."""
-    config = tiny_config(tmp_path, {"sqwq": {"bits": bits}}, quantization__preset=None, train__max_steps=2)
+    options = {"bits": bits, "embedding": True}
+    config = tiny_config(tmp_path, {"sqwq": options}, quantization__preset=None, train__max_steps=2)
     run = qpipe.execute(config)
     assert run.results["verified"]
     assert {entry.bits for entry in run.plan.sites.values()} == {bits}
+    native = export_run(run.out, "native", tmp_path / "native")
+    checks = {check.name: check.status for check in verify(native).checks}
+    assert checks["weights"] == checks["logits"] == "pass"
+    packed = json.loads((native / "quantization.json").read_text())["weights"]
+    assert {entry["bits"] for entry in packed.values()} == {bits}
+    assert "bert.embeddings.word_embeddings.weight" in packed
 
 
 def test_learning_rate_decay_and_regulariser(tmp_path):

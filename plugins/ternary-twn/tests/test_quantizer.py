@@ -1,3 +1,4 @@
+import copy
 import json
 from pathlib import Path
 
@@ -6,8 +7,10 @@ import torch
 from pydantic import ValidationError
 from qpipe_ternary_twn import TernaryOptions, TernaryTwn, TernaryTwnOptions, TernaryWeight
 from safetensors.torch import load_file
+from torch import nn
 
 from qpipe import QuantContext
+from qpipe.builtin.modules import HOSTS
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "twn.json").read_text())["cases"]
@@ -97,6 +100,42 @@ def test_rows_equal_the_definition():
     torch.testing.assert_close(per_tensor.double(), reference(weight.flatten()).view_as(weight), rtol=1e-6, atol=1e-9)
 
 
+def test_groups_equal_the_definition():
+    weight = weights(6, 4, 2, 2)
+    quantizer = make(granularity="group", group_size=8)
+    expected = torch.stack([reference(part) for part in weight.view(-1, 8)]).view_as(weight)
+    torch.testing.assert_close(quantizer.quantize(weight).double(), expected, rtol=1e-6, atol=1e-9)
+    assert quantizer.encode(weight).scale.shape == (6, 2, 1)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"granularity": "channel"}, {"granularity": "group", "group_size": 4}], ids=str
+)
+@pytest.mark.parametrize(
+    ("module", "x"),
+    [
+        (nn.Conv2d(4, 6, 3), torch.randn(2, 4, 5, 5)),
+        (nn.Embedding(9, 8), torch.tensor([[1, 5, 1]])),
+        (nn.Linear(8, 3), torch.randn(2, 8)),
+    ],
+    ids=["convolution", "embedding", "linear"],
+)
+def test_every_kind_of_module_computes_with_it_and_its_weight_gets_the_whole_gradient(module, x, options):
+    plain, module, quantizer = module, copy.deepcopy(module), make(**options)
+    quantizer.attach(QuantContext(), "m:weight")
+    HOSTS[type(module)].adopt(module, "m", quantizer.context)
+    module.host("weight", quantizer)
+    plain = copy.deepcopy(plain)
+    with torch.no_grad():
+        plain.weight.copy_(quantizer.quantize(plain.weight))
+    output, expected = module(x), plain(x)
+    torch.testing.assert_close(output, expected)
+    upstream = torch.randn(expected.shape)
+    (found,) = torch.autograd.grad(output, module.weight, upstream)
+    (whole,) = torch.autograd.grad(expected, plain.weight, upstream)
+    torch.testing.assert_close(found, whole)
+
+
 def test_non_contiguous_weights():
     weight = weights(10, 6).t()
     assert torch.equal(make(granularity="channel").quantize(weight), make(granularity="channel")(weight.contiguous()))
@@ -180,6 +219,8 @@ def test_rules():
     assert (blocks.site, blocks.quantizer) == ("{block}.*:weight", "ternary-twn")
     assert blocks.options == {"granularity": "tensor", "threshold": 0.7, "clip": 2.5}
     assert (embedding.site, embedding.options["granularity"]) == ("{embedding}:weight", "channel")
+    grouped = TernaryTwnOptions(granularity="group", group_size=8, embedding=True)
+    assert [rule.options.get("group_size") for rule in TernaryTwn(grouped).qpipe_quant_rules()] == [8, None]
     assert list(TernaryTwn(TernaryTwnOptions(rules=False, embedding=True)).qpipe_quant_rules()) == []
 
 

@@ -38,8 +38,9 @@ class TernaryTwn(Plugin):
         """Ternary weights at `sites`; the user's own rules come later and win."""
         if not self.options.rules:
             return
-        options: dict[str, Any] = self.options.model_dump(include=set(TernaryOptions.model_fields))
+        options: dict[str, Any] = self.options.model_dump(include=set(TernaryOptions.model_fields), exclude_none=True)
         for pattern in self.options.sites:
             yield Rule(pattern, NAME, options)
         if self.options.embedding:
+            options.pop("group_size", None)
             yield Rule("{embedding}:weight", NAME, {**options, "granularity": "channel"})

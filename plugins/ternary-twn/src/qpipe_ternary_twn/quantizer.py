@@ -12,13 +12,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qpipe import Grid, GridKernel, GridQuantizer, Options, float64_mean, float64_sum, visible_nan
+from qpipe import Grid, GridKernel, GridOptions, GridQuantizer, float64_mean, float64_sum, visible_nan
 
 
-class TernaryOptions(Options):
+class TernaryOptions(GridOptions):
     """Options of the quantizer `ternary-twn`."""
 
-    granularity: Literal["tensor", "channel"] = Field("tensor", description="what shares a scale")
+    granularity: Literal["tensor", "channel", "group"] = Field("tensor", description="what shares a scale")
     threshold: float = Field(0.7, ge=0, lt=1, description="weights up to this part of the mean magnitude become 0")
     clip: float | None = Field(
         None, gt=0, description="clip weights here first, and stop the gradient of those clipped; 2.5 in TernaryBERT"
@@ -64,7 +64,7 @@ class Ternary(GridKernel):
 
 
 class TernaryWeight(GridQuantizer):
-    """Codes -1, 0 and 1 times one scale per tensor or per channel (axis 0).
+    """Codes -1, 0 and 1 times one scale per tensor, per channel (axis 0), or per group of `group_size` within one.
 
     With `w' = clamp(w, -clip, clip)`, the weights with `|w'| > threshold * mean|w'|` are kept, and the scale is their
     mean magnitude. The gradient passes unchanged, except that clipped weights get none; scale and threshold have none.
