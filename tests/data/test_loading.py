@@ -318,3 +318,22 @@ def test_three_text_columns(load: Load, csv: Csv) -> None:
 def test_unknown_task() -> None:
     with pytest.raises(ConfigError, match=r"no task is named 'sst-2'; did you mean 'sst2'.*tasks: causal-lm"):
         find_task({task.name: task for task in TASKS}, "sst-2")
+
+
+@pytest.mark.parametrize(("name", "asked"), [("some/repo", (None,)), ("some/repo:part-v1", ("part-v1",))])
+def test_data_sets_of_the_hub_by_name(
+    load: Load, monkeypatch: pytest.MonkeyPatch, name: str, asked: tuple[str | None]
+) -> None:
+    """`owner/name`, or `owner/name:configuration`; its splits are found by their usual names."""
+    calls = []
+
+    def hub(*words: str | None) -> datasets.DatasetDict:
+        calls.append(words)
+        part = datasets.Dataset.from_dict({"text": ["good film", "bad film"], "label": [1, 0]})
+        return datasets.DatasetDict(train=part, validation=part.select([1]), test=part)
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    data = load("classification", train=name, validation=None)
+    assert set(calls) == {("some/repo", *asked)}
+    assert (len(data.train), len(data.validation)) == (2, 1)
+    assert tokens(data.validation) == [[2, 8, 9, 3]]

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import qpipe
-from qpipe import ConfigError, DataError, ModelError
+from qpipe import ConfigError, DataError, ModelError, stages
 from qpipe.host import load_plugins
 from qpipe.stages import evaluate_run, execute, quantize, sensitivity
 from qpipe.stages.initialize import initialize
@@ -170,6 +170,25 @@ def test_adaround_changes_nothing_but_rounded_weights(rounded):
     run, original, _ = rounded
     kept = [n for n, p in run.student.named_parameters() if torch.equal(p, original[n])]
     assert sorted(set(original) - set(kept)) == sorted(f"{path}.weight" for path in run.results["ptq"]["layers"])
+
+
+def test_adaround_makes_up_for_what_earlier_layers_have_lost(folder, monkeypatch):
+    """A layer's input comes from the network as rounded so far, its target from the full-precision one."""
+    run, _ = prepared(folder, weights="adaround", iterations=5)
+    reference, batches, unequal = full_precision_copy(run.student), calibration_data(run), []
+    rounding = stages.initialize.round_layer
+
+    def checked(layer, inputs, target, *rest):
+        with torch.no_grad():
+            assert torch.equal(inputs, inputs_to(run.student, layer.path, batches))
+            full = inputs_to(reference, layer.path, batches)
+            assert torch.equal(target, layer.output(full, reference.get_submodule(layer.path).weight))
+            unequal.append(not torch.equal(inputs, full))
+        rounding(layer, inputs, target, *rest)
+
+    monkeypatch.setattr(stages.initialize, "round_layer", checked)
+    initialize(run)
+    assert unequal == [True] * 12, "the embedding is quantized before the first"
 
 
 BLOCK = "bert.encoder.layer.0.output.dense:weight"
