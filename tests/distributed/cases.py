@@ -109,14 +109,18 @@ def running_statistics(config: dict[str, Any], folder: str) -> None:
     write_json(Path(folder) / f"rank-{RANK}.json", sums)
 
 
-def traces(cases: dict[str, dict[str, Any]], steps: int, folder: str) -> dict[str, int]:
-    """Write traces; how many numbers of the teacher's weights rank 0 held in each."""
+def traces(cases: dict[str, dict[str, Any]], steps: int, folder: str) -> dict[str, tuple[int, int]]:
+    """Write traces; how many numbers of the teacher's weights rank 0 held in each.
+
+    And how many files there were before it in the teacher's cache that two processes fill.
+    """
     original: Any = gradients.assemble
     held = []
 
     def assemble(*arguments: Any) -> Any:
         run = original(*arguments)
-        held.append(sum(local_size(parameter) for parameter in run.teacher.parameters()))
+        cached = len(list(Path(folder).glob("cache-of-two/*/*.safetensors")))
+        held.append((sum(local_size(parameter) for parameter in run.teacher.parameters()), cached))
         return run
 
     gradients.assemble = assemble

@@ -1,7 +1,7 @@
 """A run killed with SIGKILL at a random step and resumed ends in the bits of one that was never interrupted.
 
 Among them are ranges of activations that were learned or calibrated on two processes, orders of features, and what
-the export holds of both.
+the export holds of both. The teacher intervenes in a step of its own, so that the kill comes in it or after it.
 """
 
 import json
@@ -67,7 +67,7 @@ def test_resumed_equals_uninterrupted(tmp_path, engine, zero, precision, teacher
     kill_step = random.SystemRandom().randrange(6, STEPS - 3)
     config = tiny_config(
         tmp_path,
-        {"kure": {"skip_above": None}, "ti-g": {}, "peg": {"groups": 4, "learned": True}},
+        {"kure": {"skip_above": None}, "ti-g": {"two_step": True, "steps": 20}, "peg": {"groups": 4, "learned": True}},
         quantization__rules=RANGES,
         export__format="native",
         teacher__name=str(tmp_path / "teacher") if teacher == "named" else None,

@@ -79,6 +79,8 @@ def traces(tmp_path_factory):
     write_traces({"one-caching": {**config, "teacher": cached}}, STEPS, str(folder))
     (folder / "cached.json").write_text(json.dumps(cache_files(folder)))
     cases["zero3-cached"] = {**cases["zero3"], "teacher": cached}
+    filled = {**config["teacher"], "cache": str(folder / "cache-of-two")}
+    cases |= {key: {**zero3, "teacher": filled} for key in ("zero3-filling-cache", "zero3-filled-cache")}
     half = {**config["teacher"], "precision": "bfloat16"}
     write_traces({"one-bfloat16": {**config, "teacher": half}}, STEPS, str(folder))
     cases["zero3-teacher-bfloat16"] = {**zero3, "teacher": half}
@@ -92,8 +94,8 @@ def traces(tmp_path_factory):
     return folder
 
 
-def cache_files(folder):
-    return sorted(path.name for path in folder.glob("cache/*/*.safetensors"))
+def cache_files(folder, name="cache"):
+    return sorted(path.name for path in folder.glob(f"{name}/*/*.safetensors"))
 
 
 pytestmark = pytest.mark.xdist_group("zero")
@@ -129,7 +131,7 @@ def test_two_processes_follow_one_through_updates(traces, case):
 
 @pytest.mark.distributed
 def test_the_teacher_is_sharded_where_the_student_is_or_where_that_is_asked_for(traces):
-    held = json.loads((traces / "held.json").read_text())
+    held = {case: numbers for case, (numbers, _) in json.loads((traces / "held.json").read_text()).items()}
     whole = held["zero0"]
     assert held["zero1"] == held["zero2"] == held["ddp"] == whole
     for case in ("zero3", "fsdp", "zero1-teacher-cpu", "zero3-offload-all", "zero3-teacher-bfloat16"):
@@ -150,6 +152,19 @@ def test_several_processes_read_what_one_cached(traces):
     compare(load_file(traces / "one.safetensors"), load_file(traces / "one-caching.safetensors"), tolerance=0.0)
     before = json.loads((traces / "cached.json").read_text())
     assert len(before) == 1 and cache_files(traces) == before, "a process that misses an example writes a file"
+
+
+@pytest.mark.distributed
+def test_two_processes_fill_a_cache_that_serves_both(traces):
+    """Each computes its own half of a batch; the second run finds all of them, and writes nothing."""
+    one = load_file(traces / "one.safetensors")
+    for case in ("zero3-filling-cache", "zero3-filled-cache"):
+        compare(one, load_file(traces / f"{case}.safetensors"))
+    found = {case: files for case, (_, files) in json.loads((traces / "held.json").read_text()).items()}
+    written = cache_files(traces, "cache-of-two")
+    assert found["zero3-filling-cache"] == 0 < len(written) == found["zero3-filled-cache"]
+    examples = [{key.partition("/")[0] for key in load_file(path)} for path in traces.glob("cache-of-two/*/*")]
+    assert len(set.union(*examples)) == sum(map(len, examples)) > 0, "no example is computed twice"
 
 
 @pytest.mark.distributed
