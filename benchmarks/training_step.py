@@ -40,6 +40,11 @@ def four_bits(**options: Any) -> tuple[dict[str, Any], ...]:
     return weights(bits=4, **options)
 
 
+def inputs(quantizer: str, site: str = BLOCK_INPUTS) -> tuple[dict[str, Any], ...]:
+    """A rule for 8-bit activations."""
+    return ({"site": site, "quantizer": quantizer, "options": {"bits": 8}},)
+
+
 W4 = Spec(rules=four_bits())
 KURE = replace(W4, plugins={"kure": {}})
 A8 = ({"site": BLOCK_INPUTS, "quantizer": "uniform-activation", "options": {"bits": 8}},)
@@ -78,15 +83,23 @@ CASES = (
     Case("channel-eager", "4-bit weights per channel, eager", replace(W4, compile="off")),
     Case("group", "4-bit weights in groups of 64", replace(W4, rules=four_bits(granularity="group", group_size=64))),
     Case("tensor", "4-bit weights per tensor", replace(W4, rules=four_bits(granularity="tensor"))),
+    Case("asymmetric", "4-bit weights per channel, asymmetric", replace(W4, rules=four_bits(symmetric=False))),
+    Case("static", "4-bit weights per channel on a fixed grid (`uniform-static`)",
+         Spec(rules=weights("uniform-static", bits=4))),
     Case("w4a8", "4-bit weights, 8-bit inputs per token", replace(W4, rules=four_bits() + A8)),
     Case("w8a8", "8-bit weights and outputs, static (`w8a8-outputs`: 57 activations)", Spec(preset="w8a8-outputs")),
     Case("w4a8-outputs", "4-bit weights, 8-bit outputs, static (57 activations)",
          Spec(preset="a8-outputs", rules=four_bits())),
     Case("w8a8-learned", "8-bit weights and outputs, learned ranges (57 activations)", learned(8)),
     Case("w4a8-learned", "4-bit weights and 8-bit outputs, learned ranges (57 activations)", learned(4)),
+    *(Case(name, f"8-bit inputs of all linear maps, learned (`{name}`)", Spec(rules=inputs(name)))
+      for name in ("lsq-activation", "lsq+-activation", "affine-activation")),
+    *(Case(name, f"8-bit outputs of activation functions (`{name}`)", Spec(rules=inputs(name, site="{ffn_activation}")))
+      for name in ("pact", "dorefa-activation")),
     Case("embedding", "4-bit weights, 8-bit embedding per row", replace(W4, rules=four_bits() + EMBEDDING)),
     Case("lsq", "4-bit weights per channel with learned steps (`lsq`)", Spec(rules=weights("lsq", bits=4))),
-    Case("lsq-eager", "the same, eager", Spec(rules=weights("lsq", bits=4), compile="off")),
+    Case("lsq+", "4-bit weights per channel, `lsq+`", Spec(rules=weights("lsq+", bits=4))),
+    Case("lsq-eager", "`lsq`, eager", Spec(rules=weights("lsq", bits=4), compile="off")),
     Case("dorefa", "4-bit weights per tensor (`dorefa`)", Spec(rules=weights("dorefa", bits=4))),
     Case("binary", "1-bit weights per channel (`binary`)", Spec(rules=weights("binary"))),
     Case("laq", "2-bit weights per channel (`laq`)", Spec(rules=weights("laq", bits=2))),
