@@ -40,16 +40,16 @@ def four_bits(**options: Any) -> tuple[dict[str, Any], ...]:
     return weights(bits=4, **options)
 
 
-def inputs(quantizer: str, site: str = BLOCK_INPUTS) -> tuple[dict[str, Any], ...]:
+def activations(quantizer: str, site: str = BLOCK_INPUTS) -> tuple[dict[str, Any], ...]:
     """A rule for 8-bit activations."""
     return ({"site": site, "quantizer": quantizer, "options": {"bits": 8}},)
 
 
 W4 = Spec(rules=four_bits())
 KURE = replace(W4, plugins={"kure": {}})
-A8 = ({"site": BLOCK_INPUTS, "quantizer": "uniform-activation", "options": {"bits": 8}},)
+A8 = activations("uniform-activation")
 EMBEDDING = ({"site": "{embedding}:weight", "quantizer": "uniform", "options": {"bits": 8}},)
-OUTPUTS = ({"site": "{outputs}", "quantizer": "affine-activation", "options": {"bits": 8}},)
+OUTPUTS = activations("affine-activation", "{outputs}")
 WITH_TEACHER = replace(FULL, kind="train+teacher")
 TERNARY_A8 = Spec(kind="train+teacher", rules=A8)
 
@@ -92,9 +92,9 @@ CASES = (
          Spec(preset="a8-outputs", rules=four_bits())),
     Case("w8a8-learned", "8-bit weights and outputs, learned ranges (57 activations)", learned(8)),
     Case("w4a8-learned", "4-bit weights and 8-bit outputs, learned ranges (57 activations)", learned(4)),
-    *(Case(name, f"8-bit inputs of all linear maps, learned (`{name}`)", Spec(rules=inputs(name)))
+    *(Case(name, f"8-bit inputs of all linear maps, learned (`{name}`)", Spec(rules=activations(name)))
       for name in ("lsq-activation", "lsq+-activation", "affine-activation")),
-    *(Case(name, f"8-bit outputs of activation functions (`{name}`)", Spec(rules=inputs(name, site="{ffn_activation}")))
+    *(Case(name, f"8-bit outputs of activation functions (`{name}`)", Spec(rules=activations(name, "{ffn_activation}")))
       for name in ("pact", "dorefa-activation")),
     Case("embedding", "4-bit weights, 8-bit embedding per row", replace(W4, rules=four_bits() + EMBEDDING)),
     Case("lsq", "4-bit weights per channel with learned steps (`lsq`)", Spec(rules=weights("lsq", bits=4))),

@@ -126,9 +126,9 @@ def _destroy_process_group() -> None:
 def end_rank() -> NoReturn:
     """End this process, one of several, with status 0 after all its work; threads and exit handlers finish first.
 
-    The interpreter is not taken apart: after sharded training the group's gloo threads outlive
-    `destroy_process_group` (DTensor's caches hold the group), and a thread that lets go of a tensor while the
-    interpreter ends aborts the process, so that a run would count as failed after its last line.
+    The interpreter is not taken apart. After sharded training the group's gloo threads outlive
+    `destroy_process_group`, and such a process was seen to abort after its last line, so that the run counted as
+    failed: probably a thread that let go of a tensor while the interpreter ended (pytorch/pytorch#179291).
     """
     _destroy_process_group()
     for thread in threading.enumerate():

@@ -22,9 +22,9 @@ from qpipe.stages.gather import share_buffers
 NAME = re.compile(r"step-(\d{8})")
 
 
-def folder(run: Run, step: int) -> Path:
-    """Where the checkpoint after `step` optimizer steps lies."""
-    return run.out / "checkpoints" / f"step-{step:08d}"
+def folder(out: Path, step: int) -> Path:
+    """Where the checkpoint after `step` optimizer steps lies in a run folder."""
+    return out / "checkpoints" / f"step-{step:08d}"
 
 
 def random_state() -> dict[str, Any]:
@@ -70,7 +70,7 @@ def save(run: Run, progress: dict[str, Any]) -> Path:
     Raises:
         CheckpointError: the disk is full or not writable. Earlier checkpoints are untouched.
     """
-    final = folder(run, progress["step"])
+    final = folder(run.out, progress["step"])
     temporary = final.with_name(f".{final.name}.tmp")
     share_buffers(run)
     try:
@@ -134,10 +134,10 @@ def prune(run: Run) -> None:
     """Keep the newest checkpoints, and of each the best one it knows, so that training can end from any of them."""
     found = steps(run.out)
     newest = found[-run.config.train.keep_checkpoints :]
-    keep = {*newest, *(best_known(folder(run, step)) for step in newest)}
+    keep = {*newest, *(best_known(folder(run.out, step)) for step in newest)}
     for step in found:
         if step not in keep:
-            shutil.rmtree(folder(run, step), ignore_errors=True)
+            shutil.rmtree(folder(run.out, step), ignore_errors=True)
     for leftover in (run.out / "checkpoints").glob(".step-*.tmp"):  # of a killed save
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -169,7 +169,7 @@ def as_begun(config: RunConfig) -> RunConfig:
     if config.engine.precision != "auto" or not found:
         return config
     try:
-        precision = read_progress(Path(config.out, "checkpoints", f"step-{found[-1]:08d}"))["precision"]
+        precision = read_progress(folder(Path(config.out), found[-1]))["precision"]
     except (OSError, ValueError, KeyError):
         return config  # damaged, as loading it will tell, or of an earlier version
     return config.model_copy(update={"engine": config.engine.model_copy(update={"precision": precision})})
@@ -212,7 +212,7 @@ def load(run: Run, step: int) -> dict[str, Any]:
     Raises:
         CheckpointError: it is damaged, or was written by another number of processes.
     """
-    path = folder(run, step)
+    path = folder(run.out, step)
     problem = None
     if run.engine.rank == 0:
         try:

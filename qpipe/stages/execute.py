@@ -86,10 +86,10 @@ def execute(config: RunConfig, resume: bool = False) -> Run:
 
 def assemble(config: RunConfig, host: Host, seconds: dict[str, float], resume: bool = False) -> Run:
     """Teacher, build, prepare and wrap: everything before the first batch."""
-    if resume:
-        config = checkpoint.as_begun(config)
+    # Teacher and data are known by the configuration as it was given; only the training goes on as it began.
+    begun = checkpoint.as_begun(config) if resume else config
     with timed(seconds, "build"):
-        engine = connect(config.engine)
+        engine = connect(begun.engine)
         refuse_used(config, engine, resume)
         original = load_data(config, find_task(host.collect("qpipe_tasks"), config.task))
     data = original
@@ -102,7 +102,7 @@ def assemble(config: RunConfig, host: Host, seconds: dict[str, float], resume: b
         with timed(seconds, "teacher"):
             teacher, teacher_metrics = ensure_teacher(config, host, original, lambda: rehearse(config, engine, data))
     with timed(seconds, "build"):
-        run = build(config, host, engine, teacher, data)
+        run = build(begun, host, engine, teacher, data)
         if teacher_metrics:
             run.results["teacher"] = teacher_metrics
         run.total_steps = total_steps(run)

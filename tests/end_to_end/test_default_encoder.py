@@ -75,7 +75,7 @@ def test_analysis_of_the_default_encoder_works_as_the_readme_says(tmp_path, monk
 def test_a_finished_run_is_quantized_evaluated_and_measured_as_the_readme_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     launch = from_readme("launch --plugins kure,ti-g --gpus 8")
-    words = [word for word in launch if word not in ("--gpus", "8")]  # the last option wins
+    words = [word for word in launch if word not in ("--gpus", "8")]
     call(*words, "--cpus", "1", *overrides(*SMALL, "train.max_steps=3", "teacher.epochs=1"), "--out", "runs/demo")
     call(*from_readme("quantize runs/demo/teacher"))
     assert json.loads(Path("runs/demo-ptq/results.json").read_text())["verified"]

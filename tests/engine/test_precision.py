@@ -35,13 +35,17 @@ def test_auto_follows_the_processor(monkeypatch, features, expected):
 
 def test_a_resumed_run_keeps_the_precision_that_it_began_with(tmp_path, monkeypatch):
     """On a processor for which `auto` means another one."""
-    config = tiny_config(tmp_path, engine__precision="auto", train__max_steps=2, train__save_every=1)
+    settings = {"engine__precision": "auto", "train__max_steps": 4, "train__save_every": 2}
+    config = tiny_config(tmp_path, {"ti-g": {}}, teacher__name=None, **settings)
     monkeypatch.setattr(base, "bf16_is_native", lambda device: False)
     whole = execute(config.model_copy(update={"out": str(tmp_path / "whole")}))
     execute(config)
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000002")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    teacher = tmp_path / "run" / "teacher" / "model" / "model.safetensors"
+    fine_tuned = teacher.stat().st_mtime_ns
     monkeypatch.setattr(base, "bf16_is_native", lambda device: True)
     resumed = execute(config, resume=True)
-    assert resumed.results["resumed_step"] == 1
+    assert resumed.results["resumed_step"] == 2
+    assert teacher.stat().st_mtime_ns == fine_tuned, "the teacher is not fine-tuned again"
     for name, value in whole.student.state_dict().items():
         assert torch.equal(resumed.student.state_dict()[name], value), name

@@ -146,7 +146,7 @@ def test_batch_statistics_train_and_resume_bit_for_bit(config, run, tmp_path, fa
     assert not torch.equal(start(run, name), end(run, name))
     assert end(run, "resnet.bn1.num_batches_tracked") == 12, "6 steps of 2 micro-batches"
     out = tmp_path / "resumed"
-    shutil.copytree(checkpoints.folder(run, 3), out / "checkpoints" / "step-00000003")
+    shutil.copytree(checkpoints.folder(run.out, 3), out / "checkpoints" / "step-00000003")
     qpipe.execute(config.model_copy(update={"out": str(out)}), resume=True)
     assert weights_hash(out) == weights_hash(run.out)
 
@@ -159,7 +159,7 @@ def test_the_best_weights_come_with_their_batch_statistics(config, tmp_path, mon
     best = ["train.keep_best=true", f"out={tmp_path / 'run'}"]
     made = qpipe.execute(resolve(config.model_dump(mode="json"), best))
     assert made.results["best_step"] == 3
-    saved = torch.load(checkpoints.folder(made, 3) / "engine" / "state.pt", weights_only=True)["model"]
+    saved = torch.load(checkpoints.folder(made.out, 3) / "engine" / "state.pt", weights_only=True)["model"]
     buffers = [name for name in saved if name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
     assert len(buffers) == 3 * 7
     assert all(torch.equal(saved[name], end(made, name)) for name in buffers)

@@ -100,8 +100,8 @@ def test_gradients_stop_where_the_reference_clips(case):
     (grad,) = torch.autograd.grad(quantizer(x), x, GOLDEN.tensor(case, "g"))
     assert torch.equal(grad, GOLDEN.tensor(case, "grad_x"))
     if "learnable_clip" in case["params"]:
-        # BinaryBERT learns these ends from it. qpipe's quantizers with learned ends have rules of their own (`pact`,
-        # `lsq+-activation`, `affine-activation`); what all of them share is that x and the ends divide g between them.
+        # BinaryBERT learns both ends so. No quantizer of qpipe does (`pact`, `lsq+-activation` and `affine-activation`
+        # have rules of their own), so the sums are formed here, from what x does not get.
         ends = GOLDEN.tensor(case, "grad_clip")
         g = GOLDEN.tensor(case, "g") - grad  # what x does not get, the ends do
         torch.testing.assert_close(torch.stack([g[x <= low].sum(), g[x >= high].sum()]), ends.flatten())

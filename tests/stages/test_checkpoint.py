@@ -4,7 +4,6 @@ import errno
 import importlib
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,8 +69,8 @@ def test_an_unfinished_save_is_no_checkpoint_and_is_overwritten(finished, tmp_pa
 
 
 def copy_checkpoint(run, step, out):
-    target = checkpoint.folder(SimpleNamespace(out=out), step)
-    return shutil.copytree(checkpoint.folder(run, step), target)
+    target = checkpoint.folder(out, step)
+    return shutil.copytree(checkpoint.folder(run.out, step), target)
 
 
 def resume(run, out):

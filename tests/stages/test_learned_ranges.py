@@ -113,14 +113,14 @@ def test_ranges_are_trained_resumed_restored_and_exported(tmp_path, monkeypatch,
     settings = config(tmp_path)
     run = qpipe.execute(settings)
     trained = values(run)
-    first = torch.load(checkpoint.folder(run, 3) / "engine" / "state.pt", weights_only=True)["model"]
+    first = torch.load(checkpoint.folder(run.out, 3) / "engine" / "state.pt", weights_only=True)["model"]
     name = next(n for n in first if n.endswith("query.input_quantizer.learned_step"))
     site = f"{name.removesuffix('.input_quantizer.learned_step')}:input"
     assert float(first[name]) != trained[f"{site}/learned_step"], "training moves the step"
 
     out = tmp_path / "again"
     (out / "checkpoints").mkdir(parents=True)
-    checkpoint.folder(run, 3).rename(out / "checkpoints" / "step-00000003")
+    checkpoint.folder(run.out, 3).rename(out / "checkpoints" / "step-00000003")
     module = importlib.import_module("qpipe.stages.execute")
     monkeypatch.setattr(module, "initialize_ranges", lambda run: pytest.fail("a resumed run must not calibrate again"))
     again = qpipe.execute(settings.model_copy(update={"out": str(out)}), resume=True)
