@@ -165,8 +165,8 @@ class LsqWeight(SettableGrid):
         return scale, torch.full_like(scale, self.zero_point)
 
     def search(self, value: Tensor, **changes: Any) -> tuple[Tensor, Tensor]:
-        """Of least squared error if `changes` names no `method`."""
-        scale = self._search(self.rows_of(value.float()), **{"method": "mse", **changes})
+        """By the `method` that `changes` names: `init` need not be a range search."""
+        scale = self._search(self.rows_of(value.float()), **changes)
         return scale, torch.full_like(scale, self.zero_point)
 
     def set_grid(self, scale: Tensor, zero_point: Tensor, value: Tensor) -> None:

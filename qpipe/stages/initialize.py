@@ -52,9 +52,11 @@ def require_targets(run: Run) -> None:
     method = f"weights: {options.weights}" if options.weights != "none" else "bias_correction"
     found = weights_with_grids(run)
     if not found:
+        kinds = run.host.collect("qpipe_quantizers").items()
+        names = [name for name, kind in kinds if isinstance(kind.build, type) and issubclass(kind.build, SettableGrid)]
         raise ConfigError(
-            f"quantization.ptq.{method} works on `uniform`, `uniform-static`, `lsq` or `lsq+` weights, and the plan "
-            "has none; give quantization.preset, or rules with one of them"
+            f"quantization.ptq.{method} works on weights with one of {', '.join(['uniform', *sorted(names)])}, and the "
+            "plan has none; give quantization.preset, or rules with one of them"
         )
     shifted = next((path for path, quantizer in found.items() if quantizer.moves_levels), None)
     if options.weights == "adaround" and shifted is not None:

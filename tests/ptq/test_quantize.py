@@ -314,7 +314,7 @@ def test_wrong_input(folder):
         quantize(config(folder, out="refused-3").model_copy(update={"plugins": {"ti-g": {}}}))
     with pytest.raises(
         ConfigError,
-        match=r"weights: adaround works on `uniform`, `uniform-static`, `lsq` or `lsq\+` weights, and the plan has",
+        match=r"adaround works on weights with one of uniform, lsq, lsq\+, uniform-static, and the plan has none",
     ):
         made = config(folder, preset=None, out="refused-4", weights="adaround")
         dorefa = (qpipe.config.RuleConfig(site="{block}.*:weight", quantizer="dorefa"),)
