@@ -9,7 +9,7 @@ import tomllib
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
@@ -27,6 +27,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def type_text(annotation: Any) -> str:
     """A type as a reader of YAML thinks of it: `float`, `linear | cosine`, `list of text`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        limits = [bounds(part) for part in arguments[1:] if isinstance(part, FieldInfo)]
+        return type_text(arguments[0]) + "".join(f" ({text})" for text in limits if text)
     if origin is Literal:
         return " | ".join(str(value) for value in arguments)
     if origin in (Union, types.UnionType):
@@ -34,6 +37,8 @@ def type_text(annotation: Any) -> str:
     if origin in (tuple, list, frozenset):
         return "list of " + type_text(arguments[0])
     if origin in (dict,):
+        return "mapping"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "mapping"
     names = {str: "text", bool: "true | false", type(None): "null"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))

@@ -45,6 +45,9 @@ _PUBLIC = {
     "TaskData": "qpipe.data.loading",
     "Texts": "qpipe.data.text",
     "locate": "qpipe.data.locate",
+    "LossWeight": "qpipe.schedules",
+    "WeightSchedule": "qpipe.schedules",
+    "weight_function": "qpipe.schedules",
     "Engine": "qpipe.engine.base",
     "QTensor": "qpipe.quant.tensor",
     "QuantContext": "qpipe.quant.quantizer",
@@ -121,6 +124,7 @@ __all__ = [
     "GridQuantizer",
     "Inject",
     "Loss",
+    "LossWeight",
     "Metric",
     "ModelError",
     "ModelMap",
@@ -158,6 +162,7 @@ __all__ = [
     "TrainingError",
     "TrainingPhase",
     "WeightLoss",
+    "WeightSchedule",
     "__version__",
     "all_scores_mse",
     "attention_mse",
@@ -183,6 +188,7 @@ __all__ = [
     "straight_through",
     "tanh",
     "visible_nan",
+    "weight_function",
     "write_program",
 ]
 
@@ -232,6 +238,7 @@ if TYPE_CHECKING:
     from qpipe.quant.splitting import split_to_binary
     from qpipe.quant.tensor import QTensor
     from qpipe.run import Run, Step
+    from qpipe.schedules import LossWeight, WeightSchedule, weight_function
     from qpipe.stages.execute import execute
     from qpipe.types import (
         ACTIVATION_SLOTS,

@@ -21,7 +21,19 @@ PLUGIN_SOURCES = sorted(ROOT.glob("plugins/*/src"))
 METHODS = re.compile(r"kure|sqwq|ternary|intervention|(?<![a-z])(peg|twn|ti-[omg])(?![a-z])", re.IGNORECASE)
 """Names of methods. The lookarounds keep `jpeg` out."""
 
-FOUNDATION = {"config", "discovery", "errors", "files", "host", "hookspecs", "plugin", "run", "rundir", "types"}
+FOUNDATION = {
+    "config",
+    "discovery",
+    "errors",
+    "files",
+    "host",
+    "hookspecs",
+    "plugin",
+    "run",
+    "rundir",
+    "schedules",
+    "types",
+}
 LAYERS = (
     {"testing", "cli"},
     {"doctor"},

@@ -10,10 +10,9 @@ import pytest
 from pydantic import ValidationError
 from qpipe_distillation import Distillation, DistillationOptions
 from qpipe_distillation.layers import attention_pairs, depth_ratio, hidden_pairs, mapped_pairs
-from qpipe_distillation.schedule import WeightSchedule
 
 import qpipe
-from qpipe import ConfigError, ModelError, TrainingPhase
+from qpipe import ConfigError, ModelError, TrainingPhase, WeightSchedule
 from qpipe.analysis.analyze import Request, analyze
 from qpipe.stages import evaluate_run, plan_run
 from qpipe.stages.trained import restore

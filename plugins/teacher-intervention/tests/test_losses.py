@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pydantic import ValidationError
 from qpipe_teacher_intervention import InterventionOptions
 from qpipe_teacher_intervention.losses import distillation_losses
 from safetensors.torch import load_file
@@ -19,16 +20,22 @@ KINDS = {"att": "scores", "rep": "hidden_states", "out": "attention_output"}
 TERMS = {"ti/logits": "cls", "ti/hidden": "rep", "ti/scores": "att", "ti/output": "output"}
 
 
-def losses(layers, kind="classification", causal=False, **options):
-    """The loss functions by name."""
+def terms(layers, kind="classification", causal=False, **options):
+    """The loss terms by name."""
     attention = torch.nn.Module()
     attention.is_causal = causal
     run = SimpleNamespace(
         student=torch.nn.ModuleDict({"attention": attention}),
         instruments=SimpleNamespace(map=SimpleNamespace(attention=("attention",))),
         task=SimpleNamespace(kind=kind),
+        total_steps=10,
     )
-    return {loss.name: loss.fn for loss in distillation_losses(run, InterventionOptions(**options), layers)}
+    return {loss.name: loss for loss in distillation_losses(run, InterventionOptions(**options), layers)}
+
+
+def losses(layers, kind="classification", causal=False, **options):
+    """The loss functions by name."""
+    return {name: loss.fn for name, loss in terms(layers, kind, causal, **options).items()}
 
 
 def signals(case, side):
@@ -110,3 +117,21 @@ def test_logits_of_tokens_leave_padding_out():
 
     expected = ((cost(0, 0) + cost(0, 1)) / 2 + cost(1, 0)) / 2
     torch.testing.assert_close(losses([0], "causal-lm")["ti/logits"](step), expected)
+
+
+def test_weights_over_the_training():
+    """A number, a schedule, and 0, which leaves the term out; the first term stands in for the task's loss."""
+    rising = {"schedule": "linear", "initial": 0, "final": 2, "start": 0.2}
+    found = terms([0], logits_loss=rising, hidden_loss=3, score_loss=0, output_loss={**rising, "schedule": "step"})
+    assert list(found) == ["ti/logits", "ti/hidden", "ti/output"]
+    assert found["ti/logits"].replaces == ("task",)
+    assert [found["ti/logits"].weight(step) for step in (0, 2, 6, 10)] == pytest.approx([0, 0, 1, 2])
+    assert found["ti/hidden"].weight == 3
+    assert [found["ti/output"].weight(step) for step in (1, 2)] == [0, 2]
+
+
+def test_weights_that_are_none():
+    with pytest.raises(ValidationError, match="always 0"):
+        InterventionOptions(hidden_loss={"schedule": "linear", "initial": 0, "final": 0})
+    with pytest.raises(ValidationError, match="greater than or equal to 0"):
+        InterventionOptions(hidden_loss=-1)

@@ -26,10 +26,11 @@ from qpipe import (
     hookimpl,
     logits_kl,
     logits_mse,
+    weight_function,
 )
 from qpipe_distillation.layers import Pair, attention_pairs, depth_ratio, hidden_pairs, mapped_pairs, require_equal
 from qpipe_distillation.options import DistillationOptions
-from qpipe_distillation.schedule import first_steps, weight_function, within
+from qpipe_distillation.schedule import first_steps, within
 
 PHASE = "distillation-layers"
 """Name of the training phase in which layers are learned, with `two_step`."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from qpipe import Loss, Run, Step, all_scores_mse, hidden_mse, logits_kl, logits_mse
+from qpipe import Loss, Run, Step, all_scores_mse, hidden_mse, logits_kl, logits_mse, weight_function
 from qpipe_teacher_intervention.options import InterventionOptions
 from qpipe_teacher_intervention.taps import FFN_INPUT
 
@@ -21,7 +21,7 @@ LOWEST = -100.0
 
 
 def distillation_losses(run: Run, options: InterventionOptions, layers: Sequence[int]) -> Iterable[Loss]:
-    """The losses with a weight above 0; the first stands in for the task loss unless that is kept.
+    """The losses whose weight is not 0; the first stands in for the task loss unless that is kept.
 
     Args:
         run: with both models.
@@ -58,8 +58,8 @@ def distillation_losses(run: Run, options: InterventionOptions, layers: Sequence
     ]
     replaces: tuple[str, ...] = () if options.task_loss else ("task",)
     for name, fn, weight in terms:
-        if weight > 0:
-            yield Loss(name, fn, weight, replaces)
+        if weight != 0:
+            yield Loss(name, fn, weight_function(weight, run.total_steps), replaces)
             replaces = ()
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from qpipe import Options
+from qpipe import LossWeight, Options
 from qpipe_teacher_intervention.schedule import SCHEDULES, Part, ScheduleName
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -53,10 +53,12 @@ class InterventionOptions(Options):
         min_length=1,
         description="the teacher's layer, from 1, for each layer of the student; null: both have the same number",
     )
-    logits_loss: float = Field(1.0, ge=0, description="weight of the loss on logits")
-    hidden_loss: float = Field(1.0, ge=0, description="weight of the loss on hidden states")
-    score_loss: float = Field(1.0, ge=0, description="weight of the loss on attention scores; needs attention maps")
-    output_loss: float = Field(1.0, ge=0, description="weight of the loss on attention outputs")
+    logits_loss: LossWeight = Field(
+        1.0, description="weight of the loss on logits: a number, or {schedule, initial, final, start, stop}"
+    )
+    hidden_loss: LossWeight = Field(1.0, description="likewise, on hidden states")
+    score_loss: LossWeight = Field(1.0, description="likewise, on attention scores; needs attention maps")
+    output_loss: LossWeight = Field(1.0, description="likewise, on attention outputs")
     output_loss_on: Literal["projection", "norm"] = Field(
         "projection",
         description="what it compares: the student's own output projection, or what enters the feed-forward network, "

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from qpipe import (
     CheckpointError,
     Loss,
+    LossWeight,
     Options,
     Plugin,
     Run,
@@ -84,7 +85,7 @@ class TeacherIntervention(Plugin):
             keep_ffn_inputs(run)
 
     def _compares_norms(self) -> bool:
-        return bool(self.options.output_loss > 0 and self.options.output_loss_on == "norm")
+        return bool(self.options.output_loss != 0 and self.options.output_loss_on == "norm")
 
     # --- train --------------------------------------------------------------------------------------------------------
 
@@ -105,13 +106,13 @@ class TeacherIntervention(Plugin):
     def qpipe_signals(self) -> Signals:
         """What the losses need, and from the teacher what is replaced in this phase."""
         options = self.options
-        weights: dict[SignalKind, float] = {
+        weights: dict[SignalKind, LossWeight] = {
             "logits": options.logits_loss,
             "hidden_states": options.hidden_loss,
             "scores": options.score_loss,
             "attention_output": 0 if self._compares_norms() else options.output_loss,
         }
-        compared = frozenset(kind for kind, weight in weights.items() if weight > 0)
+        compared = frozenset(kind for kind, weight in weights.items() if weight != 0)
         replaced: frozenset[SignalKind] = frozenset() if self.kind is None else frozenset({REPLACED[self.kind]})
         # The teacher's taps need its forward pass, which a signal of its attention asks for.
         seen: frozenset[SignalKind] = frozenset({"attention_output"}) if self._compares_norms() else frozenset()
@@ -120,7 +121,7 @@ class TeacherIntervention(Plugin):
 
     @hookimpl
     def qpipe_losses(self, run: Run) -> Iterable[Loss]:
-        """The distillation losses with a weight above 0."""
+        """The distillation losses whose weight is not 0."""
         return distillation_losses(run, self.options, self._layers)
 
     # --- checkpoint and export ----------------------------------------------------------------------------------------
