@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from benchmarks.results.__main__ import with_starts
 from benchmarks.results.cell import Cell, filled
@@ -13,7 +14,7 @@ from benchmarks.results.figures import FIGURES, draw
 from benchmarks.results.fill import fill, run_cell
 from benchmarks.results.record import Measured, differences, is_done, measure, read_expected, write_expected
 from benchmarks.results.render import DOCUMENT, STALE, is_stale, render, start_marker, write
-from benchmarks.results.table import read_table, tables
+from benchmarks.results.table import Table, read_table, tables
 from qpipe.config import resolve
 
 TABLES = tables()
@@ -88,6 +89,26 @@ def test_a_row_is_measured_when_all_its_seeds_are_there(small_table, tmp_path):
     write_expected(small_table.expected("first"), {"here": measured})
     assert read_expected(small_table.expected("first")) == {"here": measured}
     assert "| first | 0.550 ± 0.071 (2) | 4.50 | 2.00 of 8.00 |" in render(small_table)
+
+
+def test_averages_over_settings_go_seed_by_seed(small_table):
+    """Where every setting was measured with as many seeds; and the settings must exist."""
+    document = small_table.model_dump(mode="json") | {"folder": small_table.folder}
+    there = document["settings"]["here"] | {"title": "there"}
+    table = Table(
+        **document | {"settings": document["settings"] | {"there": there}, "averages": {"both": ["here", "there"]}}
+    )
+    cells = ["12e345678901", "22e345678901"]
+    sets = {"here": [0.5, 0.6], "there": [0.7, 0.8]}
+    measured = {s: Measured(cells=cells, metrics={"accuracy": v}, tolerance=0.01) for s, v in sets.items()}
+    write_expected(table.expected("first"), measured)
+    write_expected(table.expected("second"), {"here": measured["here"]})
+    heads, _, first, second = render(table).splitlines()[:4]
+    assert heads.startswith("|  | here | there | both |")
+    assert "| 0.650 ± 0.071 (2) | - | - |" in first
+    assert second.endswith("| - | - | - | - |")
+    with pytest.raises(ValidationError, match="'nowhere' under averages is no setting; there are here"):
+        Table(**document | {"averages": {"both": ["here", "nowhere"]}})
 
 
 def test_a_changed_recipe_makes_its_number_and_those_that_start_from_it_stale(small_table, tmp_path):

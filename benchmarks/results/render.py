@@ -57,7 +57,8 @@ def _metric_rows(table: Table, settings: list[str], recorded: dict[str, dict[str
     several = len(columns) > len(settings)
     heads = [f"{table.settings[s].title}{f', {m}' if several else ''}" for s, m in columns]
     relative = [f"{table.settings[s].title}, change" for s in settings] if table.relative_to else []
-    rows = [["", *heads, *relative, "bits per weight", "file, MB"]]
+    averages = {title: names for title, names in table.averages.items() if set(names) <= set(settings)}
+    rows = [["", *heads, *averages, *relative, "bits per weight", "file, MB"]]
     section = shown = None
     for row, entry in recorded.items():
         section = table.rows[row].section or section
@@ -67,6 +68,7 @@ def _metric_rows(table: Table, settings: list[str], recorded: dict[str, dict[str
             rows.append([f"**{section}**", *[""] * (len(rows[0]) - 1)])
             shown = section
         cells = [_value(table, row, s, m, entry) for s, m in columns]
+        cells += [_average([entry.get(name) for name in names]) for names in averages.values()]
         if table.relative_to:
             base = recorded[table.relative_to]
             cells += [_relative(entry.get(s), base.get(s), _metrics(table, s, recorded)[0]) for s in settings]
@@ -84,6 +86,14 @@ def _value(table: Table, row: str, setting: str, metric: str, entry: dict[str, M
         return "-"
     stale = STALE if is_stale(table, row, setting, entry[setting]) else ""
     return spread(entry[setting].metrics[metric]) + stale
+
+
+def _average(parts: Sequence[Measured | None]) -> str:
+    """Mean over settings, seed by seed; nothing unless all were measured with as many seeds."""
+    values = [next(iter(part.metrics.values())) for part in parts if part is not None]
+    if len(values) < len(parts) or len({len(seeds) for seeds in values}) > 1:
+        return "-"
+    return spread([statistics.mean(seeds) for seeds in zip(*values, strict=True)])
 
 
 def _relative(measured: Measured | None, base: Measured | None, metric: str) -> str:

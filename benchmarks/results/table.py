@@ -76,6 +76,9 @@ class Table(Part):
     folder: Path
     metrics: tuple[str, ...] = Field((), description="default: the first metric of the task")
     lower_is_better: bool = False
+    averages: dict[str, tuple[str, ...]] = Field(
+        {}, description="title of a column, and the settings over which it averages the first metric"
+    )
     relative_to: str | None = Field(None, description="row that the first metric is also given relative to")
     tolerance: float = Field(gt=0, description="how far the mean over the seeds may lie from the recorded one")
     sweep: Sweep | None = None
@@ -83,13 +86,17 @@ class Table(Part):
     rows: dict[str, Row]
 
     @model_validator(mode="after")
-    def _rows_exist(self) -> Table:
+    def _names_exist(self) -> Table:
         named = [row.start for row in self.rows.values()] + [self.relative_to]
         for setting in self.settings.values():
             named += [*(setting.rows or ()), *setting.skip, *setting.overrides_for]
         missing = sorted({name for name in named if name is not None} - self.rows.keys())
         if missing:
             raise ValueError(f"{missing[0]!r} is no row; there are {', '.join(self.rows)}")
+        averaged = {name for names in self.averages.values() for name in names}
+        if averaged - self.settings.keys():
+            unknown = min(averaged - self.settings.keys())
+            raise ValueError(f"{unknown!r} under averages is no setting; there are {', '.join(self.settings)}")
         return self
 
     def rows_of(self, setting: str) -> list[str]:
