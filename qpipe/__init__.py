@@ -69,6 +69,8 @@ _PUBLIC = {
     "GridKernel": "qpipe.quant.grid",
     "GridOptions": "qpipe.quant.grid",
     "GridQuantizer": "qpipe.quant.grid",
+    "SettableGrid": "qpipe.quant.settable",
+    "search_grid": "qpipe.quant.ranges",
     "float64_mean": "qpipe.quant.grid",
     "float64_sum": "qpipe.quant.grid",
     "mean_magnitude": "qpipe.quant.grid",
@@ -149,6 +151,7 @@ __all__ = [
     "Rule",
     "Run",
     "RunConfig",
+    "SettableGrid",
     "SignalKind",
     "Signals",
     "Site",
@@ -184,6 +187,7 @@ __all__ = [
     "plain_model",
     "quantize_activations",
     "resolve",
+    "search_grid",
     "split_to_binary",
     "straight_through",
     "tanh",
@@ -234,7 +238,9 @@ if TYPE_CHECKING:
     from qpipe.quant.moments import Moments, moments
     from qpipe.quant.observed import Observed
     from qpipe.quant.quantizer import QuantContext, Quantizer, straight_through
+    from qpipe.quant.ranges import search_grid
     from qpipe.quant.rounding import tanh, visible_nan
+    from qpipe.quant.settable import SettableGrid
     from qpipe.quant.splitting import split_to_binary
     from qpipe.quant.tensor import QTensor
     from qpipe.run import Run, Step

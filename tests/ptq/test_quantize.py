@@ -359,3 +359,70 @@ def test_training_starts_from_it_under_zero_3_as_on_one_process(folder, ptq):
 def test_training_that_starts_from_it_resumes_bit_for_bit(quantizer):
     rules = [{"site": "{block}.*:weight", "quantizer": quantizer, "options": {"bits": 3}}]
     check_rules(rules, zero3=False, quantization__ptq={**QUICK, "weights": "adaround", "iterations": 20})
+
+
+# --- a plugin's quantizer ---------------------------------------------------------------------------------------------
+
+
+class FixedGrid(qpipe.SettableGrid):
+    """A scale for each row, from public names alone."""
+
+    def __init__(self, options):
+        super().__init__(options, 3)
+        self.row_wise = False
+        self.low, self.high = -3, 3
+
+    def kernel(self):
+        return FixedKernel(self.low, self.high, self.context.scale_dtype, self.context.rescale)
+
+    def state(self):
+        return (self.scale,)
+
+    def initialize(self, value):
+        self.register_buffer("scale", self.search(value, method="min-max")[0])
+
+    def grid_in_use(self):
+        return self.scale, torch.zeros_like(self.scale)
+
+    def search(self, value, **changes):
+        scale, _ = qpipe.search_grid(
+            self.rows_of(value), self.axes, self.low, self.high, symmetric=True, snap=self.snap, **changes
+        )
+        return scale, torch.zeros_like(scale)
+
+    def set_grid(self, scale, zero_point, value):
+        self.scale.copy_(scale)
+        self.changed()
+
+
+class FixedKernel(qpipe.GridKernel):
+    def grid(self, rows, axes, *state):
+        return qpipe.Grid(self.snap(state[0]), 0.0)
+
+
+class FixedPlugin(qpipe.Plugin):
+    @qpipe.hookimpl
+    def qpipe_quantizers(self):
+        yield qpipe.QuantizerKind("fixed-grid", FixedGrid, qpipe.GridOptions, frozenset({"weight"}))
+
+
+@pytest.mark.parametrize("method", ["lapq", "adaround"])
+def test_what_data_sets_works_on_the_grids_of_plugins(folder, method):
+    """The loss falls in LAPQ's joint search, and every layer's error by AdaRound's rounding."""
+    made = config(folder, out=f"fixed-{method}", weights=method)
+    rule = {"site": "{block}.*:weight", "quantizer": "fixed-grid"}
+    rules = (qpipe.config.RuleConfig.model_validate(rule),)
+    quantization = made.quantization.model_copy(update={"rules": rules, "preset": None})
+    plugins = load_plugins({}, extra=[("fixed", FixedPlugin())])
+    run = _prepared(made.model_copy(update={"quantization": quantization}), plugins, {})
+    initialize(run)
+    quantizers = [q for q in run.instruments.quantizers().values() if isinstance(q, FixedGrid)]
+    assert len(quantizers) == 12, "six in each of two blocks"
+    report = run.results["ptq"]
+    if method == "lapq":
+        assert report["lapq"]["loss"] < report["lapq"]["start_loss"]
+        return
+    assert all(layer["after"] < layer["before"] for layer in report["layers"].values())
+    for path, quantizer in ((site.removesuffix(":weight"), q) for site, q in run.instruments.quantizers().items()):
+        weight = run.student.get_parameter(f"{path}.weight")
+        assert torch.equal(quantizer(weight), weight), path
