@@ -26,6 +26,10 @@ class WeightSchedule(Options):
     def _is_a_schedule(self) -> WeightSchedule:
         if self.initial == self.final == 0:
             raise ValueError("a weight that is always 0 trains nothing: leave the term out instead")
+        if self.schedule == "step" and not 0 < self.start < 1:
+            raise ValueError(
+                f"start {self.start:g}: a step lies within the training; give a start above 0 and below 1, such as 0.5"
+            )
         if self.schedule != "step" and self.start >= self.stop:
             raise ValueError(f"start {self.start:g} must come before stop {self.stop:g}")
         return self

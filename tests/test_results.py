@@ -18,6 +18,7 @@ from benchmarks.results.table import Table, read_table, tables
 from qpipe.config import resolve
 
 TABLES = tables()
+SWEEP = {"bits": "3,8", "ratios": "0.9,1.1", "shown": ["bits=3"]}
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
@@ -98,15 +99,21 @@ def test_averages_over_settings_go_seed_by_seed(small_table):
     table = Table(
         **document | {"settings": document["settings"] | {"there": there}, "averages": {"both": ["here", "there"]}}
     )
-    cells = ["12e345678901", "22e345678901"]
-    sets = {"here": [0.5, 0.6], "there": [0.7, 0.8]}
-    measured = {s: Measured(cells=cells, metrics={"accuracy": v}, tolerance=0.01) for s, v in sets.items()}
+    measured = {}
+    for setting, values in {"here": [0.5, 0.6], "there": [0.7, 0.8]}.items():
+        cells = [Cell(table, "first", setting, seed).digest for seed in (0, 1)]
+        measured[setting] = Measured(cells=cells, metrics={"accuracy": values}, tolerance=0.01)
     write_expected(table.expected("first"), measured)
     write_expected(table.expected("second"), {"here": measured["here"]})
     heads, _, first, second = render(table).splitlines()[:4]
     assert heads.startswith("|  | here | there | both |")
     assert "| 0.650 ± 0.071 (2) | - | - |" in first
     assert second.endswith("| - | - | - | - |")
+    for wrong in ({"averages": {"none": []}}, {"averages": {"one": ["here"]}, "sweep": SWEEP}):
+        with pytest.raises(ValidationError, match="averages need settings to average over, and a table without"):
+            Table(**document | wrong)
+    small_table.recipe("first").write_text("model: {name: other}\n")
+    assert f"| 0.650 ± 0.071 (2){STALE} | - | - |" in render(table)
     with pytest.raises(ValidationError, match="'nowhere' under averages is no setting; there are here"):
         Table(**document | {"averages": {"both": ["here", "nowhere"]}})
 
@@ -133,6 +140,18 @@ def test_numbers_beyond_the_tolerance_are_named(small_table):
     assert differences(Measured(cells=["a"], metrics={"accuracy": [0.509]}, tolerance=0.01), before) == []
     assert differences(Measured(cells=["a"], metrics={"accuracy": [0.52]}, tolerance=0.01), before) == [
         "accuracy 0.5200, recorded 0.5000 ± 0.01"
+    ]
+
+
+def test_variants_are_compared_within_their_own_spread():
+    same = {"cells": ["a", "b"], "metrics": {"accuracy": [0.5, 0.5]}, "tolerance": 0.01}
+    before = Measured(**same, points={"bits=3": [0.4, 0.42], "bits=8": [0.5, 0.5]})
+    near = Measured(**same, points={"bits=3": [0.43, 0.43], "bits=8": [0.49, 0.5]})
+    assert differences(near, before) == []
+    far = Measured(**same, points={"bits=3": [0.45, 0.45], "bits=8": [0.48, 0.48]})
+    assert differences(far, before) == [
+        "bits=3 0.4500, recorded 0.4100 ± 0.0282843",
+        "bits=8 0.4800, recorded 0.5000 ± 0.01",
     ]
 
 

@@ -68,7 +68,7 @@ def _metric_rows(table: Table, settings: list[str], recorded: dict[str, dict[str
             rows.append([f"**{section}**", *[""] * (len(rows[0]) - 1)])
             shown = section
         cells = [_value(table, row, s, m, entry) for s, m in columns]
-        cells += [_average([entry.get(name) for name in names]) for names in averages.values()]
+        cells += [_average(table, row, names, entry) for names in averages.values()]
         if table.relative_to:
             base = recorded[table.relative_to]
             cells += [_relative(entry.get(s), base.get(s), _metrics(table, s, recorded)[0]) for s in settings]
@@ -88,12 +88,13 @@ def _value(table: Table, row: str, setting: str, metric: str, entry: dict[str, M
     return spread(entry[setting].metrics[metric]) + stale
 
 
-def _average(parts: Sequence[Measured | None]) -> str:
+def _average(table: Table, row: str, settings: Sequence[str], entry: dict[str, Measured]) -> str:
     """Mean over settings, seed by seed; nothing unless all were measured with as many seeds."""
-    values = [next(iter(part.metrics.values())) for part in parts if part is not None]
-    if len(values) < len(parts) or len({len(seeds) for seeds in values}) > 1:
+    values = [next(iter(entry[name].metrics.values())) for name in settings if name in entry]
+    if len(values) < len(settings) or len({len(seeds) for seeds in values}) > 1:
         return "-"
-    return spread([statistics.mean(seeds) for seeds in zip(*values, strict=True)])
+    stale = any(is_stale(table, row, name, entry[name]) for name in settings)
+    return spread([statistics.mean(seeds) for seeds in zip(*values, strict=True)]) + (STALE if stale else "")
 
 
 def _relative(measured: Measured | None, base: Measured | None, metric: str) -> str:

@@ -93,6 +93,8 @@ class Table(Part):
         missing = sorted({name for name in named if name is not None} - self.rows.keys())
         if missing:
             raise ValueError(f"{missing[0]!r} is no row; there are {', '.join(self.rows)}")
+        if self.averages and (self.sweep is not None or not all(self.averages.values())):
+            raise ValueError("averages need settings to average over, and a table without a sweep")
         averaged = {name for names in self.averages.values() for name in names}
         if averaged - self.settings.keys():
             unknown = min(averaged - self.settings.keys())

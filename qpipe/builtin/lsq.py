@@ -188,7 +188,8 @@ class LsqWeight(SettableGrid):
         factor, dtype = self.gradient_scale(value), self.step.dtype
 
         def gradient(rows: Tensor, grad: Tensor, out: Tensor) -> tuple[Tensor]:
-            constants = (*self.bounds, self.zero_point)
+            slack = torch.finfo(rows.dtype).eps * self.bounds[1]
+            constants = (*self.bounds, self.zero_point, slack)
             slopes = over_rows(self.context, step_gradient, out, (rows, grad, scale), constants)
             if self.per_tensor:
                 slopes = slopes.sum(0, keepdim=True)
@@ -198,7 +199,7 @@ class LsqWeight(SettableGrid):
 
 
 def step_gradient(
-    out: Tensor, rows: Tensor, grad: Tensor, scale: Tensor, low: float, high: float, zero_point: float
+    out: Tensor, rows: Tensor, grad: Tensor, scale: Tensor, low: float, high: float, zero_point: float, slack: float
 ) -> Tensor:
     """Gradient of rows into `out`; returns the unscaled gradient of the step of each row, `[rows, 1]`, float32.
 
@@ -210,10 +211,11 @@ def step_gradient(
         low: smallest level in units of the step.
         high: largest level.
         zero_point: 0, or -1/2 for mid-rise levels.
+        slack: how far beyond its outer levels a weight that was put on them can lie by the rounding of its type.
     """
     v = rows.float() / scale
     clipped = v.clamp(low, high)
-    inside = v == clipped
+    inside = (v - clipped).abs() <= slack
     level = v.round() if zero_point == 0 else (v + zero_point).round() - zero_point
     slope = torch.where(inside, level - v, clipped)
     slopes = (slope * grad.float()).sum(1, keepdim=True)

@@ -105,6 +105,13 @@ class PtqConfig(Section):
     )
     decay_shape: float = Field(1.0, gt=0, description="adaround: steepness of that, but for `cosine` and `linear`")
 
+    @model_validator(mode="after")
+    def _belongs_to_its_range(self) -> PtqConfig:
+        for name, method in (("percentile", "percentile"), ("p", "lp")):
+            if getattr(self, name) is not None and self.range != method:
+                raise ValueError(f"give {name} with range: {method}, and only there")
+        return self
+
 
 class QuantizationConfig(Section):
     """What is quantized, and how."""
@@ -186,19 +193,15 @@ class TrainConfig(Section):
 
     @field_validator("trackers")
     @classmethod
-    def _trackers_are_installed(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _trackers_exist(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if names:
-            from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-            from accelerate.utils import LoggerType
+            from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
             known = {str(name) for name in LOGGER_TYPE_TO_CLASS}
-            absent = {str(name) for name in LoggerType} - {str(name) for name in get_available_trackers()}
             for name in names:
                 if name not in known:
                     allowed = ", ".join(sorted(known))
                     raise ValueError(f"{name!r} is no tracker{suggest(name, known)}; it is one of {allowed}")
-                if name in absent:
-                    raise ValueError(f"tracker {name!r} needs its own package: pip install {name}")
         return names
 
     @property

@@ -131,9 +131,8 @@ def end_rank() -> NoReturn:
     failed: probably a thread that let go of a tensor while the interpreter ended (pytorch/pytorch#179291).
     """
     _destroy_process_group()
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    # As the interpreter does: threads finish, and idle ones of pools, which would wait for work forever, are told to.
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

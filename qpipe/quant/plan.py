@@ -219,4 +219,4 @@ def make_plan(
                     granularity=getattr(options, "granularity", None),
                     zero_point="none" if getattr(options, "symmetric", True) else "integer",
                 )
-    return Plan({site.name: chosen[site.name] for site in sites if site.name in chosen}, tuple(selections.lost))
+    return Plan({site.name: chosen[site.name] for site in sites if site.name in chosen}, selections.lost)

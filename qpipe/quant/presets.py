@@ -92,6 +92,10 @@ def preset_rules(name: str | None, model_map: ModelMap | None = None) -> tuple[R
     return tuple(rule for rule in PRESETS[name] if not (without and rule is EMBEDDING))
 
 
+FIXED_GRID = "uniform-static"
+"""What `uniform` becomes where weights are quantized before training."""
+
+
 def with_fixed_grid(rule: Rule, options: Mapping[str, Any]) -> Rule:
     """The rule with `uniform-static` in place of `uniform`; other rules are returned as they are.
 
@@ -101,4 +105,4 @@ def with_fixed_grid(rule: Rule, options: Mapping[str, Any]) -> Rule:
     """
     if rule.quantizer != "uniform":
         return rule
-    return replace(rule, quantizer="uniform-static", options={**options, **rule.options})
+    return replace(rule, quantizer=FIXED_GRID, options={**options, **rule.options})

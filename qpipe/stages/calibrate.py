@@ -23,9 +23,9 @@ from qpipe.run import Run
 logger = logging.getLogger("qpipe.stages")
 
 
-def to_device(batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
-    """Move a batch; float inputs (images) also take the model's type."""
-    device, dtype = run.engine.device, run.engine.dtype
+def to_device(batch: dict[str, Tensor], run: Run, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Move a batch; float inputs (images) also take the engine's type, or another one."""
+    device, dtype = run.engine.device, dtype or run.engine.dtype
     return {
         k: v.to(device, dtype) if v.is_floating_point() and k != "labels" else v.to(device) for k, v in batch.items()
     }

@@ -20,6 +20,8 @@ from qpipe.run import Run
 from qpipe.stages.gather import share_buffers
 
 NAME = re.compile(r"step-(\d{8})")
+KEPT = ("ptq",)
+"""Results of what a resumed run does not do again."""
 
 
 def folder(out: Path, step: int) -> Path:
@@ -104,9 +106,9 @@ def _write(run: Run, temporary: Path, progress: dict[str, Any]) -> None:
     torch.save(state, temporary / f"rank-{run.engine.rank:05d}.pt")
     if run.engine.rank == 0:
         precision = str(resolve_precision(run.config.engine, run.engine.device)).removeprefix("torch.")
-        write_json(
-            temporary / "progress.json", {**progress, "world_size": run.engine.world_size, "precision": precision}
-        )
+        kept = {name: run.results[name] for name in KEPT if name in run.results}
+        record = {**progress, "world_size": run.engine.world_size, "precision": precision, "results": kept}
+        write_json(temporary / "progress.json", record)
 
 
 def _publish(temporary: Path, final: Path) -> None:
@@ -154,7 +156,7 @@ def best_known(path: Path) -> int | None:
 def read_progress(path: Path) -> dict[str, Any]:
     """Where training stood when a checkpoint was written.
 
-    `step`, `best_step`, `best_metric`, `world_size`, `precision`.
+    `step`, `best_step`, `best_metric`, `world_size`, `precision`, `results` (those of `KEPT`).
     """
     progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
     return progress

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qpipe.builtin.trackers import require_installed
 from qpipe.config import RunConfig, dump
 from qpipe.data.loading import TaskData, find_task, load_data
 from qpipe.engine import connect
@@ -64,6 +65,7 @@ def execute(config: RunConfig, resume: bool = False) -> Run:
         QpipeError: something in the configuration, the data or a plugin is wrong, `config.out` holds a run that is not
             to be resumed, or the run failed.
     """
+    require_installed(config.train.trackers)
     host = load_plugins(config.plugins)
     seconds: dict[str, float] = {}
     run: Run | None = None

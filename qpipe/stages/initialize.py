@@ -7,7 +7,7 @@ over what process 0 has found.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from qpipe.stages.layers import (
     full_precision_copy,
     inputs_to,
     layers_in_order,
+    layers_with_grids,
     weights_only,
     weights_with_grids,
 )
@@ -49,13 +50,17 @@ def require_targets(run: Run) -> None:
     options = run.config.quantization.ptq
     if options is None or not needs_data(options):
         return
-    method = f"weights: {options.weights}" if options.weights != "none" else "bias_correction"
-    found = weights_with_grids(run)
+    found: Mapping[str, SettableGrid] = weights_with_grids(run)
+    method, what = f"weights: {options.weights}", "weights"
+    if options.weights != "lapq" or options.bias_correction:
+        found = {path: layer.quantizer for path, layer in layers_with_grids(run).items()}
+        method = method if options.weights == "adaround" else "bias_correction"
+        what = "weights of linear maps and convolutions that no other module shares,"
     if not found:
         kinds = run.host.collect("qpipe_quantizers").items()
         names = [name for name, kind in kinds if isinstance(kind.build, type) and issubclass(kind.build, SettableGrid)]
         raise ConfigError(
-            f"quantization.ptq.{method} works on weights with one of {', '.join(['uniform', *sorted(names)])}, and the "
+            f"quantization.ptq.{method} works on {what} with one of {', '.join(['uniform', *sorted(names)])}, and the "
             "plan has none; give quantization.preset, or rules with one of them"
         )
     shifted = next((path for path, quantizer in found.items() if quantizer.moves_levels), None)

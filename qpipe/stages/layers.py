@@ -80,7 +80,8 @@ def calibration_data(run: Run) -> list[dict[str, Tensor]]:
         epoch=0,
         examples=wanted,
     )
-    return [to_device(batch, run) for batch in loader]
+    dtype = next(run.student.parameters()).dtype  # before training these are not in the engine's type yet
+    return [to_device(batch, run, dtype) for batch in loader]
 
 
 @contextmanager
@@ -106,8 +107,8 @@ def full_precision_copy(model: nn.Module) -> nn.Module:
     return twin
 
 
-def layers_in_order(run: Run, batches: Batches) -> list[Layer]:
-    """The layers with such a grid in the order in which the forward pass reaches them.
+def layers_with_grids(run: Run) -> dict[str, Layer]:
+    """The layers whose weight has such a grid, by module path.
 
     Embeddings are left out: each of their weights acts alone, so that rounding to the nearest is best. So are weights
     that several modules share.
@@ -115,12 +116,14 @@ def layers_in_order(run: Run, batches: Batches) -> list[Layer]:
     layers = {}
     for path, quantizer in weights_with_grids(run).items():
         module: Any = run.student.get_submodule(path)
-        if not isinstance(module, nn.Linear | nn.Conv2d):
-            continue
-        if tied_sites(run, run.plan.sites[f"{path}:weight"].site):
-            logger.info("%s shares its weight with another module, and keeps its rounding", path)
-            continue
-        layers[path] = Layer(path, module, quantizer)
+        if isinstance(module, nn.Linear | nn.Conv2d) and not tied_sites(run, run.plan.sites[f"{path}:weight"].site):
+            layers[path] = Layer(path, module, quantizer)
+    return layers
+
+
+def layers_in_order(run: Run, batches: Batches) -> list[Layer]:
+    """The same in the order in which the forward pass reaches them."""
+    layers = layers_with_grids(run)
     order: dict[str, None] = {}
     handles = [
         layer.module.register_forward_pre_hook(lambda *_, path=path: order.setdefault(path, None))

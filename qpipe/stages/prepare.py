@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from qpipe.config import PtqConfig
 from qpipe.errors import ConfigError, FormatError, ModelError, SiteError, suggest
 from qpipe.export import record as export_record
 from qpipe.export.record import zero_point_kind
@@ -17,7 +18,7 @@ from qpipe.quant.compiled import use_compiled
 from qpipe.quant.estimators import find_estimator
 from qpipe.quant.modules import QuantModule
 from qpipe.quant.plan import Plan, PlannedSite, make_plan
-from qpipe.quant.presets import preset_rules, with_fixed_grid
+from qpipe.quant.presets import FIXED_GRID, preset_rules, with_fixed_grid
 from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.tensor import QTensor
 from qpipe.run import Run
@@ -40,6 +41,7 @@ def plan(run: Run) -> None:
 
     Raises:
         SiteError: a rule is wrong, or names a range estimator that nobody offers.
+        ConfigError: a range was chosen for `uniform` weights, and there are none.
         FormatError: the configured export format cannot hold what is planned.
     """
     quantization = run.config.quantization
@@ -54,6 +56,7 @@ def plan(run: Run) -> None:
         rules = [(source, with_fixed_grid(rule, fixed)) for source, rule in rules]
     kinds = run.host.collect("qpipe_quantizers")
     run.plan = without_repeats(run.student, make_plan(sites, rules, kinds, run.instruments.map))
+    _require_range_used(run)
     for lost in run.plan.lost if run.engine.rank == 0 else ():
         logger.warning(lost)
     run.instruments.context.estimators = run.host.collect("qpipe_range_estimators")
@@ -62,6 +65,17 @@ def plan(run: Run) -> None:
         if wanted is not None:
             with at_site(name, entry.source):
                 find_estimator(wanted[0], wanted[1], run.instruments.context.estimators)
+
+
+def _require_range_used(run: Run) -> None:
+    ptq = run.config.quantization.ptq
+    if ptq is None or ptq.range == PtqConfig().range or not run.plan.sites:
+        return
+    if not any(entry.quantizer == FIXED_GRID for entry in run.plan.sites.values()):
+        raise ConfigError(
+            f"quantization.ptq.range: {ptq.range} is for weights with quantizer `uniform`, and the plan has none; "
+            "leave it out (`lsq` has `init` for this), or give rules with `uniform`"
+        )
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def self_check(run: Run) -> None:
             unchanged[0],
         )
     run.results["self_check"] = {"max_logit_change": [difference for difference, _, _ in found]}
-    if not context.compiled:
+    if run.config.quantization.compile == "auto" and not context.compiled:
         elements = max(count for _, _, count in found)  # the same decision on all ranks
         context.compiled = use_compiled(run.config.quantization.compile, elements, run.engine.device)
 

@@ -133,6 +133,8 @@ def _read(path: Path) -> Any:
 
 
 def _fine_tune(config: RunConfig, mark: dict[str, str], resume: bool, data: TaskData | None) -> Run:
+    if resume:
+        config = checkpoint.as_begun(config)
     engine = connect(config.engine)
     folder = Path(config.out)
     # Every rank has read the mark by now; only then may it change.

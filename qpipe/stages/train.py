@@ -207,7 +207,7 @@ def train(run: Run, resume: bool = False) -> Progress:
     if resume and found:
         restored = checkpoint.load(run, found[-1])
         progress = Progress(restored["step"], restored["best_step"], restored["best_metric"])
-        run.results["resumed_step"] = progress.step
+        run.results |= {"resumed_step": progress.step, **restored.get("results", {})}
         state = checkpoint.random_state()
         self_check(run)
         checkpoint.restore_random_state(state)

@@ -57,7 +57,10 @@ def test_workers_get_the_configuration_and_their_ranks(process, config_file, tmp
 
 
 def test_a_finished_run_is_no_failure_where_the_interpreter_could_not_end(process, config_file, tmp_path, fake_stages):
-    """What is left of a sharded model's process group can abort the process after its last line."""
+    """What is left of a sharded model's process group can abort the process after its last line.
+
+    Threads finish first, and those of a pool that wait for work are no reason to wait.
+    """
     out = tmp_path / "run"
     body = """
 import atexit, threading
@@ -66,6 +69,9 @@ class Left:
         os.abort()
 sys.left = Left()
 atexit.register((out / f"exit-{rank}").touch)
+from concurrent.futures import ThreadPoolExecutor
+sys.pool = ThreadPoolExecutor(1)
+sys.pool.submit(int).result()
 threading.Thread(target=lambda: (time.sleep(0.5), (out / f"thread-{rank}").touch())).start()
 print("trained")"""
     result = process("launch", config_file, "--cpus", 2, "--out", out, env=fake_stages(body))

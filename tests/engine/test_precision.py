@@ -8,7 +8,7 @@ import torch
 from qpipe.config import EngineConfig
 from qpipe.engine import base
 from qpipe.engine.base import resolve_precision
-from qpipe.stages import execute
+from qpipe.stages import execute, teacher
 from qpipe.testing import tiny_config
 
 CPU = torch.device("cpu")
@@ -49,3 +49,25 @@ def test_a_resumed_run_keeps_the_precision_that_it_began_with(tmp_path, monkeypa
     assert teacher.stat().st_mtime_ns == fine_tuned, "the teacher is not fine-tuned again"
     for name, value in whole.student.state_dict().items():
         assert torch.equal(resumed.student.state_dict()[name], value), name
+
+
+def test_a_teacher_goes_on_in_the_precision_that_it_began_with(tmp_path, monkeypatch):
+    """Where the run ended while it was fine-tuned."""
+    config = tiny_config(tmp_path, {"ti-g": {}}, teacher__name=None, engine__precision="auto", train__save_every=2)
+    found = []
+
+    def interrupted(run, resume):
+        found.append((run.config.engine.precision, resume))
+        train(run, resume)
+        if not resume:
+            raise KeyboardInterrupt
+
+    train = teacher.train
+    monkeypatch.setattr(teacher, "train", interrupted)
+    monkeypatch.setattr(base, "bf16_is_native", lambda device: False)
+    with pytest.raises(KeyboardInterrupt):
+        execute(config)
+    monkeypatch.setattr(base, "bf16_is_native", lambda device: True)
+    run = execute(config, resume=True)
+    assert found == [("auto", False), ("float32", True)]
+    assert run.config.engine.precision == "auto", "the training itself had not begun"

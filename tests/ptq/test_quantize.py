@@ -1,6 +1,8 @@
 """Quantizing without training: what each method promises, on a model of a few kilobytes."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,7 +55,7 @@ def config(folder, preset="w3", out="run", learned=None, **ptq):
 
 
 def prepared(folder, **ptq):
-    run = _prepared(config(folder, **ptq), load_plugins({}), {})
+    run = _prepared(config(folder, **ptq), load_plugins({}))
     original = {name: p.detach().clone() for name, p in run.student.named_parameters()}
     return run, original
 
@@ -312,13 +314,37 @@ def test_wrong_input(folder):
         quantize(config(folder, out="refused-2", weights="lapq", examples=5000))
     with pytest.raises(ConfigError, match="plugin 'ti-g' trains with a teacher, and `qpipe quantize` trains nothing"):
         quantize(config(folder, out="refused-3").model_copy(update={"plugins": {"ti-g": {}}}))
-    with pytest.raises(
-        ConfigError,
-        match=r"adaround works on weights with one of uniform, lsq, lsq\+, uniform-static, and the plan has none",
-    ):
-        made = config(folder, preset=None, out="refused-4", weights="adaround")
-        dorefa = (qpipe.config.RuleConfig(site="{block}.*:weight", quantizer="dorefa"),)
-        quantize(made.model_copy(update={"quantization": made.quantization.model_copy(update={"rules": dorefa})}))
+
+
+@pytest.mark.parametrize(
+    ("rule", "ptq", "method"),
+    [
+        ({"site": "{block}.*:weight", "quantizer": "dorefa"}, {"weights": "adaround"}, "weights: adaround"),
+        ({"site": "{embedding}:weight", "quantizer": "uniform"}, {"weights": "adaround"}, "weights: adaround"),
+        ({"site": "{embedding}:weight", "quantizer": "lsq"}, {"bias_correction": True}, "bias_correction"),
+        (
+            {"site": "{embedding}:weight", "quantizer": "uniform"},
+            {"weights": "lapq", "bias_correction": True},
+            "bias_correction",
+        ),
+        ({"site": "{block}.*:weight", "quantizer": "dorefa"}, {"weights": "lapq"}, "weights: lapq"),
+    ],
+)
+def test_methods_that_would_do_nothing(folder, rule, ptq, method):
+    """LAPQ sets clips of embeddings too; rounding and biases are those of linear maps and convolutions."""
+    made = config(folder, preset=None, out="refused-4", **ptq)
+    changes = {"rules": (qpipe.config.RuleConfig.model_validate(rule),)}
+    what = "weights" if method == "weights: lapq" else "weights of linear maps and convolutions that no other .*,"
+    message = rf"ptq.{method} works on {what} with one of uniform, lsq, lsq\+, uniform-static, and the plan has none"
+    with pytest.raises(ConfigError, match=message):
+        quantize(made.model_copy(update={"quantization": made.quantization.model_copy(update=changes)}))
+
+
+def test_a_range_that_no_weight_has(folder):
+    with pytest.raises(ConfigError, match="range: percentile is for weights with quantizer `uniform`, and the plan"):
+        quantize(config(folder, learned=3, out="refused-6", range="percentile"))
+    with pytest.raises(ConfigError, match="give percentile with range: percentile, and only there"):
+        config(folder, percentile=99.0)
 
 
 def test_a_model_without_its_head_is_refused(folder, tmp_path):
@@ -359,6 +385,17 @@ def test_training_starts_from_it_under_zero_3_as_on_one_process(folder, ptq):
 def test_training_that_starts_from_it_resumes_bit_for_bit(quantizer):
     rules = [{"site": "{block}.*:weight", "quantizer": quantizer, "options": {"bits": 3}}]
     check_rules(rules, zero3=False, quantization__ptq={**QUICK, "weights": "adaround", "iterations": 20})
+
+
+def test_a_resumed_training_keeps_the_report(folder):
+    """It does not initialise again, and `results.json` still says how that went."""
+    made = config(folder, out="resumed", weights="lapq")
+    made = made.model_copy(update={"train": made.train.model_copy(update={"max_steps": 4, "save_every": 2})})
+    whole = execute(made).results["ptq"]
+    shutil.rmtree(Path(made.out) / "checkpoints" / "step-00000004")
+    run = execute(made, resume=True)
+    assert run.results["resumed_step"] == 2
+    assert json.loads((run.out / "results.json").read_text())["ptq"] == json.loads(json.dumps(whole))
 
 
 # --- a plugin's quantizer ---------------------------------------------------------------------------------------------
@@ -414,7 +451,7 @@ def test_what_data_sets_works_on_the_grids_of_plugins(folder, method):
     rules = (qpipe.config.RuleConfig.model_validate(rule),)
     quantization = made.quantization.model_copy(update={"rules": rules, "preset": None})
     plugins = load_plugins({}, extra=[("fixed", FixedPlugin())])
-    run = _prepared(made.model_copy(update={"quantization": quantization}), plugins, {})
+    run = _prepared(made.model_copy(update={"quantization": quantization}), plugins)
     initialize(run)
     quantizers = [q for q in run.instruments.quantizers().values() if isinstance(q, FixedGrid)]
     assert len(quantizers) == 12, "six in each of two blocks"

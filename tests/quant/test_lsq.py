@@ -192,6 +192,19 @@ def test_compiled_code_gives_the_same(dtype):
     close(found[2], expected[2], rtol=1e-2 if dtype == torch.bfloat16 else 1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_on_the_outer_levels_count_as_inside(dtype):
+    """Where learned rounding has put them, though their type may round them to beyond; they keep their gradient."""
+    codes = torch.arange(-4, 4).repeat(64, 1)
+    steps = (1 + torch.arange(64) / 2**7)[:, None]  # exact in bfloat16; their multiples by 3 are not
+    weight = (codes * steps).to(dtype)
+    assert dtype == torch.float32 or (weight[:, -1].float() > 3 * steps[:, 0]).any()
+    quantizer = make(weight, step=steps, bits=3, granularity="channel", grad_scale="none")
+    _, gradient, step_gradient = gradients(quantizer, weight, torch.ones_like(weight))
+    assert torch.equal(gradient, torch.ones_like(weight))
+    assert step_gradient.abs().max() < 0.1, "rounding errors alone, where a clipped weight counts 3 or 4"
+
+
 def test_a_step_never_becomes_negative_and_recovers():
     weight = weights(4, 8)
     quantizer = make(weight, bits=4)

@@ -294,6 +294,10 @@ def test_exceptions_that_a_later_source_undoes_are_told():
     assert all(entry.bits == 8 for entry in made.sites.values())
     for kept in (replace(own, site="{ffn_sum}"), replace(own, site="{ffn_sum[0]}")):
         assert make_plan(WITHIN, [*preset, ("configuration", kept)], KINDS, MAP).lost == ()
+    apart = replace(own, site="{ffn_sum}", options={**wide, "bits": 16})
+    for both in ((own, apart), (apart, own)):
+        kept = make_plan(WITHIN, [*preset, *(("configuration", rule) for rule in both)], KINDS, MAP)
+        assert kept.lost == () and sorted({entry.bits for entry in kept.sites.values()}) == [8, 16]
     plain = [("preset", rule) for rule in preset_rules("w8a8-outputs")]
     assert make_plan(WITHIN, [*plain, ("configuration", own)], KINDS, MAP).lost == ()
 

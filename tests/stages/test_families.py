@@ -16,7 +16,10 @@ from qpipe import FormatError, SiteError
 from qpipe.config import resolve
 from qpipe.export.inspect import sizes, stored_bytes
 from qpipe.export.verify import verify_all
+from qpipe.host import load_plugins
 from qpipe.stages import evaluate_run, plan_run
+from qpipe.stages.initialize import initialize
+from qpipe.stages.quantize import _prepared
 from qpipe.stages.sizes import fixed_size
 from qpipe.stages.trained import restore
 from qpipe.testing import tiny_model, tiny_text_data
@@ -182,3 +185,14 @@ def test_a_model_of_an_unknown_family_says_what_to_write(tmp_path):
     plain = resolve({**config.model_dump(mode="json"), "quantization": {"rules": rules}})
     # Linear layers of two blocks; the relative embedding is none of them.
     assert len(plan_run(plain).plan.sites) == 12
+
+
+def test_images_meet_the_weights_that_data_initialise(tmp_path):
+    """Under DeepSpeed in bfloat16 too: before training weights are in float32 there, and images must be."""
+    config = config_of("resnet", tmp_path).model_dump(mode="json")
+    ptq = {"weights": "adaround", "bias_correction": True, "examples": 16, "batch_size": 8, "iterations": 5}
+    config["quantization"]["ptq"] = ptq
+    run = _prepared(resolve(config), load_plugins({}))
+    run.engine.dtype = torch.bfloat16
+    initialize(run)
+    assert len(run.results["ptq"]["layers"]) == sum(site.endswith("convolution:weight") for site in run.plan.sites) + 1

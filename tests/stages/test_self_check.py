@@ -125,3 +125,13 @@ def test_compiling_pays_from_as_many_elements_as_a_training_quantizes(less, tmp_
     monkeypatch.setattr(compiled, "WORTHWHILE", 7 * (32 * 32 + 2 * 4 * tokens * 32) + less)
     self_check(run)
     assert run.instruments.context.compiled == (less == 0)
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("on", False), ("auto", True)])
+def test_code_that_did_not_compile_is_not_compiled_again(setting, expected, assembled, tmp_path, monkeypatch):
+    """Only `auto` waits for the self-check, which counts what there is to quantize."""
+    monkeypatch.setattr("qpipe.stages.self_check.use_compiled", lambda *given: True)
+    run = assembled(tiny_config(tmp_path, quantization__preset="w4", quantization__compile=setting))
+    run.instruments.context.compiled = False
+    self_check(run)
+    assert run.instruments.context.compiled is expected

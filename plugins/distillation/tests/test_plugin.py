@@ -108,6 +108,13 @@ def test_weights_over_the_training(kind, expected):
         assert weight.at(35, 100) == pytest.approx(quarter)
 
 
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_step_lies_within_the_training(start):
+    """At either end the weight would be one number, and 0 if that is what it steps to."""
+    with pytest.raises(ValidationError, match=f"start {start}: a step lies within the training; give a start above 0"):
+        WeightSchedule(schedule="step", initial=1, final=0, start=start)
+
+
 def test_presets_give_way_to_what_is_set():
     options = DistillationOptions(preset="ternarybert", logits="mse", hidden_weight=2)
     assert (options.logits, options.attention, options.hidden_weight, options.score_floor) == ("mse", "mse", 2, -100)
