@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from qpipe.errors import ConfigError
 from qpipe.plugin import Plugin, hookimpl
 
 if TYPE_CHECKING:
@@ -27,26 +26,6 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int
             yield from flat(value, f"{prefix}{name}.")
         elif value is not None:
             yield prefix + name, value if isinstance(value, int | float | str) else json.dumps(value)
-
-
-def require_installed(names: Sequence[str]) -> None:
-    """Refuse trackers that cannot be used here; a finished run can be, also where its trackers are absent.
-
-    Args:
-        names: of trackers that Accelerate knows.
-
-    Raises:
-        ConfigError: one needs a package that is not installed.
-    """
-    if not names:
-        return
-    from accelerate.tracking import get_available_trackers
-    from accelerate.utils import LoggerType
-
-    absent = {str(name) for name in LoggerType} - {str(name) for name in get_available_trackers()}
-    for name in names:
-        if name in absent:
-            raise ConfigError(f"train.trackers: {name!r} needs its own package: pip install {name}, or leave it out")
 
 
 class Trackers(Plugin):

@@ -36,7 +36,6 @@ def launch(
     Without --gpus and --cpus: all GPUs, or 2 CPU processes where there are none.
     """
     _check_usage(gpus, cpus, nodes, node_rank, rendezvous, hostfile, zero, engine)
-    from qpipe.builtin.trackers import require_installed
     from qpipe.launching import prepare, topology
     from qpipe.launching import resume as resume_rules
 
@@ -57,7 +56,10 @@ def launch(
     if resume and not changes and (directory / "results.json").is_file():
         print_result(directory, "already complete")
         return
-    require_installed(final.train.trackers)
+    if final.train.trackers:
+        from qpipe.engine.tracking import require_installed
+
+        require_installed(final.train.trackers)
     if changes:
         typer.echo("changed since the run was started: " + "; ".join(changes), err=True)
     env = topology.environment(where)

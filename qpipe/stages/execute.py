@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qpipe.builtin.trackers import require_installed
 from qpipe.config import RunConfig, dump
 from qpipe.data.loading import TaskData, find_task, load_data
 from qpipe.engine import connect
 from qpipe.engine.base import Engine
+from qpipe.engine.tracking import require_installed
 from qpipe.errors import CheckpointError, ConfigError
 from qpipe.export.inspect import sizes
 from qpipe.export.verify import verify

@@ -69,9 +69,8 @@ def plan(run: Run) -> None:
 
 def _require_range_used(run: Run) -> None:
     ptq = run.config.quantization.ptq
-    if ptq is None or ptq.range == PtqConfig().range or not run.plan.sites:
-        return
-    if not any(entry.quantizer == FIXED_GRID for entry in run.plan.sites.values()):
+    weights = [entry.quantizer for entry in run.plan.sites.values() if entry.site.slot == "weight"]
+    if ptq is not None and ptq.range != PtqConfig().range and weights and FIXED_GRID not in weights:
         raise ConfigError(
             f"quantization.ptq.range: {ptq.range} is for weights with quantizer `uniform`, and the plan has none; "
             "leave it out (`lsq` has `init` for this), or give rules with `uniform`"
