@@ -124,6 +124,9 @@ def layers_with_grids(run: Run) -> dict[str, Layer]:
 def layers_in_order(run: Run, batches: Batches) -> list[Layer]:
     """The same in the order in which the forward pass reaches them."""
     layers = layers_with_grids(run)
+    for path in sorted(weights_with_grids(run).keys() - layers.keys()):
+        if isinstance(run.student.get_submodule(path), nn.Linear | nn.Conv2d):
+            logger.info("%s shares its weight with another module, and keeps its rounding", path)
     order: dict[str, None] = {}
     handles = [
         layer.module.register_forward_pre_hook(lambda *_, path=path: order.setdefault(path, None))
