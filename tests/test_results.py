@@ -92,6 +92,26 @@ def test_a_row_is_measured_when_all_its_seeds_are_there(small_table, tmp_path):
     assert "| first | 0.550 ± 0.071 (2) | 4.50 | 2.00 of 8.00 |" in render(small_table)
 
 
+def test_sizes_are_given_for_each_model_of_a_table(small_table):
+    """Models are told apart by their parameters, whatever type the file they are compared with has."""
+    document = small_table.model_dump(mode="json") | {"folder": small_table.folder}
+    settings = {name: document["settings"]["here"] | {"title": name} for name in ("here", "there", "large")}
+    table = Table(**document | {"settings": settings})
+
+    def sized(megabytes: float, bits: float, whole: float) -> Measured:
+        size = {"file_megabytes": megabytes, "bits_per_weight": bits, "full_precision_megabytes": whole}
+        return Measured(cells=["0"], metrics={"accuracy": [0.5]}, tolerance=0.01, **size)
+
+    small, half = sized(2.2, 4, 17.6), sized(2.2, 4, 8.8)
+    write_expected(table.expected("first"), {"here": small, "there": half, "large": sized(9.08, 8, 36.32)})
+    write_expected(table.expected("second"), {"here": small})
+    heads, _, first, second = render(table).splitlines()[:4]
+    sizes = [f"{what}, {model} parameters" for model in ("4.4M", "9.1M") for what in ("bits per weight", "file, MB")]
+    assert heads == f"|  | here | there | large | {' | '.join(sizes)} |"
+    assert first.endswith("| 4.00 | 2.20 of 8.80 | 8.00 | 9.08 of 36.32 |")
+    assert second.endswith("| 4.00 | 2.20 of 17.60 | - | - |")
+
+
 def test_averages_over_settings_go_seed_by_seed(small_table):
     """Where every setting was measured with as many seeds; and the settings must exist."""
     document = small_table.model_dump(mode="json") | {"folder": small_table.folder}
@@ -107,13 +127,13 @@ def test_averages_over_settings_go_seed_by_seed(small_table):
     write_expected(table.expected("second"), {"here": measured["here"]})
     heads, _, first, second = render(table).splitlines()[:4]
     assert heads.startswith("|  | here | there | both |")
-    assert "| 0.650 ± 0.071 (2) | - | - |" in first
-    assert second.endswith("| - | - | - | - |")
+    assert first.endswith("| 0.650 ± 0.071 (2) |")
+    assert second.endswith("| - | - |")
     for wrong in ({"averages": {"none": []}}, {"averages": {"one": ["here"]}, "sweep": SWEEP}):
         with pytest.raises(ValidationError, match="averages need settings to average over, and a table without"):
             Table(**document | wrong)
     small_table.recipe("first").write_text("model: {name: other}\n")
-    assert f"| 0.650 ± 0.071 (2){STALE} | - | - |" in render(table)
+    assert f"| 0.650 ± 0.071 (2){STALE} |" in render(table)
     with pytest.raises(ValidationError, match="'nowhere' under averages is no setting; there are here"):
         Table(**document | {"averages": {"both": ["here", "nowhere"]}})
 

@@ -15,6 +15,8 @@ DOCUMENT = ROOT / "docs" / "results.md"
 END = "<!-- end of table -->"
 STALE = " †"
 """Marks a number whose recipe has changed since."""
+SIZES = ("bits per weight", "file, MB")
+"""The last columns, for each model of a table."""
 
 
 def start_marker(table: Table) -> str:
@@ -58,7 +60,9 @@ def _metric_rows(table: Table, settings: list[str], recorded: dict[str, dict[str
     heads = [f"{table.settings[s].title}{f', {m}' if several else ''}" for s, m in columns]
     relative = [f"{table.settings[s].title}, change" for s in settings] if table.relative_to else []
     averages = {title: names for title, names in table.averages.items() if set(names) <= set(settings)}
-    rows = [["", *heads, *averages, *relative, "bits per weight", "file, MB"]]
+    models = _models(settings, recorded)
+    sizes = [f"{what}{f', {model}' if len(models) > 1 else ''}" for model in models for what in SIZES]
+    rows = [["", *heads, *averages, *relative, *sizes]]
     section = shown = None
     for row, entry in recorded.items():
         section = table.rows[row].section or section
@@ -72,7 +76,7 @@ def _metric_rows(table: Table, settings: list[str], recorded: dict[str, dict[str
         if table.relative_to:
             base = recorded[table.relative_to]
             cells += [_relative(entry.get(s), base.get(s), _metrics(table, s, recorded)[0]) for s in settings]
-        rows.append([table.rows[row].title, *cells, *_sizes(entry, settings)])
+        rows.append([table.rows[row].title, *cells, *_sizes(entry, models)])
     return rows
 
 
@@ -103,11 +107,30 @@ def _relative(measured: Measured | None, base: Measured | None, metric: str) -> 
     return f"{100 * (measured.mean(metric) / base.mean(metric) - 1):+.1f} %"
 
 
-def _sizes(entry: dict[str, Measured], settings: list[str]) -> list[str]:
-    found = next((entry[s] for s in reversed(settings) if s in entry), None)
-    if found is None or found.file_megabytes is None or found.bits_per_weight is None:
-        return ["-", "-"]
-    return [f"{found.bits_per_weight:.2f}", f"{found.file_megabytes:.2f} of {found.full_precision_megabytes:.2f}"]
+def _models(settings: list[str], recorded: dict[str, dict[str, Measured]]) -> dict[str, list[str]]:
+    """Settings by the parameters of their model (`22.7M parameters`), without those of which no file is recorded."""
+    found: dict[str, list[str]] = {}
+    for setting in settings:
+        entries = [entry[setting] for entry in recorded.values() if setting in entry]
+        for measured in entries:
+            if measured.file_megabytes is not None and measured.bits_per_weight is not None:
+                millions = 8 * measured.file_megabytes / measured.bits_per_weight
+                found.setdefault(f"{millions:.1f}M parameters", []).append(setting)
+                break
+    return found
+
+
+def _sizes(entry: dict[str, Measured], models: dict[str, list[str]]) -> list[str]:
+    """Bits per weight and size of the file, for each model from the last of its settings that the row has."""
+    cells = []
+    for settings in models.values():
+        found = next((entry[s] for s in reversed(settings) if s in entry), None)
+        if found is None or found.file_megabytes is None or found.bits_per_weight is None:
+            cells += ["-", "-"]
+        else:
+            size = f"{found.file_megabytes:.2f} of {found.full_precision_megabytes:.2f}"
+            cells += [f"{found.bits_per_weight:.2f}", size]
+    return cells
 
 
 def _packed(recorded: dict[str, dict[str, Measured]]) -> str:
