@@ -41,7 +41,8 @@ class Specs:
         """Load a model (first). Called for the student and for the teacher.
 
         Args:
-            spec: where it is, in the form of the `model` section of the configuration.
+            spec: where it is, in the form of the `model` section of the configuration; and whether its weights are to
+                be random (`weights`), from torch's global generator, which is seeded.
             task: what the model has to predict.
             num_labels: size of the head, 1 for regression, 0 for language models.
             strict: True for a teacher: refuse a checkpoint whose head is missing or of another size.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from qpipe.builtin.roles import added_embeddings, with_sites
@@ -31,7 +33,7 @@ class Models(Plugin):
 
     @hookimpl(trylast=True)
     def qpipe_load_model(self, spec: ModelConfig, task: Task, num_labels: int, strict: bool) -> nn.Module | None:
-        """`AutoModelFor...from_pretrained` in float32."""
+        """`AutoModelFor...from_pretrained` in float32, or `from_config` where the weights are to be random."""
         import transformers
 
         classes = {
@@ -44,18 +46,12 @@ class Models(Plugin):
         }
         overrides: dict[str, Any] = {k: v for k, v in spec.config.items() if k not in IMAGE_STATISTICS}
         if num_labels and not strict:
-            overrides |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}
+            overrides["num_labels"] = num_labels
         if task.kind == "regression":
             overrides["problem_type"] = "regression"
+        load = _drawn if spec.weights == "random" else _pretrained
         try:
-            model, info = classes[task.kind].from_pretrained(
-                locate(spec.name),
-                revision=spec.revision or "main",
-                trust_remote_code=spec.trust_remote_code,
-                dtype="float32",
-                output_loading_info=True,
-                **overrides,
-            )
+            model, missing = load(classes[task.kind], spec, overrides)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(
                 f"model {spec.name!r} does not load for task kind {task.kind!r}: {error}. "
@@ -64,7 +60,7 @@ class Models(Plugin):
         for name in IMAGE_STATISTICS & spec.config.keys():  # so that the saved model says how its images are prepared
             setattr(model.config, name, spec.config[name])
         if strict:
-            refuse_untrained(spec.name, model, sorted(info["missing_keys"]), num_labels)
+            refuse_untrained(spec.name, model, missing, num_labels)
         return model
 
     @hookimpl(trylast=True)
@@ -91,6 +87,33 @@ class Models(Plugin):
             embeddings=added_embeddings(model, embedding),
         )
         return with_sites(model, found)
+
+
+def _pretrained(auto: Any, spec: ModelConfig, overrides: Mapping[str, Any]) -> tuple[nn.Module, list[str]]:
+    """A model with the weights of its checkpoint, and the names of those that the checkpoint lacks."""
+    resized = {"ignore_mismatched_sizes": True} if "num_labels" in overrides else {}
+    model, info = auto.from_pretrained(
+        locate(spec.name),
+        revision=spec.revision or "main",
+        trust_remote_code=spec.trust_remote_code,
+        dtype="float32",
+        output_loading_info=True,
+        **resized,
+        **overrides,
+    )
+    return model, sorted(info["missing_keys"])
+
+
+def _drawn(auto: Any, spec: ModelConfig, overrides: Mapping[str, Any]) -> tuple[nn.Module, list[str]]:
+    """A model with the random weights of its architecture, and the names of all of them: none is trained."""
+    from transformers import AutoConfig
+
+    hub: dict[str, Any] = {"revision": spec.revision or "main", "trust_remote_code": spec.trust_remote_code}
+    config, unknown = AutoConfig.from_pretrained(locate(spec.name), return_unused_kwargs=True, **hub, **overrides)
+    if unknown:
+        raise ValueError(f"its configuration has no {min(unknown)!r}, which model.config gives")
+    model = auto.from_config(config, dtype=torch.float32, trust_remote_code=spec.trust_remote_code)
+    return model, sorted(name for name, _ in model.named_parameters())
 
 
 def refuse_untrained(name: str, model: Any, missing: list[str], num_labels: int) -> None:

@@ -22,6 +22,11 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="hub revision")
     tokenizer: str | None = Field(None, description="where the tokenizer (or image processor) is; default: `name`")
     config: dict[str, Any] = Field(default_factory=dict, description="overrides of the model's own configuration")
+    weights: Literal["pretrained", "random"] = Field(
+        "pretrained",
+        description="what training starts from; random: the architecture's own initialisation, drawn from `seed`, for "
+        "pre-training; of `name` only the configuration and the tokenizer are read then",
+    )
     keep_layers: Literal["every-other"] | tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None,
         description="the student keeps these blocks of the model, numbered from 0, in this order; every-other: the "
@@ -284,6 +289,15 @@ class RunConfig(Section):
             raise ValueError(
                 f"teacher.placement: {self.teacher.placement} needs DeepSpeed, or engine.fsdp: true with Accelerate; "
                 "set one of them, or teacher.placement: whole"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _starts_from_one_model(self) -> RunConfig:
+        if self.model.weights == "random" and self.teacher.name is not None and self.teacher.init_student:
+            raise ValueError(
+                f"model.weights: random, but the student would start from the weights of teacher.name "
+                f"{self.teacher.name!r}; set teacher.init_student: false, or leave model.weights out"
             )
         return self
 

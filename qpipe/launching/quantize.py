@@ -44,6 +44,7 @@ def configuration(
     recipe = _mapping(source, folder)
     section = {**(recipe.get("model") or {}), "name": str(folder) if folder else model}
     section.pop("revision", None)
+    section.pop("weights", None)  # a recipe that trains from random weights can describe the model it made
     if source is None:
         section.pop("keep_layers", None)  # the run that made the model has left the other layers out
     recipe["model"] = section

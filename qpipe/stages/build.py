@@ -99,7 +99,7 @@ def build(
     seed_everything(config.seed)
     start = config.model
     if isinstance(teacher, str) and config.teacher.init_student:
-        start = config.model.model_copy(update={"name": teacher, "revision": None})
+        start = config.model.model_copy(update={"name": teacher, "revision": None, "weights": "pretrained"})
     student = load_model(host, start, task, data.num_labels, strict)
     if start.keep_layers is not None:
         keep_layers(student, model_map(host, student).blocks, start.keep_layers)

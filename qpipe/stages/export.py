@@ -129,6 +129,8 @@ def activation_sites(run: Run) -> list[ActivationSite]:
 
 def metadata(run: Run) -> Mapping[str, Json]:
     """What the export says about its making."""
+    model = run.config.model
+    base = model.name if model.weights == "pretrained" else None  # of random weights a name says the shape only
     contributed = run.host.collect_mappings("qpipe_export_metadata", run=run)
     plugins = {
         name: {"version": run.host.versions[name], **dict(contributed.get(name, {}))} for name in run.config.plugins
@@ -136,7 +138,7 @@ def metadata(run: Run) -> Mapping[str, Json]:
     result: dict[str, Json] = {
         "qpipe": qpipe.__version__,
         "task": run.task.name,
-        "base_model": run.config.model.name,
+        "base_model": base,
         "plan": run.plan.to_json(),
         "plugins": plugins,
         "metrics": dict(run.results.get("evaluation", {})),
@@ -144,7 +146,7 @@ def metadata(run: Run) -> Mapping[str, Json]:
         "config": run.config.model_dump(mode="json"),
         "attention": "sdpa",
     }
-    licence = find_licence(run.config.model.name)
+    licence = find_licence(base) if base is not None else None
     if licence is not None:
         result["license_file"] = str(licence)
     return result

@@ -65,7 +65,8 @@ def restore(run_dir: Path) -> Run:
     details = json.loads((folder / DETAILS).read_text())
     engine = AccelerateEngine(alone(config).engine)
     engine.dtype = getattr(torch, details["dtype"])
-    trained = config.model.model_copy(update={"name": str(folder), "revision": None, "keep_layers": None})
+    changes = {"name": str(folder), "revision": None, "keep_layers": None, "weights": "pretrained"}
+    trained = config.model.model_copy(update=changes)
     run = build(config.model_copy(update={"model": trained}), load_plugins(config.plugins), engine)
     run.config = config.model_copy(update={"out": str(run_dir)})
     run.trained = True

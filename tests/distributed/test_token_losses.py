@@ -17,8 +17,10 @@ def traces(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokens")
     slots = str(tiny_slot_data(folder / "slots.jsonl"))
     usual = {"train__accumulation": 2, "train__learning_rate": 1e-12, "data__pad_to_max_length": False}
+    masked = {"task": "masked-lm", "data__text_columns": ["sentence"], **usual}
     configs = {
-        "masked-lm": tiny_config(folder, task="masked-lm", data__text_columns=["sentence"], **usual),
+        "masked-lm": tiny_config(folder, **masked),
+        "random-masked-lm": tiny_config(folder, model__weights="random", **masked),
         "intent-slot": tiny_config(folder, task="intent-slot", data__train=slots, data__max_length=24, **usual),
     }
     settings = folder / "zero3.json"
@@ -38,7 +40,7 @@ def traces(tmp_path_factory):
 @pytest.mark.distributed
 @pytest.mark.xdist_group("tokens")
 @pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("kind", ["masked-lm", "intent-slot"])
+@pytest.mark.parametrize("kind", ["masked-lm", "random-masked-lm", "intent-slot"])
 def test_gradients_equal_one_process(traces, kind, stage):
     one, two = (load_file(traces / f"{kind}-{case}.safetensors") for case in ("one", f"zero{stage}"))
     assert sum(key.startswith("gradient/1/") for key in one) > 25

@@ -4,9 +4,11 @@ import importlib
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from pydantic import ValidationError
 from qpipe_distillation import Distillation, DistillationOptions
 from qpipe_distillation.layers import attention_pairs, depth_ratio, hidden_pairs, mapped_pairs
@@ -20,6 +22,8 @@ from qpipe.testing import tiny_config, tiny_model
 from qpipe.testing.contract import weights_hash
 
 EXECUTE = importlib.import_module("qpipe.stages.execute")
+ROOT = Path(__file__).parents[3]
+TERMS = {"distil-cosine": ("logits", "hidden"), "distil-mse": ("hidden", "attention")}
 TEN_STEPS = SimpleNamespace(total_steps=10)
 
 
@@ -297,3 +301,30 @@ def test_a_masked_language_model_learns_from_its_fine_tuned_self(tmp_path):
     assert run.results["verified"]
     assert set(run.results["teacher"]) == {"perplexity", "masked_accuracy"}
     assert all(row["distillation/logits"] > 0 and row["task"] > 0 for row in logged(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["distil-cosine", "distil-mse"])
+def test_masked_language_models_of_half_the_depth_learn_as_the_examples_say(name, tmp_path):
+    """Recipes of `examples/mlm` on a tiny teacher: each of their losses falls, and the export verifies."""
+    recipe = yaml.safe_load((ROOT / "examples" / "mlm" / f"{name}.yaml").read_text())
+    masked = {"task": "masked-lm", "data__text_columns": ["sentence"]}
+    taught = qpipe.execute(tiny_config(tmp_path / "taught", train__max_steps=20, train__learning_rate=1e-2, **masked))
+    config = tiny_config(
+        tmp_path,
+        recipe["plugins"],
+        model__config={"num_hidden_layers": 1},
+        teacher__name=str(taught.out / "model"),
+        teacher__init_student=False,
+        train__max_steps=40,
+        train__learning_rate=1e-2,
+        train__eval_every=40,
+        **masked,
+    )
+    run = qpipe.execute(config)
+    assert run.results["verified"]
+    rows = logged(tmp_path)
+    terms = {key for key in rows[0] if key.startswith("distillation/")}
+    assert terms == {f"distillation/{term}" for term in TERMS[name]}
+    for term in terms:
+        first, last = ([row[term] for row in part] for part in (rows[:5], rows[-5:]))
+        assert sum(last) < 0.9 * sum(first), term

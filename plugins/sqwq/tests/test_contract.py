@@ -1,9 +1,11 @@
 """Runs with the plugin: the contract, every width through export and verification, groups, and what is saved."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from qpipe_sqwq import Sqwq, SqwqWeight
 from safetensors.torch import load_file
 
@@ -13,6 +15,8 @@ from qpipe.export.verify import verify
 from qpipe.stages import evaluate_run, export_run, plan_run
 from qpipe.stages.param_groups import parameter_groups
 from qpipe.testing import check_plugin, check_rules, tiny_config
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_contract():
@@ -138,6 +142,20 @@ def test_going_on_is_refused_where_the_other_weights_are_of_another_model(unroun
     assert not (tmp_path / "run").exists(), "the teacher was fine-tuned first"
     with pytest.raises(ConfigError, match=r"model.keep_layers \[1\] gives the layers other numbers"):
         plan_run(tiny_config(tmp_path, options, **changes, model__keep_layers=[1]))
+    with pytest.raises(ConfigError, match=r"model.weights is random, so that no other weight is read from there"):
+        plan_run(tiny_config(tmp_path, options, **changes, model__weights="random"))
+
+
+def test_pre_training_from_scratch_as_the_example_says(tmp_path):
+    """`examples/mlm/pretrain.yaml` on a tiny model: its loss falls from that of guessing, and the export verifies."""
+    recipe = yaml.safe_load((ROOT / "examples" / "mlm" / "pretrain.yaml").read_text())
+    changes = {"model__weights": recipe["model"]["weights"], "task": recipe["task"], "data__text_columns": ["sentence"]}
+    changes |= {"quantization__preset": recipe["quantization"]["preset"], "train__max_steps": 60}
+    run = qpipe.execute(tiny_config(tmp_path, recipe["plugins"], **changes, train__learning_rate=1e-2))
+    assert run.results["verified"]
+    assert {entry.quantizer for site, entry in run.plan.sites.items() if ".layer." in site} == {"sqwq"}
+    losses = [row["task"] for row in map(json.loads, (run.out / "metrics.jsonl").open()) if row["kind"] == "train"]
+    assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
 
 
 def test_going_on_with_a_teacher_of_its_own(unrounded, tmp_path):

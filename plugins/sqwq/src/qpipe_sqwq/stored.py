@@ -27,6 +27,11 @@ def refuse_another_model(run: Run) -> None:
             "sqwq: init: stored reads P and gains from the folder that model.name names, but teacher.init_student is "
             "true, so that all other weights are the teacher's; set teacher.init_student=false, or choose another init"
         )
+    if config.model.weights == "random":
+        raise ConfigError(
+            "sqwq: init: stored reads P and gains from the folder that model.name names, but model.weights is random, "
+            "so that no other weight is read from there; leave model.weights out, or choose another init"
+        )
     if config.model.keep_layers is not None:
         raise ConfigError(
             f"sqwq: init: stored reads P and gains by the names of their layers, and model.keep_layers "
