@@ -339,6 +339,7 @@ class Task:
         label_column: name of the label column; empty for language models.
         tag_column: name of the column with one tag for each word; empty unless words are labelled.
         num_labels: size of the head; 1 for regression; 0 if it has to be read from the data.
+        label_names: what integer labels 0, 1, ... stand for where the data do not say; empty if nothing is known.
         metrics: computed at evaluation; the first one selects the best checkpoint.
         hub: `(repository, configuration)` on the hub, used when no data are named.
         splits: names of the training and evaluation split.
@@ -351,6 +352,7 @@ class Task:
     label_column: str = "label"
     tag_column: str = ""
     num_labels: int = 0
+    label_names: tuple[str, ...] = ()
     hub: tuple[str, str | None] | None = None
     splits: tuple[str, str] = ("train", "validation")
 

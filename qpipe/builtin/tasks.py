@@ -26,29 +26,31 @@ GLUE = "nyu-mll/glue"
 """Wang et al., "GLUE: A multi-task benchmark and analysis platform" (2019), table 1 names the metrics."""
 
 
-def _glue(name: str, columns: tuple[str, ...], measured: tuple[Metric, ...], num_labels: int = 2) -> Task:
+def _glue(name: str, columns: tuple[str, ...], measured: tuple[Metric, ...], label_names: tuple[str, ...] = ()) -> Task:
     return Task(
         name=name,
-        kind="regression" if num_labels == 1 else "classification",
+        kind="classification" if label_names else "regression",
         metrics=measured,
         text_columns=columns,
-        num_labels=num_labels,
+        num_labels=len(label_names) or 1,
+        label_names=label_names,
         hub=(GLUE, name),
         splits=("train", "validation_matched" if name == "mnli" else "validation"),
     )
 
 
 PAIR = ("sentence1", "sentence2")
+ENTAILED = ("entailment", "not_entailment")
 
 TASKS = (
-    _glue("cola", ("sentence",), (MATTHEWS,)),
-    _glue("sst2", ("sentence",), (ACCURACY,)),
-    _glue("mrpc", PAIR, (ACCURACY, F1)),
-    _glue("stsb", PAIR, (PEARSON, SPEARMAN), num_labels=1),
-    _glue("qqp", ("question1", "question2"), (ACCURACY, F1)),
-    _glue("mnli", ("premise", "hypothesis"), (ACCURACY,), num_labels=3),
-    _glue("qnli", ("question", "sentence"), (ACCURACY,)),
-    _glue("rte", PAIR, (ACCURACY,)),
+    _glue("cola", ("sentence",), (MATTHEWS,), ("unacceptable", "acceptable")),
+    _glue("sst2", ("sentence",), (ACCURACY,), ("negative", "positive")),
+    _glue("mrpc", PAIR, (ACCURACY, F1), ("not_equivalent", "equivalent")),
+    _glue("stsb", PAIR, (PEARSON, SPEARMAN)),
+    _glue("qqp", ("question1", "question2"), (ACCURACY, F1), ("not_duplicate", "duplicate")),
+    _glue("mnli", ("premise", "hypothesis"), (ACCURACY,), ("entailment", "neutral", "contradiction")),
+    _glue("qnli", ("question", "sentence"), (ACCURACY,), ENTAILED),
+    _glue("rte", PAIR, (ACCURACY,), ENTAILED),
     Task("classification", "classification", (ACCURACY, MACRO_F1), ("text",)),
     Task("pair-classification", "classification", (ACCURACY, MACRO_F1), PAIR),
     Task("regression", "regression", (PEARSON, SPEARMAN, MSE), ("text",), num_labels=1),

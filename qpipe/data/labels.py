@@ -61,11 +61,28 @@ def keep_rows(split: Split, column: str, keep: Sequence[Label] | None) -> Split:
     return split.select(positions)
 
 
+def name_integers(split: Split, column: str, names: Sequence[str]) -> Split:
+    """The split with an integer column as a `ClassLabel` of these names; as it is if it is of another type already.
+
+    Raises:
+        DataError: an integer is outside the range of the names; names its row (from 0).
+    """
+    feature = split.data.features[column]
+    integers = isinstance(feature, datasets.Value) and feature.dtype.removeprefix("u").startswith("int")
+    if not names or not integers:
+        return split
+    for position, value in enumerate(_values(split, column)):
+        if value is not None and not 0 <= value < len(names):
+            raise DataError(_not_allowed(split, column, int(split.rows[position]), value, f"0..{len(names) - 1}"))
+    named = split.data.cast_column(column, datasets.ClassLabel(names=list(names)))
+    return Split(named, split.source, split.rows)
+
+
 def class_table(train: Split, column: str, labels: Sequence[Label] | None, task: Task) -> tuple[str, ...]:
     """The names of the classes in the order of their ids.
 
-    They come from `labels`; else from a `ClassLabel` column; else, for integers 0..n-1, they are `LABEL_0`, ... as in
-    transformers; else they are the sorted values of the training split.
+    They come from `labels`; else from a `ClassLabel` column (see `name_integers`); else, for integers 0..n-1, they are
+    `LABEL_0`, ... as in transformers; else they are the sorted values of the training split.
 
     Raises:
         ConfigError: `labels` repeats itself or does not fit the task.
@@ -135,10 +152,7 @@ def encode_classes(split: Split, column: str, names: Sequence[str]) -> np.ndarra
             raise DataError(_missing(split, column, row))
         found = next((ids[text] for text in _spellings(value, own) if text in ids), None)
         if found is None:
-            raise DataError(
-                f"{split.source}, row {row} (from 0): label {value!r} in column {column!r} is not allowed; allowed: "
-                f"{_allowed(names)}. Correct the row, or set data.labels or data.keep_labels"
-            )
+            raise DataError(_not_allowed(split, column, row, value, _allowed(names)))
         result[position] = found
     return result
 
@@ -147,6 +161,13 @@ def _allowed(names: Sequence[str]) -> str:
     if all(name == f"LABEL_{i}" for i, name in enumerate(names)):
         return f"0..{len(names) - 1}"
     return ", ".join(names[:20])
+
+
+def _not_allowed(split: Split, column: str, row: int, value: Any, allowed: str) -> str:
+    return (
+        f"{split.source}, row {row} (from 0): label {value!r} in column {column!r} is not allowed; allowed: "
+        f"{allowed}. Correct the row, or set data.labels or data.keep_labels"
+    )
 
 
 def _missing(split: Split, column: str, row: int) -> str:

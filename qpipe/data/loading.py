@@ -85,14 +85,14 @@ def load_data(config: RunConfig, task: Task) -> TaskData:
         return _joint(config, task)
     train, validation = read_splits(config.data, task)
     inputs, label_column = _input_columns(config.data, task), config.data.label_column or task.label_column
-    train = _filtered(train, inputs, label_column, config.data)
+    train = _filtered(train, inputs, label_column, config.data, task)
     names: tuple[str, ...] = ()
     if task.kind != "regression":
         names = labelling.class_table(train, label_column, config.data.labels, task)
     if validation is None:
         train, validation = train.hold_out(config.data.validation_fraction)
     else:
-        validation = _filtered(validation, inputs, label_column, config.data)
+        validation = _filtered(validation, inputs, label_column, config.data, task)
     train_labels, validation_labels = _labels(train, validation, label_column, names)
     train, train_labels = _sample(train, train_labels, config.data.max_train_examples)
     validation, validation_labels = _sample(validation, validation_labels, config.data.max_eval_examples)
@@ -134,12 +134,12 @@ def _input_columns(config: DataConfig, task: Task) -> tuple[str, ...]:
     return columns
 
 
-def _filtered(split: Split, inputs: tuple[str, ...], label_column: str, config: DataConfig) -> Split:
+def _filtered(split: Split, inputs: tuple[str, ...], label_column: str, config: DataConfig, task: Task) -> Split:
     split.require(inputs, f"data.text_columns (now {list(inputs)})")
     split.require([label_column], f"data.label_column (now {label_column!r})")
     kept = labelling.keep_rows(split, label_column, config.keep_labels)
     kept.require_rows()
-    return kept
+    return labelling.name_integers(kept, label_column, task.label_names)
 
 
 def _labels(
@@ -186,7 +186,7 @@ def _joint(config: RunConfig, task: Task) -> TaskData:
     rows = []
     for split, most in zip(parts, (data.max_train_examples, data.max_eval_examples), strict=True):
         split.require([tags], f"data.tag_column (now {tags!r})")
-        rows.append(joint.read_rows(_filtered(split, (words,), intent, data).sample(most), words, tags, intent))
+        rows.append(joint.read_rows(_filtered(split, (words,), intent, data, task).sample(most), words, tags, intent))
     names = rows[0].names()
     # Labels that only the validation split has cannot be predicted; they count as errors, as they do in use.
     unseen = tuple(name for name in rows[1].names() if name not in names)

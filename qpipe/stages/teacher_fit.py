@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from qpipe.config import RunConfig
 from qpipe.data.loading import TaskData
+from qpipe.data.locate import locate
 from qpipe.errors import ModelError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
@@ -21,7 +22,7 @@ def require_same_language(config: RunConfig, teacher: str, data: TaskData) -> No
     """Refuse a teacher that would read other tokens, or number its labels in another way: it would teach nonsense.
 
     A teacher's folder without a tokenizer is not checked for tokens. Label names that are mere numbers, on either side,
-    are not compared.
+    are not compared; where the data have only numbers, the names are those that the model has for them.
 
     Args:
         config: resolved configuration.
@@ -36,11 +37,23 @@ def require_same_language(config: RunConfig, teacher: str, data: TaskData) -> No
     if theirs is not None:
         texts = () if data.text is None else data.text.split.data[data.text.columns[0]][:EXAMPLES]
         compare_tokenizers(data.tokenizer, theirs, teacher, texts)
+    theirs_named = label_names(teacher, remote)
+    if theirs_named and _unnamed(data.label_names) and config.model.weights == "pretrained":
+        own = label_names(locate(config.model.name), remote, config.model.revision)
+        numbers = [int(name.removeprefix("LABEL_")) for name in data.label_names]  # data.labels may have reordered them
+        if sorted(numbers) == list(range(len(own))):
+            compare_labels([own[number] for number in numbers], theirs_named, teacher, numbers)
+    compare_labels(data.label_names, theirs_named, teacher)
+
+
+def label_names(model: str, trust_remote_code: bool, revision: str | None = None) -> tuple[str, ...]:
+    """The names of a model's labels in the order of their ids; none if its configuration cannot be read."""
+    hub: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     try:
-        labels = AutoConfig.from_pretrained(teacher, trust_remote_code=remote).id2label or {}
+        labels = AutoConfig.from_pretrained(model, **hub).id2label or {}
     except (OSError, ValueError, KeyError):  # loading the model says what is wrong
-        return
-    compare_labels(data.label_names, [str(labels[key]) for key in sorted(labels)], teacher)
+        return ()
+    return tuple(str(labels[key]) for key in sorted(labels))
 
 
 def load_tokenizer(teacher: str, trust_remote_code: bool) -> Any:
@@ -73,8 +86,15 @@ def compare_tokenizers(ours: Any, theirs: Any, teacher: str, texts: Sequence[str
             raise ModelError(f"the tokenizer of teacher {teacher} cuts {text[:60]!r} into other tokens; {advice}")
 
 
-def compare_labels(ours: Sequence[str], theirs: Sequence[str], teacher: str) -> None:
+def compare_labels(ours: Sequence[str], theirs: Sequence[str], teacher: str, numbers: Sequence[int] = ()) -> None:
     """Labels must have the same names in the same order; capitals do not matter. Other numbers of labels pass here.
+
+    Args:
+        ours: names of the run's labels.
+        theirs: those of the teacher's.
+        teacher: what messages call it.
+        numbers: what the data hold in the place of each name, where the names are those that the model has for it:
+            perhaps of another task, so that only another order of the same names is an error.
 
     Raises:
         ModelError: they differ.
@@ -86,8 +106,11 @@ def compare_labels(ours: Sequence[str], theirs: Sequence[str], teacher: str) -> 
         return
     said = f"the labels of this run are {', '.join(ours)}, those of teacher {teacher} {', '.join(theirs)}"
     if sorted(here) == sorted(there):
-        order = ", ".join(ours[here.index(name)] for name in there)
+        positions = [here.index(name) for name in there]
+        order = ", ".join(str(numbers[position]) if numbers else ours[position] for position in positions)
         raise ModelError(f"{said}: the same in another order; set data.labels: [{order}]")
+    if numbers:
+        return
     raise ModelError(f"{said}; name a teacher of this task, or correct id2label in the config.json of the teacher")
 
 

@@ -337,3 +337,19 @@ def test_data_sets_of_the_hub_by_name(
     assert set(calls) == {("some/repo", *asked)}
     assert (len(data.train), len(data.validation)) == (2, 1)
     assert tokens(data.validation) == [[2, 8, 9, 3]]
+
+
+def test_glue_tasks_name_integer_labels(load: Load, csv: Csv) -> None:
+    """So that exports say what a label is; `data.labels` takes the names or the integers."""
+    rows = ("premise,hypothesis,label", "good,film,0", "bad,film,2", "good,bad,1")
+    path = csv(*rows)
+    data = load("mnli", train=path, validation=path)
+    assert data.label_names == ("entailment", "neutral", "contradiction")
+    assert list(data.train["labels"]) == [0, 2, 1]
+    for labels in (["contradiction", "neutral", "entailment"], [2, 1, 0]):
+        assert list(load("mnli", train=path, validation=path, labels=labels).train["labels"]) == [2, 0, 1]
+    wrong = csv(*rows, "bad,bad,-1", name="wrong.csv")
+    with pytest.raises(DataError, match=r"wrong.csv', row 3 \(from 0\): label -1 .* allowed: 0..2"):
+        load("mnli", train=path, validation=wrong)
+    kept = load("mnli", train=wrong, validation=wrong, keep_labels=[0, 1, 2])
+    assert list(kept.validation["labels"]) == [0, 2, 1]

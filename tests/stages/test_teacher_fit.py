@@ -1,5 +1,7 @@
 """A named teacher must read the same tokens and number its labels alike; captured maps need gradients."""
 
+import json
+
 import pytest
 from transformers import AutoConfig, BertTokenizer
 
@@ -43,6 +45,34 @@ def test_labels():
         compare_labels(["negative", "positive"], ["Positive", "Negative"], "T")
     with pytest.raises(ModelError, match="run are no, yes, those of teacher T red, green; name a teacher of this task"):
         compare_labels(["no", "yes"], ["red", "green"], "T")
+    with pytest.raises(ModelError, match=r"in another order; set data.labels: \[2, 0, 1\]"):
+        compare_labels(["neutral", "con", "pro"], ["pro", "neutral", "con"], "T", [0, 1, 2])
+    compare_labels(["no", "yes"], ["red", "green"], "T", [0, 1])
+
+
+def name_of_labels(folder, *names):
+    config = AutoConfig.from_pretrained(folder)
+    config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    config.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("task", ["sst2", "classification"])
+def test_integer_labels_are_compared_by_the_names_of_the_task_or_of_the_model(tmp_path, use, fast, task):
+    """A teacher that numbers them otherwise would teach the opposite; `data.labels` puts that right."""
+    use(Learn())
+    changes = {"task": task, "data__text_columns": ["sentence"], "teacher__name": str(tmp_path / "teacher")}
+    config = tiny_config(tmp_path, train__max_steps=1, **changes)
+    name_of_labels(tmp_path / "teacher", "POSITIVE", "NEGATIVE")
+    if task == "classification":
+        name_of_labels(tmp_path / "model", "negative", "positive")
+    labels = ["positive", "negative"] if task == "sst2" else [1, 0]
+    with pytest.raises(ModelError, match=rf"another order; set data.labels: \[{labels[0]}, {labels[1]}\]"):
+        qpipe.execute(config)
+    run = qpipe.execute(tiny_config(tmp_path, train__max_steps=1, data__labels=labels, **changes))
+    ids = [json.loads(line)["label"] for line in (tmp_path / "data" / "train.jsonl").read_text().splitlines()]
+    kept = [*run.data.train["labels"], *run.data.validation["labels"]]
+    assert sorted(kept) == sorted(1 - value for value in ids)
+    assert sum(kept) != sum(ids), "the example has as many of both"
 
 
 class Reentrant(Plugin):
