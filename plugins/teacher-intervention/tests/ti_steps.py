@@ -45,12 +45,13 @@ def forward(model, found, wanted, store, batch):
     return output
 
 
-def micro_step(plugin, run, index, batch, extra=frozenset()):
-    """One step: (step, weighted loss parts by name). `extra` signals are captured too."""
+def micro_step(plugin, run, index, batch, extra=frozenset(), said=None):
+    """One step: (step, weighted loss parts by name). `extra` signals are captured too; `said` replaces the teacher's."""
     run.step = step = Step(index, True, dict(batch))
     plugin.qpipe_step_start(step)
     wanted = plugin.qpipe_signals() | Signals(extra, extra)
     with torch.no_grad():
         forward(run.teacher, run.teacher_instruments, wanted.teacher, step.teacher, batch)
+    step.teacher.update({key: value for key, value in (said or {}).items() if key in step.teacher})
     step.output = forward(run.student, run.instruments, wanted.student, step.student, batch)
     return step, {loss.name: loss.weight * loss.fn(step) for loss in plugin.qpipe_losses(run)}
