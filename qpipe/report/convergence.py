@@ -20,7 +20,7 @@ Results = Mapping[str, Mapping[str, Any]]
 def read_runs(run_dir: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """What was measured about a run and those it is compared with, by name; and what of these cannot be shown.
 
-    A part of another run is shown where it was measured with the settings that this run's was.
+    A part of another run is shown where it was measured with the settings of this run's, and against the same teacher.
     """
     own = {part: read_part(run_dir, part) for part in PARTS}
     own = {part: value for part, value in own.items() if value is not None}
@@ -30,8 +30,10 @@ def read_runs(run_dir: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     for other in compared["runs"]:
         name = Path(other).name if Path(other).name not in runs else other
         found = {part: read_part(Path(other), part) for part in own}
-        fitting = {p: v for p, v in found.items() if v is not None and v["settings"] == own[p]["settings"]}
-        left_out += [f"{part} of {name}" for part in own if part not in fitting]
+        alike = {p: v for p, v in found.items() if v is not None and v["settings"] == own[p]["settings"]}
+        fitting = {p: v for p, v in alike.items() if _teacher(v) == _teacher(own[p])}
+        left_out += [f"{part} of {name}" for part in own if part not in alike]
+        left_out += [f"{part} of {name}, whose teacher is another" for part in alike if part not in fitting]
         runs[name] = fitting
     return runs, left_out
 
@@ -39,6 +41,12 @@ def read_runs(run_dir: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
 def read_part(run_dir: Path, part: str) -> Any:
     """What `qpipe analyze` wrote about one part, or None."""
     return read_json(Path(run_dir) / ANALYSIS_FOLDER / f"{part}.json")
+
+
+def _teacher(found: Mapping[str, Any]) -> str | None:
+    """Hash of the teacher's weights that a part was measured against; None for a part that needs none."""
+    mark = found.get("models", {}).get("teacher")
+    return mark and str(mark["digest"])
 
 
 def _of(results: Results, part: str) -> dict[str, Any]:

@@ -103,10 +103,9 @@ class SignalCache:
         self._scan()
 
     def _scan(self) -> None:
-        """Open files that were added, by this process or another."""
-        for path in sorted(self._folder.glob("*.safetensors")):
-            if path.name in self._files:
-                continue
+        """Open files that were added, by this process or another, oldest first: what is known of an example stays."""
+        new = [path for path in self._folder.glob("*.safetensors") if path.name not in self._files]
+        for path in sorted(new, key=lambda path: (path.stat().st_mtime_ns, path.name)):
             try:
                 file = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
@@ -115,7 +114,7 @@ class SignalCache:
                     "again"
                 ) from error
             self._files[path.name] = file
-            self._index |= dict.fromkeys(file.keys(), path.name)
+            self._index = dict.fromkeys(file.keys(), path.name) | self._index
 
     def _has(self, names: Sequence[str]) -> bool:
         return all(name in self._pending or name in self._index for name in names)
@@ -203,6 +202,8 @@ class SignalCache:
                 handle.flush()
                 os.fsync(handle.fileno())
             temporary.replace(self._folder / f"{name}.safetensors")
+        # This process has learned from its own values, even where another's file with the same examples is older.
+        self._index |= dict.fromkeys(self._pending, f"{name}.safetensors")
         self._pending = {}
         self._scan()
 

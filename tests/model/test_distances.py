@@ -29,6 +29,12 @@ def test_kl_is_that_of_torch():
     torch.testing.assert_close(distances.logits_kl(student, teacher, 3.0), expected)
 
 
+def test_soft_targets_have_the_factor_of_the_temperature_too():
+    student, teacher = pair(5, 3)
+    expected = nn.CrossEntropyLoss()(student / 3, (teacher / 3).softmax(-1)) * 9
+    torch.testing.assert_close(distances.logits_kl(student, teacher, 3.0, entropy=True), expected)
+
+
 def test_kl_of_tokens_leaves_padding_out():
     student, teacher = pair(2, 4, 3)
 

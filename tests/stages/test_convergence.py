@@ -461,6 +461,10 @@ def test_runs_are_shown_together(here, finished, teacher, tmp_path):
     noted["settings"]["examples"] = 5
     (second / "analysis" / "layers.json").write_text(json.dumps(noted))
     assert "layers of other, hessian of other" in convergence(first)
+    noted = json.loads((second / "analysis" / "ranking.json").read_text())
+    noted["models"]["teacher"]["digest"] = "another"
+    (second / "analysis" / "ranking.json").write_text(json.dumps(noted))
+    assert "ranking of other, whose teacher is another" in convergence(first)
     assert convergence(tmp_path) is None
 
 

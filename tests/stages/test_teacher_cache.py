@@ -1,6 +1,7 @@
 """What the teacher says of an example is computed once, for these weights and these inputs."""
 
 import importlib
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -208,6 +209,22 @@ def test_an_example_keeps_what_was_captured_first(tmp_path):
 
     assert torch.equal(capture([[1], [2]], 1.0), torch.full((2, 2), 1.0))
     assert torch.equal(capture([[3], [2]], 5.0), torch.tensor([[5.0, 5.0], [1.0, 1.0]]))
+
+
+def test_two_runs_that_fill_one_folder_each_keep_what_they_captured(tmp_path):
+    """Whichever writes first; a later run finds what was written first."""
+    kinds, inputs, other = frozenset({"logits"}), {"input_ids": torch.tensor([[1]])}, {"input_ids": torch.tensor([[2]])}
+    runs = [SignalCache(tmp_path, Alone(), 2) for _ in range(2)]
+    for number, run in enumerate(runs):
+        run.store(inputs, kinds, {("logits", 0): torch.full((1, 2), float(number))})
+    for number in (1, 0):
+        runs[number].flush()
+        os.utime(max(tmp_path.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns), ns=(0, 10 - number))
+    for number, run in enumerate(runs):
+        assert run.load(other, kinds) is None, "a miss opens the files of others"
+        assert torch.equal(run.load(inputs, kinds)["logits", 0], torch.full((1, 2), float(number)))
+    third = SignalCache(tmp_path, Alone(), 2)
+    assert torch.equal(third.load(inputs, kinds)["logits", 0], torch.full((1, 2), 1.0))
 
 
 def test_another_process_finds_what_is_flushed_and_a_damaged_file_is_named(tmp_path):

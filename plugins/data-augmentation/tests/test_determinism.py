@@ -63,7 +63,9 @@ def test_what_was_written_survives_a_kill(sentences, tmp_path, masked_lm):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     before = {path: path.stat().st_mtime_ns for path in parts(out)}
-    assert 3 <= len(before) < 40 and not out.exists(), process.stderr.read()[-2000:]
+    said = process.stderr.read().decode()
+    assert 3 <= len(before) < 40 and not out.exists(), said[-2000:]
+    assert "augmenting 80 examples into" in said, "progress is told without a terminal too"
     runner.invoke(app, command(sentences, out, masked_lm)[3:], catch_exceptions=False)
     assert {path: path.stat().st_mtime_ns for path in before} == before, "files that were there are not made again"
     assert len(parts(out)) == 40

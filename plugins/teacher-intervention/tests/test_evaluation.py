@@ -74,6 +74,25 @@ def test_evaluation_is_of_the_student_with_the_teachers_attention(schedule, logi
     assert len(evaluated(run)) == 2
 
 
+def test_evaluation_is_of_the_student_alone_by_default(logits, tmp_path):
+    """During the intervention, steps 1 to 4, as after it."""
+    config = tiny_config(
+        tmp_path,
+        {"ti-o": {"steps": 4}},
+        model__name=str(scrambled(tmp_path)),
+        teacher__name=str(tmp_path / "teacher"),
+        teacher__init_student=False,
+        **STILL,
+    )
+    run = qpipe.execute(config)
+    during, after = logits[0], logits[1]
+    assert [row["step"] for row in evaluated(run)] == [3, 6]
+    torch.testing.assert_close(during, after, atol=1e-5, rtol=1e-5)
+    logits.clear()
+    qpipe.execute(config.model_copy(update={"plugins": {}, "out": str(tmp_path / "alone")}))
+    torch.testing.assert_close(during, logits[0], atol=1e-5, rtol=1e-5)
+
+
 def test_result_is_of_the_student_alone_where_the_intervention_never_ends(logits, tmp_path):
     config = tiny_config(
         tmp_path,

@@ -14,10 +14,16 @@ from qpipe.testing.contract import weights_hash
 EXECUTE = importlib.import_module("qpipe.stages.execute")
 CASES = {
     # Outputs in step 0, contexts in step 1, maps in steps 2 to 5, none in 6 to 8, each with its own schedule.
-    "reference": ({"preset": "reference", "steps": 6, "learning_rate": 2e-3}, (1, 2, 4, 6, 7)),
+    "reference": ("ti-g", {"preset": "reference", "learning_rate": 2e-3}, (1, 2, 4, 6, 7)),
     # Outputs in steps 0 to 2, maps in 3 to 5, none in 6 to 8.
-    "paper": ({"preset": "paper", "steps": 6, "learning_rate": 2e-3}, (1, 4, 7)),
-    "drawn": ({"schedule": "reference-stochastic", "two_step": True, "steps": 6}, (3,)),
+    "paper": ("ti-g", {"preset": "paper", "learning_rate": 2e-3}, (1, 4, 7)),
+    "drawn": ("ti-g", {"schedule": "reference-stochastic", "two_step": True}, (3,)),
+    "inverted": ("ti-g", {"schedule": "paper-inverted", "two_step": True}, (2, 4)),
+    # One kind of intervention in steps 0 to 5.
+    "ti-o": ("ti-o", {"preset": "paper"}, (3, 7)),
+    "ti-m": ("ti-m", {"preset": "paper"}, (3, 7)),
+    "ti-o-reference": ("ti-o", {"preset": "reference", "learning_rate": 2e-3}, (3, 7)),
+    "ti-m-reference": ("ti-m", {"preset": "reference", "learning_rate": 2e-3}, (3, 7)),
 }
 
 
@@ -39,19 +45,20 @@ def kinds(monkeypatch):
 
 @pytest.mark.parametrize("case", CASES)
 def test_resume(case, kinds, tmp_path):
-    options, interrupted = CASES[case]
+    plugin, options, interrupted = CASES[case]
     config = tiny_config(
         tmp_path,
-        {"ti-g": options},
+        {plugin: {**options, "steps": 6}},
         teacher__name=str(tmp_path / "teacher"),
         train__max_steps=9,
         train__save_every=1,
     )
     run = qpipe.execute(config)
     whole, straight = weights_hash(run.out), list(kinds)
-    assert straight[6:] == [None] * 3 and len({*straight[:6]}) >= 2
+    assert straight[6:] == [None] * 3 and None not in straight[:6]
+    assert (len({*straight[:6]}) > 1) == (plugin == "ti-g")
     assert [(p.name, p.stop) for p in run.phases] == [("teacher-intervention", 6), ("train", 9)]
-    metadata = json.loads((run.out / "export" / "qpipe.json").read_text())["plugins"]["ti-g"]
+    metadata = json.loads((run.out / "export" / "qpipe.json").read_text())["plugins"][plugin]
     assert "phases" in json.dumps(metadata)
     for step in interrupted:
         kinds.clear()

@@ -46,7 +46,7 @@ def forward(model, found, wanted, store, batch):
 
 
 def micro_step(plugin, run, index, batch, extra=frozenset(), said=None):
-    """One step: (step, weighted loss parts by name). `extra` signals are captured too; `said` replaces the teacher's."""
+    """One step: (step, weighted loss parts by name). `extra` signals are captured too; the teacher's become `said`."""
     run.step = step = Step(index, True, dict(batch))
     plugin.qpipe_step_start(step)
     wanted = plugin.qpipe_signals() | Signals(extra, extra)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -86,6 +87,8 @@ def main(
     set_: Annotated[list[str] | None, typer.Option("--set", help="An option of the plugin, as NAME=VALUE.")] = None,
 ) -> None:
     """Write the augmented rows of a file. Killed and started again, it goes on where it was."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("qpipe.data-augmentation").setLevel(logging.INFO)  # how far it is, where no bar can be shown
     try:
         settings = dict(item.partition("=")[::2] for item in set_ or ())
         options = AugmentationOptions.model_validate_strings({**settings, **({"model": model} if model else {})})
