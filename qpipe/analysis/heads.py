@@ -18,8 +18,13 @@ SHOWN = 32
 """Tokens of a shown map."""
 
 
-def probabilities(run: Run, sample: list[Example]) -> list[list[Tensor]]:
+def probabilities(session: Session, run: Run, sample: list[Example]) -> list[list[Tensor]]:
     """Attention after softmax, by layer and example, `[heads, tokens, tokens]`.
+
+    Args:
+        session: shows how far it has come.
+        run: whose model is looked at.
+        sample: examples.
 
     Raises:
         ConfigError: the model has no attention that could be observed.
@@ -27,7 +32,7 @@ def probabilities(run: Run, sample: list[Example]) -> list[list[Tensor]]:
     names = [f"{path}:probs" for path in run.instruments.map.attention]
     if not names:
         raise ConfigError(f"{type(run.student).__name__} has no attention that could be observed; leave the part out")
-    values = collect(run, names, sample)
+    values = collect(run, names, session.track(sample, "attention, examples"))
     return [values[name] for name in names]
 
 
@@ -59,8 +64,8 @@ def ranking(session: Session) -> dict[str, Json]:
     run, teacher, text = session.run, session.teacher, session.request.text
     sample = list(session.sample)
     shown = sample[0] if text is None else sentence(run, text)
-    ours = probabilities(run, [shown, *sample])
-    every = probabilities(teacher, [shown, *sample])
+    ours = probabilities(session, run, [shown, *sample])
+    every = probabilities(session, teacher, [shown, *sample])
     theirs = [every[block] for block in session.pairing.blocks]
     if ours[0][0].shape != theirs[0][0].shape:
         raise ModelError(
@@ -68,13 +73,16 @@ def ranking(session: Session) -> dict[str, Json]:
             "compared one by one"
         )
     pairs = [list(zip(a[1:], b[1:], strict=True)) for a, b in zip(ours, theirs, strict=True)]
-    loss, cover = [], []
-    for layer in session.track(pairs, "ranking, layers"):
-        loss.append(mean_over_examples([ranking_loss(a, b) for a, b in layer]))
-        cover.append(mean_over_examples([cover_length(a, b) for a, b in layer]))
+    ledger = session.ledger("ranking")
+    for number, layer in enumerate(session.track(pairs, "ranking, layers")):
+        if str(number) not in ledger:
+            moved = [mean_over_examples([f(a, b) for a, b in layer]) for f in (ranking_loss, cover_length)]
+            ledger.put(str(number), moved)
+    loss, cover = zip(*(ledger[str(number)] for number in range(len(pairs))), strict=True)
+    ledger.close()
     return {
-        "loss": loss,
-        "cover": cover,
+        "loss": list(loss),
+        "cover": list(cover),
         "layers": list(run.instruments.map.attention),
         "tokens": shown.tokens[:SHOWN],
         "maps": attention_maps([layer[:1] for layer in ours], [[]], SHOWN)["maps"],

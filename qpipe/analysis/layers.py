@@ -6,12 +6,14 @@ residual and LayerNorm, which the feed-forward network receives.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from qpipe.analysis.observe import Example, See, observing
-from qpipe.analysis.teacher import Pairing
+from qpipe.analysis.observe import Example, See, examples, observing
+from qpipe.analysis.session import Session
 from qpipe.errors import ModelError
 from qpipe.run import Run
 from qpipe.stages.calibrate import inference
@@ -24,13 +26,17 @@ AFTER_ATTENTION = ("attention_output", "ffn_input")
 """Roles of sites: the attention's output by itself, and what it becomes."""
 
 
-class Distances:
-    """Sums of squares over examples."""
+KEPT_EVERY = 64
+"""Examples after which the sums so far are kept, so that an interrupted analysis goes on from there."""
 
-    def __init__(self) -> None:
-        self.errors: list[float] = []
-        self.powers: list[float] = []
-        self.count = 0
+
+@dataclass
+class Distances:
+    """Sums of squares over examples, by layer, and the number of elements in each."""
+
+    errors: list[float] = field(default_factory=list)
+    powers: list[float] = field(default_factory=list)
+    count: int = 0
 
     def add(self, student: list[Tensor], teacher: list[Tensor]) -> None:
         """Add one example's tensors, by layer; all of one shape.
@@ -57,36 +63,40 @@ class Distances:
         return {name: [value / self.count for value in values] for name, values in sums}
 
 
-def layer_errors(run: Run, teacher: Run, pairing: Pairing, sample: Iterable[Example]) -> dict[str, Json]:
+def layers(session: Session) -> dict[str, Json]:
     """Mean squared error to the teacher over all elements of some examples, none of which is padded.
 
     Nothing of the teacher stands in for the student's own values.
 
-    Args:
-        run: on one process, with its quantizers in place.
-        teacher: see `Session.teacher`.
-        pairing: which of the teacher's layers are compared with.
-        sample: examples.
-
     Returns:
-        `hidden_states` (what the first block receives and every block returns, one more than blocks),
-        `attention_output` (what the output projections of attention return) and `ffn_input` (what that becomes after
-        residual and normalisation, where the feed-forward networks receive it): each with `mse` and `power`, lists
-        over layers, the last two empty where a model's sites are not known. `states`: the teacher's hidden state for
-        each of the student's; `layers`: its block, from 1, for each of the student's.
+        `examples`, their number; `hidden_states` (what the first block receives and every block returns, one more than
+        blocks), `attention_output` (what the output projections of attention return) and `ffn_input` (what that becomes
+        after residual and normalisation, where the feed-forward networks receive it): each with `mse` and `power`,
+        lists over layers, the last two empty where a model's sites are not known. `states`: the teacher's hidden state
+        for each of the student's; `layers`: its block, from 1, for each of the student's.
 
     Raises:
         ModelError: width does not fit.
     """
-    distances = {kind: Distances() for kind in ("hidden_states", *AFTER_ATTENTION)}
+    run, wanted, pairing, ledger = session.run, session.request.examples, session.pairing, session.ledger("layers")
+    sample = examples(run, len(run.data.validation) if wanted is None else wanted)
+    kinds = ("hidden_states", *AFTER_ATTENTION)
+    before: dict[str, Any] = ledger["sums"] if "sums" in ledger else {"examples": 0, **{kind: {} for kind in kinds}}
+    distances = {kind: Distances(**before[kind]) for kind in kinds}
     theirs_of = dict.fromkeys(AFTER_ATTENTION, pairing.blocks) | {"hidden_states": list(pairing.states)}
-    for example in sample:
-        ours, theirs = _outputs(run, example), _outputs(teacher, example)
+    for number, example in enumerate(session.track(sample, "layers, examples")):
+        if number < before["examples"]:
+            continue
+        ours, theirs = _outputs(run, example), _outputs(session.teacher, example)
         for kind, total in distances.items():
             if ours[kind] and theirs[kind]:
                 total.add(ours[kind], [theirs[kind][index] for index in theirs_of[kind]])
+        if (number + 1) % KEPT_EVERY == 0:
+            ledger.put("sums", {"examples": number + 1, **{kind: asdict(total) for kind, total in distances.items()}})
+    ledger.close()
     means = {kind: total.means() for kind, total in distances.items()}
-    return {**means, "states": list(pairing.states), "layers": [block + 1 for block in pairing.blocks]}
+    where = {"states": list(pairing.states), "layers": [block + 1 for block in pairing.blocks]}
+    return {"examples": len(sample), **means, **where}
 
 
 def _outputs(run: Run, example: Example) -> Outputs:

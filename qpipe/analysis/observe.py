@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +99,7 @@ def _passing(see: See) -> Callable[[Tensor], Tensor]:
     return passed
 
 
-def collect(run: Run, names: Sequence[str], sample: Sequence[Example]) -> dict[str, list[Tensor]]:
+def collect(run: Run, names: Sequence[str], sample: Iterable[Example]) -> dict[str, list[Tensor]]:
     """Values at sites, one `[...]` without batch axis per example, in float32 on the CPU.
 
     A site that runs several times per pass gives the last value; one that never runs is left out.

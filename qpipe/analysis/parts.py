@@ -11,9 +11,8 @@ from qpipe.analysis.curvature import hessian, landscape
 from qpipe.analysis.curves import curves
 from qpipe.analysis.groups import grouped, quantized, select
 from qpipe.analysis.heads import probabilities, ranking
-from qpipe.analysis.layers import layer_errors
+from qpipe.analysis.layers import layers
 from qpipe.analysis.noise import signal_to_noise
-from qpipe.analysis.observe import examples
 from qpipe.analysis.session import Session
 from qpipe.analysis.suggest import suggest
 from qpipe.types import Json
@@ -58,7 +57,7 @@ def _attention(session: Session) -> dict[str, Json]:
     spots = [[at for at, token in enumerate(e.tokens) if token == separator] for e in session.sample]
     names = [f"{path}:probs" for path in run.instruments.map.attention]
     with session.activations_as_they_are():
-        maps = attention_maps(probabilities(run, session.sample), spots)
+        maps = attention_maps(probabilities(session, run, session.sample), spots)
     return {"tokens": session.sample[0].tokens, "layers": names, **maps}
 
 
@@ -67,20 +66,13 @@ def _noise(session: Session) -> dict[str, Json]:
     return {"sites": signal_to_noise(session.run, session.sample)}
 
 
-def _layers(session: Session) -> dict[str, Json]:
-    run, wanted = session.run, session.request.examples
-    every = examples(run, len(run.data.validation) if wanted is None else wanted)
-    shown = session.track(every, "layers, examples")
-    return {"examples": len(every), **layer_errors(run, session.teacher, session.pairing, shown)}
-
-
 PARTS: Mapping[str, Callable[[Session], dict[str, Json]]] = {
     "ablation": _ablation,
     "outliers": _outliers,
     "ranges": _ranges,
     "attention": _attention,
     "noise": _noise,
-    "layers": _layers,
+    "layers": layers,
     "ranking": ranking,
     "hessian": hessian,
     "landscape": landscape,

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from qpipe import ConfigError, ModelError, Plugin
 from qpipe.analysis import curvature
+from qpipe.analysis import heads as heads_module
+from qpipe.analysis import layers as layers_module
 from qpipe.analysis import session as session_module
 from qpipe.analysis.analyze import Request, analyze, analyze_runs, measure
 from qpipe.analysis.curvature import trained_parameters, validation_batches
@@ -220,6 +222,24 @@ def test_an_interrupted_hessian_goes_on(here, monkeypatch):
     assert calls == [0, 1, 1]
     assert [len(batch) for batch in found["batches"]] == [1, 1]
     assert {path.name for path in (here.out / "analysis").iterdir()} == {"hessian.json"}
+
+
+@pytest.mark.parametrize(
+    ("part", "module", "name"), [("layers", layers_module, "_outputs"), ("ranking", heads_module, "ranking_loss")]
+)
+def test_interrupted_distances_to_the_teacher_go_on(part, module, name, here, teacher, monkeypatch):
+    """Errors of layers after every so many examples (here 2 of 4, of two models), ranking losses after every layer."""
+    monkeypatch.setattr(layers_module, "KEPT_EVERY", 2)
+    request, real, calls = Request((part,), examples=4, sequences=4, teacher=teacher), getattr(module, name), []
+    whole = analyze(here, request)[part]
+    shutil.rmtree(here.out / "analysis")
+    monkeypatch.setattr(module, name, lambda *words: interrupted(calls) or real(*words))
+    with pytest.raises(KeyboardInterrupt):
+        analyze(here, request)
+    assert {path.name for path in (here.out / "analysis").iterdir()} == {f".{part}.partial.json"}
+    assert analyze(here, request)[part] == whole
+    assert len(calls) == 5 + 4, "of eight, four were there"
+    assert {path.name for path in (here.out / "analysis").iterdir()} == {f"{part}.json"}
 
 
 def test_landscape_meets_the_model_and_leaves_it_alone(here):
