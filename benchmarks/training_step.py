@@ -118,6 +118,16 @@ CASES = (
     Case("ternarybert", "ternary weights, 8-bit inputs and `distillation`, preset `ternarybert`",
          ternary_with("distillation", preset="ternarybert"),
          WITH_TEACHER, "full precision and a teacher's forward pass"),
+    Case("ti-m-ternary", "ternary weights, 8-bit inputs and `ti-m`", ternary_with("ti-m"),
+         WITH_TEACHER, "full precision and a teacher's forward pass"),
+    *(Case(f"{key}-recipe", f"ternary weights, 8-bit operands of all products (`a8-inputs`) and {title}",
+           replace(ternary_with(plugin, **options), rules=(), preset="a8-inputs"),
+           WITH_TEACHER, "full precision and a teacher's forward pass")
+      for key, title, plugin, options in (
+          ("ti-g", "`ti-g`, first phase", "ti-g", {}),
+          ("ti-m", "`ti-m`", "ti-m", {}),
+          ("ternarybert", "`distillation`, preset `ternarybert`", "distillation", {"preset": "ternarybert"}),
+      )),
     Case("evaluate", "evaluation forward, 4-bit weights per channel", replace(W4, kind="evaluate"),
          replace(FULL, kind="evaluate"), "full precision, evaluation forward"),
 )  # fmt: skip
