@@ -1,6 +1,7 @@
 """Every family goes through the whole run, and its export verifies without qpipe."""
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 import qpipe
 from qpipe import FormatError, SiteError
+from qpipe.analysis.analyze import Request, analyze
 from qpipe.config import resolve
 from qpipe.export.inspect import sizes, stored_bytes
 from qpipe.export.verify import verify_all
@@ -20,6 +22,7 @@ from qpipe.host import load_plugins
 from qpipe.stages import evaluate_run, plan_run
 from qpipe.stages.initialize import initialize
 from qpipe.stages.quantize import _prepared
+from qpipe.stages.sensitivity import load
 from qpipe.stages.sizes import fixed_size
 from qpipe.stages.trained import restore
 from qpipe.testing import tiny_model, tiny_text_data
@@ -196,3 +199,24 @@ def test_images_meet_the_weights_that_data_initialise(tmp_path):
     run.engine.dtype = torch.bfloat16
     initialize(run)
     assert len(run.results["ptq"]["layers"]) == sum(site.endswith("convolution:weight") for site in run.plan.sites) + 1
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "resnet"])
+def test_convergence_is_measured_on_every_family_of_transformers(family, runs, tmp_path):
+    parts = ("layers", "ranking", "attention", "hessian", "landscape")
+    teacher = str(tiny_model(tmp_path / "teacher", family, seed=1))
+    request = Request(parts, examples=4, sequences=2, points=3, eigenvalues=1, teacher=teacher)
+    run = load(runs[family].out)
+    run.config = run.config.model_copy(update={"out": str(tmp_path / "run")})
+    found = analyze(run, request)
+    blocks = len(run.instruments.map.blocks)
+    for kind, layers in (("hidden_states", blocks + 1), ("attention_output", blocks), ("ffn_input", blocks)):
+        errors = found["layers"][kind]["mse"]
+        assert len(errors) == layers and all(0 < error < math.inf for error in errors), kind
+    heads = [[len(layer) for layer in found[part][what]] for part, what in (("ranking", "loss"), ("attention", "maps"))]
+    assert heads[0] == heads[1] and len(heads[0]) == blocks and min(heads[0]) > 1
+    assert all(0 < value < math.inf for layer in found["ranking"]["loss"] for value in layer)
+    values = [entry["value"] for batch in found["hessian"]["batches"] for entry in batch]
+    assert values and all(math.isfinite(value) and value for value in values)
+    losses = found["landscape"]["losses"]
+    assert [len(row) for row in losses] == [3, 3, 3] and len({value for row in losses for value in row}) == 9
