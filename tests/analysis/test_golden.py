@@ -71,3 +71,15 @@ def test_power_iteration_finds_the_largest_magnitudes(params, given):
     (usual,) = top_eigenvalues(product, weights, 1, generator)
     assert (exact - usual.value).abs().min() <= usual.residual * abs(usual.value) + 1e-6
     assert abs(usual.value) == pytest.approx(abs(first), rel=0.05)
+    if abs(second) < 0.95 * abs(first):
+        assert usual.value == pytest.approx(first, rel=1e-2)
+
+
+def test_most_cases_of_the_hessian_tell_their_largest_eigenvalues_apart():
+    """So that the last line above is met."""
+    spectra = [
+        given["exact_spectrum"].abs().sort(descending=True).values
+        for _, given in (case.values for case in cases("hessian"))
+    ]
+    apart = [bool(values[1] < 0.95 * values[0]) for values in spectra]
+    assert sum(apart) > len(apart) / 2
