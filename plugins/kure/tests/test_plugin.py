@@ -1,14 +1,18 @@
 import json
 import logging
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from pydantic import ValidationError
 from qpipe_kure import Kure, KureOptions, kurtosis
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qpipe import CheckpointError, ConfigError, ModelError, QuantContext, Site, SiteError, TrainingError, moments
+from qpipe.stages import plan_run
+from qpipe.testing import tiny_config, tiny_model
 
 
 def model():
@@ -71,6 +75,28 @@ def test_include_exclude_and_skip_above(tmp_path, caplog):
         value = kurtosis(run.student[name].weight)
         assert lines[name] == [format(value, ".4g"), *([reason] if reason else [])], "printed with its reason"
     assert [c.kurtosis for c in plugin.candidates] == [kurtosis(run.student[name].weight) for name in reasons]
+
+
+def test_ernies_second_ffn_matrices_are_left_out_by_their_kurtosis(tmp_path, caplog):
+    """`skip_above: 100` gives what the paper's authors left out of ERNIE by name: every second matrix of an FFN."""
+    folder = tiny_model(tmp_path / "ernie", "ernie", num_hidden_layers=3)
+    state = load_file(folder / "model.safetensors")
+    second = [name for name in state if name.endswith("output.dense.weight") and "attention" not in name]
+    for name in second:
+        state[name][3, 5] = 100 * state[name].std()
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    config = tiny_config(tmp_path, {"kure": {"skip_above": 100}}, model__name=str(folder))
+    with caplog.at_level(logging.INFO, "qpipe.kure"):
+        run = plan_run(config)
+    (term,) = run.weight_losses
+    weights = {
+        site.removesuffix(":weight") for site in run.plan.sites if ".layer." in site and site.endswith(":weight")
+    }
+    skipped = {name.removesuffix(".weight") for name in second}
+    assert len(skipped) == 3 and len(weights) == 3 * 6
+    assert {name for name in weights if term.applies(name)} == weights - skipped
+    for name in skipped:
+        assert re.search(rf"^ *{re.escape(name)} .*kurtosis above 100$", caplog.text, re.M), name
 
 
 def test_patterns_are_named_as_reasons(tmp_path):
