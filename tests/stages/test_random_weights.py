@@ -37,7 +37,7 @@ def test_a_model_is_pre_trained_quantized_from_its_configuration_alone(tmp_path)
     assert first["task"] == pytest.approx(math.log(len(VOCABULARY)), rel=0.2)
     assert run.results["evaluation"]["perplexity"] < 0.9 * len(VOCABULARY)  # its special tokens are never hidden
     record = json.loads((run.out / "export" / "qpipe.json").read_text())
-    assert record["metadata"]["base_model"] is None
+    assert record["base_model"] is None
     assert verify(run.out / "export").passed
 
 
