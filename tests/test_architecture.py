@@ -29,6 +29,7 @@ FOUNDATION = {
     "host",
     "hookspecs",
     "plugin",
+    "resuming",
     "run",
     "rundir",
     "schedules",

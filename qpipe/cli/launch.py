@@ -36,8 +36,8 @@ def launch(
     Without --gpus and --cpus: all GPUs, or 2 CPU processes where there are none.
     """
     _check_usage(gpus, cpus, nodes, node_rank, rendezvous, hostfile, zero, engine)
+    from qpipe import resuming
     from qpipe.launching import prepare, topology
-    from qpipe.launching import resume as resume_rules
 
     rank = node_rank or 0
     overrides = [*(set_ or []), *_engine_overrides(zero, engine)]
@@ -51,8 +51,8 @@ def launch(
     prepare.check(final, where.processes * where.nodes)
     # The directory may have been moved, or named in another way.
     before = saved.model_copy(update={"out": final.out}) if saved else final
-    changes = resume_rules.differences(before, final)
-    resume_rules.refuse_changes(directory, changes)
+    changes = resuming.differences(before, final)
+    resuming.refuse_changes(directory, changes)
     if resume and not changes and (directory / "results.json").is_file():
         print_result(directory, "already complete")
         return
@@ -99,10 +99,10 @@ def _as_before(
     Raises:
         ConfigError: another number was asked for.
     """
+    from qpipe import resuming
     from qpipe.errors import ConfigError
-    from qpipe.launching import resume as resume_rules
 
-    count = resume_rules.saved_processes(out, nodes)
+    count = resuming.saved_processes(out, nodes)
     if count is None:
         return gpus, cpus
     asked = gpus if gpus is not None else cpus

@@ -20,6 +20,7 @@ from qpipe.export.inspect import sizes
 from qpipe.export.verify import verify
 from qpipe.files import write_json, write_text
 from qpipe.host import Host, load_plugins
+from qpipe.resuming import changes_since_start, refuse_changes
 from qpipe.run import Run
 from qpipe.rundir import require_unused
 from qpipe.stages import checkpoint
@@ -137,15 +138,19 @@ def training_data(config: RunConfig, host: Host, engine: Engine, data: TaskData)
 
 
 def refuse_used(config: RunConfig, engine: Engine, resume: bool) -> None:
-    """Refuse to start over a run.
+    """Refuse to start over a run, or to go on with one as another.
 
     Raises:
-        ConfigError: the run directory holds one, and it is not to be resumed.
+        ConfigError: the run directory holds one, and it is not to be resumed, or was started with values that decide
+            the result and are others now.
     """
-    problem = None
-    if engine.rank == 0 and not resume:
+    problem, out = None, Path(config.out)
+    if engine.rank == 0:
         try:
-            require_unused(Path(config.out))
+            if resume:
+                refuse_changes(out, changes_since_start(out, config))
+            else:
+                require_unused(out)
         except ConfigError as error:
             problem = str(error)
     problem = engine.broadcast_object(problem)

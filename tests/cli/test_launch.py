@@ -14,8 +14,8 @@ from qpipe.config import resolve
 from qpipe.errors import ConfigError
 from qpipe.files import write_json
 from qpipe.launching import command, prepare, topology
-from qpipe.launching.resume import differences
 from qpipe.launching.topology import Topology
+from qpipe.resuming import differences
 
 
 @pytest.fixture(autouse=True)

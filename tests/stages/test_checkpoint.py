@@ -256,3 +256,20 @@ def test_training_can_end_from_every_checkpoint_that_is_kept(tmp_path, monkeypat
 def test_a_directory_with_a_run_is_not_started_over(finished):
     with pytest.raises(ConfigError, match="is already in use: it holds checkpoints; continue that run with --resume"):
         qpipe.execute(finished.config)
+
+
+def test_a_run_does_not_go_on_as_another(finished, tmp_path):
+    """Also under launchers that compare nothing, such as torchrun."""
+    out = tmp_path / "again"
+    copy_checkpoint(finished, 3, out)
+    shutil.copy(finished.out / "config.yaml", out)
+    here = {"out": str(out)}
+    slower = finished.config.train.model_copy(update={"learning_rate": 1e-7})
+    with pytest.raises(
+        ConfigError, match=r"cannot change what was started: train.learning_rate: [\d.e-]+ -> 1e-07. .*another --out"
+    ):
+        qpipe.execute(finished.config.model_copy(update={**here, "train": slower}), resume=True)
+    assert not (out / "results.json").exists()
+    quieter = finished.config.train.model_copy(update={"log_every": 100})
+    run = qpipe.execute(finished.config.model_copy(update={**here, "train": quieter}), resume=True)
+    assert run.results["resumed_step"] == 3

@@ -8,8 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from qpipe import rundir
-from qpipe.config import INDIFFERENT, RunConfig
+from qpipe.config import INDIFFERENT, RunConfig, resolve
 from qpipe.errors import ConfigError
+
+
+def changes_since_start(out: Path, config: RunConfig) -> list[str]:
+    """What `config` would change in the run that was started in `out`; nothing where no run was.
+
+    Its directory may have been moved, or be named in another way, so `out` itself does not count.
+
+    Raises:
+        ConfigError: the saved configuration is damaged.
+    """
+    saved = out / rundir.CONFIG_NAME
+    if not saved.is_file():
+        return []
+    return differences(resolve(saved).model_copy(update={"out": config.out}), config)
 
 
 def refuse_changes(out: Path, changes: Iterable[str]) -> None:
@@ -17,7 +31,7 @@ def refuse_changes(out: Path, changes: Iterable[str]) -> None:
 
     Args:
         out: the run directory.
-        changes: what `configuration` returned.
+        changes: as `differences` words them.
 
     Raises:
         ConfigError: a key that decides the result was changed.
