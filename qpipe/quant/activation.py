@@ -193,21 +193,33 @@ class UniformActivation(CalibratedActivation):
 
     def forward(self, value: Tensor) -> Tensor:
         """Quantize, or only observe while calibrating."""
-        clips = self.observing is None and (not self.options.dynamic or self.options.clip is not None)
-        acts = torch.is_grad_enabled() and self.context.enabled and self.context.rounding
-        if not clips or not acts:
+        if self.observing is not None:
             return super().forward(value)
-        ends = self._ends(value)
-        masks: list[Tensor] = []
+        clips = not self.options.dynamic or self.options.clip is not None
+        acts = torch.is_grad_enabled() and self.context.enabled and self.context.rounding
+        ends = self._ends(value) if clips and acts else None
+        masks: list[Tensor | None] = []
 
         def noting(x: Tensor) -> Tensor:
-            quantized, inside = self.quantize_within(x, ends)
-            assert inside is not None
+            quantized, inside = self._made(x, ends)
             masks.append(inside)
             return quantized
 
-        result: Tensor = Clipped.apply(self.context, value, self._applied(value.detach(), noting), masks[0])
+        if ends is None:
+            return self._applied(value, noting)
+        quantized = self._applied(value.detach(), noting)
+        result: Tensor = Clipped.apply(self.context, value, quantized, masks[0])
         return result
+
+    def _made(self, x: Tensor, ends: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
+        """`quantize_within`, once for all that share a dynamic range: nothing of it belongs to this site."""
+        options = self.options
+        if not options.dynamic or self.context.rescale is not None:
+            return self.quantize_within(x, ends)
+        axes = axes_of_token(self.slot, x.ndim) if options.granularity == "token" and x.ndim > 2 else ()
+        scheme = (options.bits, options.granularity, options.symmetric, options.narrow, options.clip, axes)
+        what = (type(self), *scheme, ends is None)
+        return self.context.shared.made(x, what, lambda: self.quantize_within(x, ends))
 
     def _ends(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Of what gets a gradient."""

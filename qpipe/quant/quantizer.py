@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qpipe.errors import SiteError
 from qpipe.quant.estimators import ESTIMATORS
 from qpipe.quant.rounding import snap_scale
+from qpipe.quant.sharing import Shared
 from qpipe.quant.tensor import QTensor
 from qpipe.types import RangeEstimatorKind
 
@@ -55,6 +56,7 @@ class QuantContext:
         calibration_batch: number of the calibration batch under way.
         kept: tokens that calibration counts, `[batch, tokens]`, true where there is no padding; None counts all.
         visited: by name of the sites whose quantizer has run, what it met; None while nobody asks.
+        shared: the last quantized activation, for quantizers that would make the same.
     """
 
     enabled: bool = True
@@ -76,10 +78,12 @@ class QuantContext:
     calibration_batch: int = 0
     kept: Tensor | None = None
     visited: dict[str, Visit] | None = None
+    shared: Shared = field(default_factory=Shared)
 
     def weights_changed(self) -> None:
         """Forget the quantized weights: call after every change of a parameter."""
         self.version += 1
+        self.shared.forget()
 
 
 class _StraightThrough(torch.autograd.Function):
