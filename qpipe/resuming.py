@@ -8,22 +8,39 @@ from pathlib import Path
 from typing import Any
 
 from qpipe import rundir
-from qpipe.config import INDIFFERENT, RunConfig, resolve
+from qpipe.config import INDIFFERENT, RunConfig
 from qpipe.errors import ConfigError
 
 
-def changes_since_start(out: Path, config: RunConfig) -> list[str]:
-    """What `config` would change in the run that was started in `out`; nothing where no run was.
+def as_run(config: RunConfig, device: str, precision: str) -> dict[str, Any]:
+    """The values of a configuration, with what `auto` and a missing GPU made of them on this machine.
 
-    Its directory may have been moved, or be named in another way, so `out` itself does not count.
-
-    Raises:
-        ConfigError: the saved configuration is damaged.
+    Args:
+        config: resolved configuration.
+        device: kind of device that the processes use, such as `cpu`.
+        precision: type in which they compute.
     """
-    saved = out / rundir.CONFIG_NAME
-    if not saved.is_file():
+    engine = config.engine.model_copy(update={"cpu": device == "cpu", "precision": precision})
+    values: dict[str, Any] = config.model_copy(update={"engine": engine}).model_dump(mode="json")
+    return values
+
+
+def changes_since_checkpoint(out: Path, config: RunConfig, device: str) -> list[str]:
+    """What `config` would change in the run whose newest checkpoint is in `out`, in words; nothing without one.
+
+    The run directory may have been moved, or be named in another way, so `out` itself does not count.
+
+    Args:
+        out: the run directory.
+        config: resolved configuration.
+        device: as in `as_run`.
+    """
+    progress = newest_progress(out)
+    if progress is None or "config" not in progress:
         return []
-    return differences(resolve(saved).model_copy(update={"out": config.out}), config)
+    precision = config.engine.precision
+    now = as_run(config, device, progress["precision"] if precision == "auto" else precision)
+    return compared({**progress["config"], "out": now["out"]}, now)
 
 
 def refuse_changes(out: Path, changes: Iterable[str]) -> None:
@@ -75,7 +92,15 @@ def saved_processes(out: Path, nodes: int) -> int | None:
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """`key: old -> new` for each value that differs, in the order of the configuration."""
-    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    return compared(old.model_dump(mode="json"), new.model_dump(mode="json"))
+
+
+def compared(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`differences` of configurations as mappings. Plugins act in their order, which counts too."""
+    before, after = _flatten(old), _flatten(new)
+    order = [list(values.get("plugins", ())) for values in (old, new)]
+    if order[0] != order[1] and sorted(order[0]) == sorted(order[1]):
+        before["order of plugins"], after["order of plugins"] = order
     missing = object()
 
     def show(value: Any) -> str:

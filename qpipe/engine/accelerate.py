@@ -27,7 +27,8 @@ class AccelerateEngine(Processes):
     def __init__(self, config: EngineConfig) -> None:
         from accelerate import Accelerator
 
-        self._accelerator = Accelerator(cpu=choose_device(config).type == "cpu")
+        # `accelerate launch` may set a mixed precision of its own; `engine.precision` decides.
+        self._accelerator = Accelerator(cpu=choose_device(config).type == "cpu", mixed_precision="no")
         found = self._accelerator.device
         # Accelerate calls the CPU `cpu:0`, which torch.load does not know.
         self.device = torch.device("cpu") if found.type == "cpu" else found

@@ -126,7 +126,8 @@ def _second_copy(packed: PackedWeight, model: nn.Module, name: str) -> PackedWei
     """The same codes for another module, with tensors of its own: safetensors refuses shared memory."""
     module = name.removesuffix(".weight")
     kind = "Embedding" if isinstance(model.get_submodule(module), nn.Embedding) else "Linear"
-    lattice = replace(packed.tensor, scale=packed.tensor.scale.clone(), zero_point=packed.tensor.zero_point.clone())
+    own = {part: getattr(packed.tensor, part).clone() for part in ("codes", "scale", "zero_point")}
+    lattice = replace(packed.tensor, **own)
     return replace(packed, module=module, module_type=kind, tensor=lattice)
 
 

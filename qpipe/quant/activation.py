@@ -214,11 +214,12 @@ class UniformActivation(CalibratedActivation):
     def _made(self, x: Tensor, ends: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
         """`quantize_within`, once for all that share a dynamic range: nothing of it belongs to this site."""
         options = self.options
-        if not options.dynamic or self.context.rescale is not None:
+        # What a subclass adds may belong to its site.
+        if not options.dynamic or self.context.rescale is not None or type(self) is not UniformActivation:
             return self.quantize_within(x, ends)
         axes = axes_of_token(self.slot, x.ndim) if options.granularity == "token" and x.ndim > 2 else ()
         scheme = (options.bits, options.granularity, options.symmetric, options.narrow, options.clip, axes)
-        what = (type(self), *scheme, ends is None)
+        what = (*scheme, ends is None)
         return self.context.shared.made(x, what, lambda: self.quantize_within(x, ends))
 
     def _ends(self, value: Tensor) -> tuple[Tensor, Tensor]:

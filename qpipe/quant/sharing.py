@@ -36,6 +36,10 @@ class Shared:
     def __init__(self) -> None:
         self._last: tuple[_View, Hashable, Made, list[int]] | None = None
 
+    def __reduce__(self) -> tuple[type[Shared], tuple[()]]:
+        """A copy of the model starts empty: a copied weak reference would free what it does not own."""
+        return Shared, ()
+
     def made(self, value: Tensor, what: Hashable, make: Callable[[], Made]) -> Made:
         """What `make` returns, or what it returned for the same value and the same `what` if that was the last call.
 
@@ -45,13 +49,14 @@ class Shared:
             make: called without gradients.
         """
         # Inference tensors do not count their changes, and a tracer's have no memory.
-        if value.is_inference() or torch.compiler.is_compiling():
+        if value.is_inference() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
             return make()
-        view = _View.of(value)
-        if self._last is not None:
-            seen, before, made, versions = self._last
+        view, last = _View.of(value), self._last
+        if last is not None:
+            seen, before, made, versions = last
             if seen == view and before == what and not seen.storage.expired() and versions == _versions(made):
                 return made
+        self._last = last = None  # free its memory before there is more
         made = make()
         self._last = view, what, made, _versions(made)
         return made

@@ -16,6 +16,7 @@ from qpipe.config import RunConfig
 from qpipe.engine.base import resolve_precision
 from qpipe.errors import CheckpointError
 from qpipe.files import disk_errors, sha256, sync_folder, write_json
+from qpipe.resuming import as_run
 from qpipe.run import Run
 from qpipe.stages.gather import share_buffers
 
@@ -29,8 +30,8 @@ def folder(out: Path, step: int) -> Path:
     return out / "checkpoints" / f"step-{step:08d}"
 
 
-def random_state() -> dict[str, Any]:
-    """State of every random generator of this process."""
+def random_state(device: torch.device) -> dict[str, Any]:
+    """State of every random generator that this process draws from, on the CPU and on its device."""
     # numpy's stub also allows the dict that only legacy=False gives.
     numpy = cast("tuple[str, np.ndarray, int, int, float]", np.random.get_state(legacy=True))
     state = {
@@ -38,19 +39,19 @@ def random_state() -> dict[str, Any]:
         "numpy": (str(numpy[0]), torch.from_numpy(numpy[1].astype(np.int64)), *map(float, numpy[2:])),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Undo of `random_state`."""
+def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Undo of `random_state`; the process may have got a device of another number."""
     random.setstate(state["python"])
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), int(position), int(has_gauss), gauss))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def quantizer_buffers(run: Run) -> dict[str, torch.Tensor]:
@@ -99,7 +100,7 @@ def _write(run: Run, temporary: Path, progress: dict[str, Any]) -> None:
     run.engine.barrier()
     run.engine.save(temporary)
     state = {
-        "random": random_state(),
+        "random": random_state(run.engine.device),
         "plugins": dict(run.host.collect_mappings("qpipe_state", run=run)),
         "buffers": quantizer_buffers(run),
     }
@@ -108,6 +109,7 @@ def _write(run: Run, temporary: Path, progress: dict[str, Any]) -> None:
         precision = str(resolve_precision(run.config.engine, run.engine.device)).removeprefix("torch.")
         kept = {name: run.results[name] for name in KEPT if name in run.results}
         record = {**progress, "world_size": run.engine.world_size, "precision": precision, "results": kept}
+        record["config"] = as_run(run.config, run.engine.device.type, precision)
         write_json(temporary / "progress.json", record)
 
 
@@ -156,7 +158,8 @@ def best_known(path: Path) -> int | None:
 def read_progress(path: Path) -> dict[str, Any]:
     """Where training stood when a checkpoint was written.
 
-    `step`, `best_step`, `best_metric`, `world_size`, `precision`, `results` (those of `KEPT`).
+    `step`, `best_step`, `best_metric`, `world_size`, `precision`, `config` (see `resuming.as_run`), `results` (those of
+    `KEPT`).
     """
     progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
     return progress
@@ -236,7 +239,7 @@ def load(run: Run, step: int) -> dict[str, Any]:
     for plugin, call in run.host.implementations("qpipe_restore"):
         if plugin in state["plugins"]:
             call(run=run, state=state["plugins"][plugin])
-    restore_random_state(state["random"])
+    restore_random_state(state["random"], run.engine.device)
     run.instruments.context.weights_changed()
     return progress
 

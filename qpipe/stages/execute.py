@@ -20,7 +20,7 @@ from qpipe.export.inspect import sizes
 from qpipe.export.verify import verify
 from qpipe.files import write_json, write_text
 from qpipe.host import Host, load_plugins
-from qpipe.resuming import changes_since_start, refuse_changes
+from qpipe.resuming import changes_since_checkpoint, refuse_changes
 from qpipe.run import Run
 from qpipe.rundir import require_unused
 from qpipe.stages import checkpoint
@@ -73,7 +73,7 @@ def execute(config: RunConfig, resume: bool = False) -> Run:
     try:
         run = assemble(config, host, seconds, resume)
         started = resume and bool(checkpoint.steps(run.out))
-        record_start(run)
+        record_start(run, config)
         with timed(seconds, "calibrate"):
             if not started:
                 calibrate(run)
@@ -148,10 +148,10 @@ def refuse_used(config: RunConfig, engine: Engine, resume: bool) -> None:
     if engine.rank == 0:
         try:
             if resume:
-                refuse_changes(out, changes_since_start(out, config))
+                refuse_changes(out, changes_since_checkpoint(out, config, engine.device.type))
             else:
                 require_unused(out)
-        except ConfigError as error:
+        except (ConfigError, OSError, ValueError) as error:  # the other processes wait for the answer
             problem = str(error)
     problem = engine.broadcast_object(problem)
     if problem:
@@ -196,12 +196,16 @@ def without_compiling(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"quantization": config.quantization.model_copy(update={"compile": "off"})})
 
 
-def record_start(run: Run) -> None:
-    """Write configuration and plan into the run directory."""
+def record_start(run: Run, config: RunConfig | None = None) -> None:
+    """Write configuration and plan into the run directory, in place of those of an attempt that came to nothing.
+
+    Args:
+        run: prepared.
+        config: as it was given, where the run has another, such as one with the precision that it began with.
+    """
     if run.engine.rank == 0:
         run.out.mkdir(parents=True, exist_ok=True)
-        if not (run.out / "config.yaml").exists():
-            write_text(run.out / "config.yaml", dump(run.config))
+        write_text(run.out / "config.yaml", dump(config or run.config))
         write_text(run.out / "plan.json", run.plan.dumps())
     run.engine.barrier()
 

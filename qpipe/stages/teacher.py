@@ -20,7 +20,7 @@ from qpipe.run import Run
 from qpipe.stages import checkpoint
 from qpipe.stages.build import build
 from qpipe.stages.prepare import prepare, wrap
-from qpipe.stages.teacher_fit import require_same_language
+from qpipe.stages.teacher_fit import require_same_architecture, require_same_language
 from qpipe.stages.train import total_steps, train
 from qpipe.stages.trained import save_float
 
@@ -106,6 +106,7 @@ def ensure_teacher(
 
     Raises:
         ModelError: a named teacher reads other tokens, or numbers its labels in another way.
+        ConfigError: the student would start from a named teacher of another architecture.
     """
     if not is_needed(config, host):
         return None, {}
@@ -113,6 +114,7 @@ def ensure_teacher(
         named = locate(config.teacher.name)
         if data is not None:
             require_same_language(config, named, data)
+        require_same_architecture(config, named)
         return named, {}
     sub = teacher_config(config)
     folder = Path(sub.out)

@@ -1,8 +1,8 @@
-"""Whether a named teacher speaks the language of this run: the same tokens, the same labels."""
+"""Whether a named teacher fits this run: its tokens and labels, and the architecture of what starts from it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,66 @@ from transformers import AutoConfig, AutoTokenizer
 from qpipe.config import RunConfig
 from qpipe.data.loading import TaskData
 from qpipe.data.locate import locate
-from qpipe.errors import ModelError
+from qpipe.errors import ConfigError, ModelError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
 EXAMPLES = 16
 """Training texts that both tokenizers must cut into the same tokens."""
+
+
+SIZES = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+    "image_size",
+    "patch_size",
+    "depths",
+    "hidden_sizes",
+)
+"""What has to agree for the weights of one model to be those of another; configurations have some of them."""
+
+
+def require_same_architecture(config: RunConfig, teacher: str) -> None:
+    """Refuse to start the student from a named teacher that is another architecture: `model.name` would mean nothing.
+
+    Args:
+        config: resolved configuration.
+        teacher: a folder, or a name on the hub.
+
+    Raises:
+        ConfigError: a size differs, and `teacher.init_student` is on.
+    """
+    if not config.teacher.init_student:
+        return
+    model = config.model
+    ours = _read_config(locate(model.name), model.trust_remote_code, model.revision, model.config)
+    theirs = _read_config(teacher, model.trust_remote_code, None, model.config)
+    if ours is None or theirs is None:
+        return
+    pairs = {key: (getattr(ours, key, None), getattr(theirs, key, None)) for key in SIZES}
+    differ = [f"{key} {mine} and {other}" for key, (mine, other) in pairs.items() if mine != other]
+    if differ:
+        raise ConfigError(
+            f"model.name {model.name} and teacher.name {config.teacher.name} are different architectures "
+            f"({', '.join(differ)}), and the student would be a copy of the teacher: set teacher.init_student: false "
+            "to train model.name, or name the teacher's model in model.name too (model.keep_layers takes some of its "
+            "layers)"
+        )
+
+
+def _read_config(
+    model: str, trust_remote_code: bool, revision: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> Any:
+    """A model's configuration; None if it cannot be read: loading the model says what is wrong."""
+    hub: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+    try:
+        return AutoConfig.from_pretrained(model, **hub, **(overrides or {}))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def require_same_language(config: RunConfig, teacher: str, data: TaskData) -> None:
@@ -48,11 +103,8 @@ def require_same_language(config: RunConfig, teacher: str, data: TaskData) -> No
 
 def label_names(model: str, trust_remote_code: bool, revision: str | None = None) -> tuple[str, ...]:
     """The names of a model's labels in the order of their ids; none if its configuration cannot be read."""
-    hub: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
-    try:
-        labels = AutoConfig.from_pretrained(model, **hub).id2label or {}
-    except (OSError, ValueError, KeyError):  # loading the model says what is wrong
-        return ()
+    config = _read_config(model, trust_remote_code, revision)
+    labels = (None if config is None else config.id2label) or {}
     return tuple(str(labels[key]) for key in sorted(labels))
 
 

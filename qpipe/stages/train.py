@@ -208,9 +208,9 @@ def train(run: Run, resume: bool = False) -> Progress:
         restored = checkpoint.load(run, found[-1])
         progress = Progress(restored["step"], restored["best_step"], restored["best_metric"])
         run.results |= {"resumed_step": progress.step, **restored.get("results", {})}
-        state = checkpoint.random_state()
+        state = checkpoint.random_state(run.engine.device)
         self_check(run)
-        checkpoint.restore_random_state(state)
+        checkpoint.restore_random_state(state, run.engine.device)
     run.host.hook.qpipe_run_start(run=run)
     run.student.train()
     for index, batches in steps_from(run, progress.step):

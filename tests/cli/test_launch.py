@@ -265,6 +265,12 @@ def test_nothing_to_resume(cli, config_file, tmp_path):
     assert result.code == 1 and "nothing to resume" in result.err
 
 
+def test_plugins_in_another_order_are_another_run():
+    first = resolve(None, [], ["kure", "ti-g"])
+    second = first.model_copy(update={"plugins": dict(reversed(first.plugins.items()))})
+    assert differences(first, second) == ['order of plugins: ["kure", "ti-g"] -> ["ti-g", "kure"]']
+
+
 def test_differences_name_added_and_removed_keys():
     old = resolve({"model": {"name": "m"}, "plugins": {"a": {"x": 1}}})
     new = resolve({"model": {"name": "n"}, "plugins": {"b": {}}})

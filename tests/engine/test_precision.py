@@ -1,6 +1,9 @@
 """`engine.precision: auto` takes bfloat16 where the processor is faster in it."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -31,6 +34,21 @@ def test_auto_follows_the_processor(monkeypatch, features, expected):
         assert resolve_precision(EngineConfig(precision=name), CPU) == getattr(torch, name), (
             "what is asked for is taken"
         )
+
+
+def test_accelerate_launch_does_not_decide_the_precision():
+    """Its default configuration may ask for bfloat16, in which evaluations would run too."""
+    code = (
+        "import torch; from qpipe.config import EngineConfig, TrainConfig; "
+        "from qpipe.engine.accelerate import AccelerateEngine; "
+        "engine = AccelerateEngine(EngineConfig(cpu=True, precision='float32')); model = torch.nn.Linear(64, 64); "
+        "x = torch.randn(8, 64); expected = model(x); optimizer = torch.optim.SGD(model.parameters(), 0.1); "
+        "engine.wrap(model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), TrainConfig()); "
+        "assert torch.equal(model(x), expected)"
+    )
+    environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "bf16"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_resumed_run_keeps_the_precision_that_it_began_with(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,11 @@ def build_records():
     ties = {"lm_head.weight": "model.embed_tokens.weight"}
     qwen = uniform("qwen3", ["model.embed_tokens"], [{"bits": 4}], bf16)
     qwen |= uniform("qwen3", [n for n in linear["qwen3"] if n != "lm_head"], GRIDS[:2], bf16)
+    # As a run packs them: both modules store a byte a code, as it is.
+    bytes_of_embedding = {
+        name: replace(tensor, codes=tensor.codes.to(torch.int8))
+        for name, tensor in uniform("qwen3", ["model.embed_tokens"], [{"bits": 8, "symmetric": False}]).items()
+    }
     make = builders.record_of
     return {
         "bert": make("bert", uniform("bert", [*linear["bert"], *embedding["bert"]], GRIDS), activations=bert_sites),
@@ -74,6 +80,7 @@ def build_records():
         "vit": make("vit", uniform("vit", linear["vit"], GRIDS)),
         "llama": make("llama", llama, activations=[token(n) for n in llama]),
         "qwen3-tied": make("qwen3", {n: t for n, t in qwen.items() if "embed" not in n}, bf16, tied=ties),
+        "qwen3-asymmetric": make("qwen3", bytes_of_embedding, tied=ties),
         "qwen3": make("qwen3", qwen, bf16, tied=ties, metadata={"licence": "apache-2.0", "plugins": {"x": "1.0"}}),
     }
 

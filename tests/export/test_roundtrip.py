@@ -26,6 +26,7 @@ FAMILIES = [
     "llama",
     "qwen3",
     "qwen3-tied",
+    "qwen3-asymmetric",
     "native-vit",
     "native-bert",
     "native-resnet",

@@ -1,5 +1,9 @@
 """One quantized activation for two quantizers: when it is the same, and when not."""
 
+import copy
+import gc
+import pickle
+
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -70,16 +74,35 @@ def test_memory_that_was_used_again_is_not_mistaken(value):
         del x
 
 
-def test_experiments_with_steps_and_inference_mode_share_nothing(quantized_sites, value):
+def test_experiments_with_steps_share_nothing(quantized_sites, value):
     first, second = pair()
     first.context.rescale = lambda scale: scale * 0.9
     first(value), second(value)
     assert len(quantized_sites) == 2
-    first.context.rescale = None
-    quantized_sites.clear()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_inference_mode_shares_nothing(quantized_sites, value, inside):
+    """Tensors made there do not count their changes; the activation may be older."""
+    first, second = pair()
     with torch.inference_mode():
-        mine = value.clone()
+        mine = value.clone() if inside else value
         assert torch.equal(first(mine), second(mine)) and len(quantized_sites) == 2
+    assert torch.equal(first(value), second(value)) and len(quantized_sites) == 3
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_a_model_share_nothing_with_it(quantized_sites, value, copied):
+    """Nor do they free what is not theirs when they go, as averages of weights do in every step."""
+    first, second = pair()
+    expected = first(value)
+    for _ in range(20):
+        twin = copied(second)
+        assert twin.context.shared is not second.context.shared
+        assert torch.equal(twin(value), expected)
+        del twin
+        gc.collect()
+    assert len(quantized_sites) == 21 and torch.equal(second(value), expected) and len(quantized_sites) == 21
 
 
 def test_nothing_is_kept_after_a_step(value):

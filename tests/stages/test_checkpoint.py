@@ -10,6 +10,7 @@ import torch
 
 import qpipe
 from qpipe import CheckpointError, ConfigError, Plugin, hookimpl
+from qpipe.config import dump, resolve
 from qpipe.engine.accelerate import AccelerateEngine
 from qpipe.files import sha256, write_json
 from qpipe.stages import checkpoint
@@ -258,18 +259,45 @@ def test_a_directory_with_a_run_is_not_started_over(finished):
         qpipe.execute(finished.config)
 
 
-def test_a_run_does_not_go_on_as_another(finished, tmp_path):
-    """Also under launchers that compare nothing, such as torchrun."""
+def with_train(config, out, **changes):
+    return config.model_copy(update={"out": str(out), "train": config.train.model_copy(update=changes)})
+
+
+def test_a_run_does_not_go_on_as_another(finished, tmp_path, fast):
+    """Also under launchers that compare nothing, such as torchrun, and where the saved configuration was edited."""
     out = tmp_path / "again"
     copy_checkpoint(finished, 3, out)
-    shutil.copy(finished.out / "config.yaml", out)
-    here = {"out": str(out)}
-    slower = finished.config.train.model_copy(update={"learning_rate": 1e-7})
+    slower = with_train(finished.config, out, learning_rate=1e-7)
+    (out / "config.yaml").write_text(dump(slower))
     with pytest.raises(
         ConfigError, match=r"cannot change what was started: train.learning_rate: [\d.e-]+ -> 1e-07. .*another --out"
     ):
-        qpipe.execute(finished.config.model_copy(update={**here, "train": slower}), resume=True)
+        qpipe.execute(slower, resume=True)
     assert not (out / "results.json").exists()
-    quieter = finished.config.train.model_copy(update={"log_every": 100})
-    run = qpipe.execute(finished.config.model_copy(update={**here, "train": quieter}), resume=True)
+    quieter = with_train(finished.config, out, log_every=100)
+    run = qpipe.execute(quieter, resume=True)
     assert run.results["resumed_step"] == 3
+    assert resolve(out / "config.yaml") == quieter, "what the next one goes on with"
+
+
+def test_a_configuration_that_trained_nothing_is_replaced(finished, tmp_path, fast):
+    """Such as one that ran out of memory in its first step."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.yaml").write_text(dump(with_train(finished.config, out, batch_size=64)))
+    config = with_train(finished.config, out, max_steps=1)
+    qpipe.execute(config)
+    assert resolve(out / "config.yaml") == config
+
+
+def test_a_missing_gpu_is_no_change(finished, tmp_path, fast):
+    """`launch` writes `engine.cpu: true` where there is none, and torchrun does not."""
+    out = tmp_path / "again"
+    copy_checkpoint(finished, 6, out)
+    engine = finished.config.engine.model_copy(update={"cpu": False})
+    config = finished.config.model_copy(update={"out": str(out), "engine": engine})
+    if torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="engine.cpu: true -> false"):
+            qpipe.execute(config, resume=True)
+    else:
+        assert qpipe.execute(config, resume=True).results["resumed_step"] == 6

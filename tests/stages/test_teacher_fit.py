@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig, BertTokenizer
 
 import qpipe
-from qpipe import ModelError, Plugin, Signals, WeightLoss, hookimpl
+from qpipe import ConfigError, ModelError, Plugin, Signals, WeightLoss, hookimpl
 from qpipe.stages.recomputing import reentrant_module
 from qpipe.stages.teacher_fit import compare_labels, compare_tokenizers, load_tokenizer
 from qpipe.testing import tiny_config, tiny_model
@@ -50,6 +50,22 @@ def test_labels():
     compare_labels(["no", "yes"], ["red", "green"], "T", [0, 1])
 
 
+@pytest.mark.parametrize("sizes", [{"num_hidden_layers": 4}, {"hidden_size": 64}], ids=["deeper", "wider"])
+def test_a_named_teacher_does_not_take_the_place_of_the_model(tmp_path, use, fast, sizes):
+    """The student starts as a copy of it, and `model.name` would not be trained at all."""
+    use(Logits())
+    config = tiny_config(tmp_path, train__max_steps=1, teacher__name=str(tmp_path / "teacher"))
+    tiny_model(tmp_path / "teacher", seed=1, **sizes)
+    (key, theirs), ours = next(iter(sizes.items())), {"num_hidden_layers": 2, "hidden_size": 32}
+    with pytest.raises(
+        ConfigError, match=rf"different architectures \({key} {ours[key]} and {theirs}\), .*init_student: "
+    ):
+        qpipe.execute(config)
+    own = config.teacher.model_copy(update={"init_student": False})
+    run = qpipe.execute(config.model_copy(update={"teacher": own}))
+    assert getattr(run.student.config, key) == ours[key] and getattr(run.teacher.config, key) == theirs
+
+
 def name_of_labels(folder, *names):
     config = AutoConfig.from_pretrained(folder)
     config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
@@ -90,6 +106,16 @@ class Reentrant(Plugin):
     @hookimpl
     def qpipe_model_prepared(self, run):
         run.student.activation_checkpointing_enable({"use_reentrant": True})
+
+
+class Logits(Plugin):
+    """Needs what any teacher has."""
+
+    needs_teacher = True
+
+    @hookimpl
+    def qpipe_signals(self):
+        return Signals(teacher=frozenset({"logits"}))
 
 
 class Learn(Plugin):
