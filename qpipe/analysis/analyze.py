@@ -102,10 +102,12 @@ def analyze_runs(
         found[str(source.out)] = measure(Session(source, request, told, track), again)
     if len(sources) > 1:
         for out in outs:
-            remember(out, [other for other in outs if other != out])
+            remember(out, [other for other in outs if other != out], request.parts)
     return found
 
 
-def remember(out: Path, others: Sequence[Path]) -> None:
-    """Note in a run which others it is compared with."""
-    write_json(out / ANALYSIS_FOLDER / COMPARED_FILE, {"runs": [str(other.resolve()) for other in others]})
+def remember(out: Path, others: Sequence[Path], parts: Sequence[str]) -> None:
+    """Note in a run which others these parts of it are compared with; other parts stay as an earlier call left them."""
+    file = out / ANALYSIS_FOLDER / COMPARED_FILE
+    runs = [str(other.resolve()) for other in others]
+    write_json(file, {**(read_json(file) or {}), **dict.fromkeys(parts, runs)})

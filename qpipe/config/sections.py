@@ -36,7 +36,10 @@ class ModelConfig(Section):
 
 
 class TeacherConfig(Section):
-    """The full-precision teacher. Without `name`, the run fine-tunes `model` first and uses the result."""
+    """The full-precision teacher. Without `name`, the run fine-tunes `model` first and uses the result.
+
+    That training has the settings of `train`, but for its length and learning rate.
+    """
 
     name: str | None = Field(None, description="a fine-tuned model; same forms as `model.name`")
     epochs: float = Field(2.0, gt=0, description="length of the fine-tuning, where there is one")
@@ -61,7 +64,11 @@ class DataConfig(Section):
     train: str | None = Field(
         None, description="parquet, CSV, TSV, JSON, JSON lines or text file, `package:NAME/PATH`, or hub data set name"
     )
-    validation: str | None = Field(None, description="same forms; default: a seeded part of `train`")
+    validation: str | None = Field(
+        None,
+        description="same forms; default: the validation split of the hub data set or folder that `train` names, else "
+        "a part of `train`, the same for every `seed`",
+    )
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="part of `train` held out where none is named")
     text_columns: tuple[str, ...] | None = Field(None, description="one or two columns; default: the task's")
     label_column: str | None = None
@@ -73,7 +80,9 @@ class DataConfig(Section):
     max_length: int = Field(128, gt=1, description="tokens per example; longer ones are truncated")
     pad_to_max_length: bool = False
     mask_probability: float = Field(0.15, gt=0, lt=1, description="part of the tokens that masked-lm predicts")
-    max_train_examples: int | None = Field(None, gt=0, description="use a seeded sample of this size")
+    max_train_examples: int | None = Field(
+        None, gt=0, description="use a sample of this size, the same for every `seed`"
+    )
     max_eval_examples: int | None = Field(None, gt=0)
 
 

@@ -26,13 +26,14 @@ def read_runs(run_dir: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     own = {part: value for part, value in own.items() if value is not None}
     runs: dict[str, dict[str, Any]] = {Path(run_dir).resolve().name: own}
     left_out = []
-    compared = read_json(Path(run_dir) / ANALYSIS_FOLDER / COMPARED_FILE) or {"runs": []}
-    for other in compared["runs"]:
+    compared = read_json(Path(run_dir) / ANALYSIS_FOLDER / COMPARED_FILE) or {}
+    for other in dict.fromkeys(run for part in own for run in compared.get(part, ())):
         name = Path(other).name if Path(other).name not in runs else other
-        found = {part: read_part(Path(other), part) for part in own}
+        asked = [part for part in own if other in compared.get(part, ())]
+        found = {part: read_part(Path(other), part) for part in asked}
         alike = {p: v for p, v in found.items() if v is not None and v["settings"] == own[p]["settings"]}
         fitting = {p: v for p, v in alike.items() if _teacher(v) == _teacher(own[p])}
-        left_out += [f"{part} of {name}" for part in own if part not in alike]
+        left_out += [f"{part} of {name}" for part in asked if part not in alike]
         left_out += [f"{part} of {name}, whose teacher is another" for part in alike if part not in fitting]
         runs[name] = fitting
     return runs, left_out

@@ -13,6 +13,7 @@ import qpipe
 from qpipe.cli import app
 from qpipe.cli.analyze import _outcome, _print_sites
 from qpipe.config import resolve
+from qpipe.report.convergence import read_runs
 from qpipe.stages.trained import restore
 from qpipe.testing import tiny_config
 
@@ -146,7 +147,8 @@ def test_runs_are_compared(finished, tmp_path):
     rows = [line.split() for line in done.output.splitlines() if line.startswith(str(tmp_path))]
     assert [row[0] for row in rows if len(row) > 1] == [str(first), str(second)]
     assert {p.stem for p in (second / "analysis").iterdir()} == {"curves", "layers", "ranking", "compared"}
-    assert json.loads((second / "analysis" / "compared.json").read_text()) == {"runs": [str(first.resolve())]}
+    compared = json.loads((second / "analysis" / "compared.json").read_text())
+    assert compared == {part: [str(first.resolve())] for part in ("curves", "layers", "ranking")}
     assert call(*words, "--json").stdout.count('"hidden_states"') == 2
     for words, message in (
         ((first, first), "named twice"),
@@ -155,6 +157,24 @@ def test_runs_are_compared(finished, tmp_path):
     ):
         assert message in str(call(*words).exception)
     assert "--suggest makes a plan for one run" in call(first, second, "--suggest", tmp_path / "plan.yaml").output
+
+
+def test_parts_measured_later_leave_the_comparison_of_others(finished, tmp_path):
+    """As the two commands for figures 5 and 6 of Kim et al. do."""
+    runs = [tmp_path / name for name in ("plain", "distilled", "taught")]
+    for copy in runs:
+        shutil.copytree(finished, copy, ignore=shutil.ignore_patterns("analysis", "export"))
+    words = ("--teacher", finished.parent / "teacher", "--sequences", "1", "--examples", "2")
+    for chosen, parts in ((runs, "curves,layers"), (runs[1:], "ranking")):
+        done = call(*chosen, *words, "--parts", parts)
+        assert done.exit_code == 0, done.output
+    shown, left_out = read_runs(runs[1])
+    assert {name: set(found) for name, found in shown.items()} == {
+        "distilled": {"curves", "layers", "ranking"},
+        "plain": {"curves", "layers"},
+        "taught": {"curves", "layers", "ranking"},
+    }
+    assert left_out == []
 
 
 @pytest.mark.parametrize(

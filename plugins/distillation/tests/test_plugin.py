@@ -224,6 +224,28 @@ def test_teachers_that_do_not_fit(options, teacher, message, tmp_path):
         qpipe.execute(with_teacher(tmp_path, options, teacher))
 
 
+def test_a_student_that_starts_from_other_layers_than_it_would_learn_from(tmp_path):
+    """Which it is to be cannot be guessed, and an analysis would compare with the layers that were kept."""
+    tiny_config(tmp_path)
+    for name in ("deep", "other"):
+        tiny_model(tmp_path / name, num_hidden_layers=4)
+    changes = {"model__name": str(tmp_path / "deep"), "teacher__name": str(tmp_path / "other"), "train__max_steps": 1}
+    options = {"hidden": "mse", "logits": "mse"}
+    config = tiny_config(tmp_path, {"distillation": options}, model__keep_layers=[0, 2], **changes)
+    with pytest.raises(ModelError, match=r"from layers \[1, 3\] .* set distillation.layer_map: \[1, 3\], or \[2, 4\]"):
+        qpipe.execute(config)
+    with pytest.raises(ModelError, match=r"from layers \[4, 2\] .* set distillation.layer_map: \[2, 4\], if these are"):
+        qpipe.execute(tiny_config(tmp_path, {"distillation": options}, model__keep_layers=[3, 1], **changes))
+    for kept, learned in ([1, 3], None), ([0, 2], [2, 4]), ("every-other", None):
+        plugin = {"distillation": {**options, "layer_map": learned}}
+        out = str(tmp_path / f"run-{kept}")
+        run = qpipe.execute(tiny_config(tmp_path, plugin, model__keep_layers=kept, out=out, **changes))
+        found = analyze(restore(run.out), Request(("layers",), examples=2))["layers"]
+        assert found["states"] == [0, 2, 4], "what it learned from"
+    with pytest.raises(ModelError, match=r"teacher 4: .* set distillation.layer_map to 3 of the teacher's layers"):
+        qpipe.execute(tiny_config(tmp_path, {"distillation": options}, model__keep_layers=[0, 1, 3], **changes))
+
+
 @pytest.mark.parametrize("preset", ["ternarybert", "tinybert"])
 def test_presets_run_with_a_map(preset, tmp_path):
     """The logged parts are weighted: those whose turn has not come are 0, and the task loss is replaced."""

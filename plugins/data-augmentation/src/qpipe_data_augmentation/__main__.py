@@ -93,7 +93,8 @@ def main(
         settings = dict(item.partition("=")[::2] for item in set_ or ())
         options = AugmentationOptions.model_validate_strings({**settings, **({"model": model} if model else {})})
         if options.model is None:
-            raise DataError("name a masked language model with --model")
+            what = "a masked language model" if options.one_piece == "masked-lm" else "a model whose tokenizer is used"
+            raise DataError(f"name {what} with --model")
         names = tuple(columns.split(","))
         table = read_table(data, names)
         trials = trials_of(task, options.trials)

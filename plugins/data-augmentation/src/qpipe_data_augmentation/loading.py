@@ -66,7 +66,8 @@ def load_tokenizer(name: str, masked: bool, **hub: Any) -> Any:
         # Byte-level tokenizers join words of a list without this; others ignore it.
         tokenizer = AutoTokenizer.from_pretrained(locate(name), add_prefix_space=True, **hub)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(f"no tokenizer can be loaded from {name!r} ({type(error).__name__}: {error})") from error
+        why = f"no tokenizer can be loaded from {name!r} ({type(error).__name__}: {error})"
+        raise ConfigError(f"{why}. {CHOOSE}" if masked else f"{why}. Set data-augmentation.model") from error
     if masked and tokenizer.mask_token_id is None:
         raise ModelError(f"the tokenizer of {name!r} has no mask token, so it is of no masked language model. {CHOOSE}")
     return tokenizer
@@ -81,7 +82,8 @@ def require_masked_lm(name: str, **hub: Any) -> None:
     try:
         config = AutoConfig.from_pretrained(locate(name), **hub)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"no model can be loaded from {name!r} ({type(error).__name__}: {error})") from error
+        why = f"no model can be loaded from {name!r} ({type(error).__name__}: {error})"
+        raise ConfigError(f"{why}. {CHOOSE}") from error
     if type(config) not in MODEL_FOR_MASKED_LM_MAPPING and not hub.get("trust_remote_code"):
         raise ModelError(f"{name!r} is a {config.model_type} model, which cannot predict masked words. {CHOOSE}")
 

@@ -26,9 +26,31 @@ def depth_ratio(student: int, teacher: int, what: str) -> int:
     if teacher % student:
         raise ModelError(
             f"the student has {student} layers and the teacher {teacher}: distillation of {what} pairs layers evenly, "
-            "so give a teacher whose number of layers is a multiple of the student's"
+            f"so set distillation.layer_map to {student} of the teacher's layers, or give a teacher whose number of "
+            "layers is a multiple of the student's"
         )
     return teacher // student
+
+
+def require_one_map(kept: Sequence[int] | str | None, student: int, ratio: int) -> None:
+    """Refuse to guess where the student started from other layers than those that it would learn from.
+
+    Args:
+        kept: `model.keep_layers` of the run.
+        student: layers of the student.
+        ratio: layers of the teacher for each of these.
+
+    Raises:
+        ModelError: `kept` has other layers than the evenly spaced ones.
+    """
+    started = [] if kept is None or isinstance(kept, str) else [layer + 1 for layer in kept]
+    even = [ratio * layer for layer in range(1, student + 1)]
+    if len(started) == student and max(started) <= even[-1] and started != even:
+        choices = f"{started}, or {even}, to say which" if started == sorted(started) else f"{even}, if these are what"
+        raise ModelError(
+            f"model.keep_layers starts the student from layers {started} of the teacher, and evenly spaced are {even}: "
+            f"set distillation.layer_map: {choices} it learns from"
+        )
 
 
 def hidden_pairs(depth: int, ratio: int, layers: Literal["uniform", "last"]) -> list[Pair]:
@@ -91,5 +113,5 @@ def require_equal(student: Any, teacher: Any, attribute: str, what: str) -> None
     if None not in (ours, theirs) and ours != theirs:
         raise ModelError(
             f"the student has {ours} {what} and the teacher {theirs}, which cannot be compared; give a teacher of "
-            "equal size, or leave out what needs it (distillation.hidden, .attention or .logits: none)"
+            "equal size, or leave out what needs it (distillation.hidden, .attention, .output or .logits: none)"
         )

@@ -28,7 +28,15 @@ from qpipe import (
     logits_mse,
     weight_function,
 )
-from qpipe_distillation.layers import Pair, attention_pairs, depth_ratio, hidden_pairs, mapped_pairs, require_equal
+from qpipe_distillation.layers import (
+    Pair,
+    attention_pairs,
+    depth_ratio,
+    hidden_pairs,
+    mapped_pairs,
+    require_equal,
+    require_one_map,
+)
 from qpipe_distillation.options import DistillationOptions
 from qpipe_distillation.schedule import first_steps, within
 
@@ -84,22 +92,23 @@ class Distillation(Plugin):
             require_equal(run.student, run.teacher, "vocab_size", "tokens in its vocabulary")
         if options.hidden != "none":
             require_equal(run.student, run.teacher, "hidden_size", "hidden units")
-            self._hidden, _ = self._pairs(ours.blocks, theirs.blocks, "hidden states")
+            self._hidden, _ = self._pairs(run, ours.blocks, theirs.blocks, "hidden states")
         if options.attention != "none":
             require_equal(run.student, run.teacher, "num_attention_heads", "attention heads")
-            _, self._attention = self._pairs(ours.attention, theirs.attention, "attention")
+            _, self._attention = self._pairs(run, ours.attention, theirs.attention, "attention")
             self._causal = bool(getattr(run.student.get_submodule(ours.attention[0]), "is_causal", False))
 
         if options.output != "none":
             require_equal(run.student, run.teacher, "hidden_size", "hidden units")
-            _, self._output = self._pairs(ours.attention_output, theirs.attention_output, "output")
+            _, self._output = self._pairs(run, ours.attention_output, theirs.attention_output, "output")
 
-    def _pairs(self, ours: Sequence[Any], theirs: Sequence[Any], what: str) -> tuple[list[Pair], list[Pair]]:
+    def _pairs(self, run: Run, ours: Sequence[Any], theirs: Sequence[Any], what: str) -> tuple[list[Pair], list[Pair]]:
         """Pairs of hidden states and of attention layers."""
         options, depth = self.options, len(ours)
         if options.layer_map is not None and ours and theirs:
             return mapped_pairs(options.layer_map, depth, len(theirs), options.layers)
         ratio = depth_ratio(depth, len(theirs), what)
+        require_one_map(run.config.model.keep_layers, depth, ratio)
         return hidden_pairs(depth, ratio, options.layers), attention_pairs(depth, ratio, options.layers)
 
     @hookimpl
