@@ -1,7 +1,6 @@
 """One quantized activation for two quantizers: when it is the same, and when not."""
 
 import copy
-import gc
 import pickle
 
 import pytest
@@ -101,7 +100,6 @@ def test_copies_of_a_model_share_nothing_with_it(quantized_sites, value, copied)
         assert twin.context.shared is not second.context.shared
         assert torch.equal(twin(value), expected)
         del twin
-        gc.collect()
     assert len(quantized_sites) == 21 and torch.equal(second(value), expected) and len(quantized_sites) == 21
 
 
