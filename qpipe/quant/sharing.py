@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 Made = tuple[Tensor, Tensor | None]
-Key = TypeVar("Key", bound=Hashable)
 
 
 class _View(NamedTuple):
@@ -51,15 +50,21 @@ class Shared:
         # Inference tensors do not count their changes, and a tracer's have no memory.
         if value.is_inference() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
             return make()
-        view, last = _View.of(value), self._last
-        if last is not None:
-            seen, before, made, versions = last
-            if seen == view and before == what and not seen.storage.expired() and versions == _versions(made):
-                return made
-        self._last = last = None  # free its memory before there is more
-        made = make()
-        self._last = view, what, made, _versions(made)
-        return made
+        view = _View.of(value)
+        found = self._kept(view, what)
+        if found is None:
+            self.forget()  # before there is more
+            found = make()
+            self._last = view, what, found, _versions(found)
+        return found
+
+    def _kept(self, view: _View, what: Hashable) -> Made | None:
+        last = self._last
+        if last is None:
+            return None
+        seen, before, made, versions = last
+        same = seen == view and before == what and not seen.storage.expired() and versions == _versions(made)
+        return made if same else None
 
     def forget(self) -> None:
         """Free the memory."""

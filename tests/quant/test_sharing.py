@@ -103,6 +103,20 @@ def test_copies_of_a_model_share_nothing_with_it(quantized_sites, value, copied)
     assert len(quantized_sites) == 21 and torch.equal(second(value), expected) and len(quantized_sites) == 21
 
 
+def test_the_last_result_is_gone_before_the_next_is_made(monkeypatch, value):
+    first, second = pair()
+    result = StorageWeakRef(first(value).untyped_storage())
+    plain, expired = UniformActivation.quantize_within, []
+
+    def noting(self, x, ends=None):
+        expired.append(result.expired())
+        return plain(self, x, ends)
+
+    monkeypatch.setattr(UniformActivation, "quantize_within", noting)
+    second(value + 1)
+    assert expired == [True]
+
+
 def test_nothing_is_kept_after_a_step(value):
     first, _ = pair()
     result = StorageWeakRef(first(value).untyped_storage())
