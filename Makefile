@@ -50,8 +50,9 @@ test-slow: install ## tests that take minutes
 test-plugin: install ## tests of one plugin: make test-plugin PLUGIN=kure
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q plugins/$(PLUGIN)
 
-bench: install ## step-time ratios against full precision; writes docs/benchmarks.md; speed of augmentation
+bench: install ## step-time ratios against full precision; writes docs/benchmarks.md; speed of start and augmentation
 	$(BENCH_ENV) $(PY) -m benchmarks.training_step --markdown $(BENCH)
+	$(PY) -m benchmarks.startup
 	$(BENCH_ENV) $(PY) -m benchmarks.augmentation --threads 1 --sizes tiny small --examples 42 --turns 2
 
 results: install ## measure what docs/results.md lacks; runs are cached under runs/results

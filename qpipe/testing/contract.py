@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,13 +14,13 @@ from typing import Any
 from safetensors.torch import load_file
 
 import qpipe
-from qpipe.config import RunConfig
+from qpipe.config import RunConfig, resolve
 from qpipe.errors import PluginError
 from qpipe.files import sha256
 from qpipe.host import PluginInfo, build_plugin, installed, load_plugins
 from qpipe.quant.quantizer import Quantizer
 from qpipe.stages.execute import evaluate_run
-from qpipe.testing.distributed import run_distributed
+from qpipe.testing.distributed import call_apart, run_distributed
 from qpipe.testing.gradients import compare, write_traces
 from qpipe.testing.quantizers import check_quantizer
 from qpipe.testing.tiny import tiny_config
@@ -157,17 +156,12 @@ def weights_hash(run_dir: Path) -> str:
     return sha256(run_dir / "model" / "model.safetensors") + sha256(run_dir / "export" / "model.safetensors")
 
 
-PLAIN = """
-import json, sys
-from pathlib import Path
-from qpipe.config import resolve
-from qpipe.stages import execute
-from qpipe.testing.contract import weights_hash
-config = resolve(json.loads(sys.argv[1]))
-execute(config)
-assert sys.argv[2] not in sys.modules, sys.argv[2] + " was imported although the run does not name it"
-print(weights_hash(Path(config.out)))
-"""
+def weights_without(config: dict[str, Any], package: str) -> str:
+    """`weights_hash` of a run in a process that has not imported a package."""
+    run = resolve(config)
+    qpipe.execute(run)
+    assert package not in sys.modules, f"{package} was imported although the run does not name it"
+    return weights_hash(Path(run.out))
 
 
 def check_absent(folder: Path, plugin: Any, changes: Mapping[str, Any]) -> None:
@@ -177,11 +171,8 @@ def check_absent(folder: Path, plugin: Any, changes: Mapping[str, Any]) -> None:
     qpipe.execute(here)
     there = config.model_copy(update={"out": str(folder / "fresh")}).model_dump(mode="json")
     package = plugin.__module__.partition(".")[0]
-    done = subprocess.run(
-        [sys.executable, "-c", PLAIN, json.dumps(there), package], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split()[-1] == weights_hash(folder / "imported"), "importing the plugin changes other runs"
+    fresh = call_apart("qpipe.testing.contract:weights_without", [{}], 600, {"config": there, "package": package})
+    assert fresh == weights_hash(folder / "imported"), "importing the plugin changes other runs"
 
 
 def check_zero3(folder: Path, config: RunConfig) -> None:

@@ -8,13 +8,26 @@ import socket
 import subprocess
 import sys
 import tempfile
-from importlib import import_module
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+SETTINGS = {
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "TQDM_DISABLE": "1",
+}
+"""Of every process, beside the environment of this one."""
 
 
 def run_distributed(function: str, world_size: int = 2, timeout: float = 600, **arguments: Any) -> Any:
     """Call `module:function(**arguments)` in `world_size` gloo processes and return what rank 0 returned.
+
+    The processes are forked from one that has torch, DeepSpeed, transformers and qpipe loaded, and no plugin.
+    The first call starts it; it ends with the calling process.
 
     Args:
         function: importable as `package.module:name`.
@@ -28,50 +41,60 @@ def run_distributed(function: str, world_size: int = 2, timeout: float = 600, **
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory(prefix="qpipe-distributed-") as scratch:
-        call, result = Path(scratch, "call.json"), Path(scratch, "result.json")
-        call.write_text(json.dumps({"function": function, "arguments": arguments, "path": sys.path}))
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world_size)]
-        command += ["--master-addr", "127.0.0.1", "--master-port", str(port), "-m", "qpipe.testing.distributed"]
-        environment = {
-            **os.environ,
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "HF_HUB_OFFLINE": "1",
-            "TQDM_DISABLE": "1",
+    ranks = [
+        {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
         }
-        done = subprocess.run(
-            [*command, str(call), str(result)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-        if done.returncode != 0 or not result.is_file():
-            raise RuntimeError(
-                f"{function} failed in {world_size} processes:\n{done.stdout[-2000:]}{done.stderr[-6000:]}"
-            )
+        for rank in range(world_size)
+    ]
+    return call_apart(function, ranks, timeout, arguments)
+
+
+def call_apart(
+    function: str, variables: Sequence[Mapping[str, str]], timeout: float, arguments: Mapping[str, Any]
+) -> Any:
+    """Call a function in one process for each set of environment variables; what the first one (of rank 0) returned.
+
+    Raises:
+        RuntimeError: a process failed; holds the end of its output.
+    """
+    call = {"function": function, "arguments": arguments, "path": sys.path, "cwd": str(Path.cwd())}
+    environments = [{**os.environ, **SETTINGS, **v} for v in variables]
+    with tempfile.TemporaryDirectory(prefix="qpipe-distributed-") as scratch:
+        request = {"call": call, "environments": environments, "folder": scratch, "timeout": timeout}
+        error = _ask(json.dumps(request))
+        result, log = Path(scratch, "result.json"), Path(scratch, "log")
+        if error is not None or not result.is_file():
+            output = log.read_text(errors="replace")[-8000:] if log.is_file() else ""
+            reason = error or "rank 0 ended early"
+            raise RuntimeError(f"{function} failed in {len(variables)} processes, as {reason}:\n{output}")
         return json.loads(result.read_text())
 
 
-def _worker(call_file: str, result_file: str) -> None:
-    import torch.distributed as dist
-
-    from qpipe.launching.worker import end_rank, end_with_launcher
-
-    end_with_launcher(os.getppid())  # after a time limit the launcher is killed and could not end its processes
-    call = json.loads(Path(call_file).read_text())
-    sys.path[:] = [*sys.path, *(p for p in call["path"] if p not in sys.path)]
-    module, _, name = call["function"].partition(":")
-    result = getattr(import_module(module), name)(**call["arguments"])
-    if int(os.environ["RANK"]) == 0:
-        Path(result_file).write_text(json.dumps(result))
-    if dist.is_initialized():
-        dist.barrier()
-    end_rank()
+def _ask(request: str) -> Any:
+    server, channel = _server(os.getpid())
+    if server.poll() is not None:
+        _server.cache_clear()
+        server, channel = _server(os.getpid())
+    channel.sendall(f"{request}\n".encode())
+    with channel.makefile(encoding="utf-8") as lines:
+        answer = lines.readline()
+    if not answer:
+        raise RuntimeError("the process that ranks are forked from has ended; its output is above")
+    return json.loads(answer)
 
 
-if __name__ == "__main__":
-    _worker(*sys.argv[1:])
+@cache
+def _server(_asking: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """The server of one process and the channel to it; it ends when the channel is closed."""
+    ours, theirs = socket.socketpair()
+    words = [sys.executable, "-m", "qpipe.testing.ranks", str(theirs.fileno())]
+    environment = {**os.environ, **SETTINGS}
+    server = subprocess.Popen(words, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
+    theirs.close()
+    return server, ours

@@ -17,6 +17,8 @@ from qpipe.report.convergence import read_runs
 from qpipe.stages.trained import restore
 from qpipe.testing import tiny_config
 
+pytestmark = pytest.mark.xdist_group("analyze")  # the fixture takes most of the time
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):

@@ -31,6 +31,7 @@ from qpipe.cli import app
 from qpipe.config import default_recipe, resolve
 from qpipe.discovery import installed
 from qpipe.host import load_plugins
+from qpipe.testing.distributed import call_apart
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -142,6 +143,11 @@ def check_yaml(text: str) -> None:
 
 
 def run_line(line: str, folder: Path) -> None:
+    """Run a line as a shell does; commands that start no processes of their own, in a fork that has imports done."""
+    words = shlex.split(line)
+    if words[0] == "qpipe" and words[1] != "launch" and [words] == list(commands(line)):
+        call_apart("command_line:main", [{}], 900, {"words": words[1:]})
+        return
     done = subprocess.run(["bash", "-c", line], cwd=folder, env=ENV, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
 
@@ -172,7 +178,7 @@ def execute(page: Path, block: Block, namespace: dict[str, Any], folder: Path) -
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_code_blocks(page, workplace, monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent)])
     namespace: dict[str, Any] = {"__name__": "documentation"}
     for block in blocks(page):
         try:
@@ -185,6 +191,12 @@ def test_code_blocks(page, workplace, monkeypatch):
 def test_every_fence_is_recognised():
     for page in PAGES:
         assert page.read_text().count("\n```") == 2 * len(blocks(page)), page
+
+
+def test_a_command_that_fails_is_noticed(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent)])
+    with pytest.raises(RuntimeError, match=r"(?s)no_such_run.*status 2"):
+        run_line("qpipe verify no_such_run", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from qpipe.export.folder import PROGRAM, PROGRAM_LAYOUT, REFERENCE, write_json, 
 from qpipe.export.record import ActivationSite
 from qpipe.export.verify import verify, verify_all
 
+pytestmark = pytest.mark.xdist_group("program")  # the fixture takes most of the time
+
 GRIDS = [
     {"bits": 8},
     {"bits": 4, "granularity": "group", "group_size": 16},

@@ -13,6 +13,8 @@ from qpipe.testing import run_distributed
 sys.path.insert(0, str(Path(__file__).parent))
 from steps import STEPS, Net, data
 
+pytestmark = pytest.mark.xdist_group("engines")  # the fixture takes most of the time
+
 LIMIT = 0.1
 ENGINES = {
     "zero0": {"name": "deepspeed", "zero": 0},

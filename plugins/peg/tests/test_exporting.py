@@ -21,6 +21,8 @@ from qpipe.stages.export import build_record
 from qpipe.stages.trained import restore
 from qpipe.testing import tiny_config
 
+pytestmark = pytest.mark.xdist_group("exporting")  # the fixture takes most of the time
+
 GROUPS = 4
 
 
