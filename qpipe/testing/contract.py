@@ -51,7 +51,7 @@ def check_plugin(
     zero3: bool = True,
     **changes: Any,
 ) -> None:
-    """Check the whole contract on a tiny BERT, on CPUs, in about a minute.
+    """Check the whole contract on a tiny BERT, on CPUs, in about half a minute.
 
     It loads and refuses unknown options; its quantizers encode what they compute; it trains, exports, and the export
     verifies without qpipe; resuming equals going on; importing it leaves a run without it bitwise unchanged; its
