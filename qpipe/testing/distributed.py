@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from qpipe.launching.topology import free_port
+
 SETTINGS = {
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
@@ -38,21 +40,14 @@ def run_distributed(function: str, world_size: int = 2, timeout: float = 600, **
     Raises:
         RuntimeError: a process failed; holds the end of its output.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = [
-        {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        for rank in range(world_size)
-    ]
-    return call_apart(function, ranks, timeout, arguments)
+    return call_apart(function, environments_of(world_size), timeout, arguments)
+
+
+def environments_of(world_size: int) -> list[dict[str, str]]:
+    """The variables by which torch.distributed finds a group of processes on this machine, for each of them."""
+    group = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **group, **place} for rank in range(world_size)]
 
 
 def call_apart(
@@ -81,9 +76,14 @@ def _ask(request: str) -> Any:
     if server.poll() is not None:
         _server.cache_clear()
         server, channel = _server(os.getpid())
-    channel.sendall(f"{request}\n".encode())
-    with channel.makefile(encoding="utf-8") as lines:
-        answer = lines.readline()
+    try:
+        channel.sendall(f"{request}\n".encode())
+        with channel.makefile(encoding="utf-8") as lines:
+            answer = lines.readline()
+    except BaseException:  # such as Ctrl-C: the answer still to come belongs to no later request
+        server.kill()
+        server.wait()
+        raise
     if not answer:
         raise RuntimeError("the process that ranks are forked from has ended; its output is above")
     return json.loads(answer)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from multiprocessing.connection import wait
-from multiprocessing.context import ForkProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ PRELOADED = (
     "qpipe.testing.gradients",
     "qpipe.stages.execute",
 )
+
+START = multiprocessing.get_context("fork") if sys.platform == "linux" else multiprocessing.get_context("spawn")
+"""Elsewhere libraries of the system do not survive a fork, and ranks import everything themselves."""
 
 
 def serve(channel: socket.socket) -> None:
@@ -52,8 +55,7 @@ def run(
 
     The first process that fails ends the others, as under torchrun, and so does the end of whoever asked.
     """
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=_rank, args=(call, e, folder, os.getpid())) for e in environments]
+    ranks = [START.Process(target=_rank, args=(call, e, folder, os.getpid())) for e in environments]
     for rank in ranks:
         rank.start()
     error = _join(ranks, channel, timeout)
@@ -63,7 +65,7 @@ def run(
     return error
 
 
-def _join(ranks: Sequence[ForkProcess], channel: socket.socket, timeout: float) -> str | None:
+def _join(ranks: Sequence[BaseProcess], channel: socket.socket, timeout: float) -> str | None:
     end, running = time.monotonic() + timeout, dict(enumerate(ranks))
     while running:
         ready = wait([channel, *(rank.sentinel for rank in running.values())], max(0.0, end - time.monotonic()))

@@ -30,3 +30,7 @@ def fail_on_rank_1(seconds: float) -> None:
 def end_server() -> None:
     os.kill(os.getppid(), signal.SIGKILL)
     time.sleep(60)
+
+
+def wait(seconds: float) -> None:
+    time.sleep(seconds)

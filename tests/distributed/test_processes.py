@@ -1,13 +1,17 @@
 """`run_distributed`: what comes back, and what ends it."""
 
+import json
+import multiprocessing
 import os
 import signal
+import socket
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from qpipe.testing import distributed, run_distributed
+from qpipe.testing import distributed, ranks, run_distributed
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("processes")]
 
@@ -48,3 +52,28 @@ def test_a_server_that_has_ended_is_replaced():
 def test_a_server_that_ends_while_it_is_asked_is_an_error():
     with pytest.raises(RuntimeError, match="ranks are forked from has ended"):
         run_distributed("process_cases:end_server")
+
+
+def test_an_interrupted_call_leaves_no_answer_to_the_next():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_distributed("process_cases:wait", seconds=300)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert run_distributed("process_cases:total", of=[1, 2]) == 3
+
+
+def test_ranks_that_are_not_forked(monkeypatch, tmp_path):
+    monkeypatch.setattr(ranks, "START", multiprocessing.get_context("spawn"))
+    _, ours = socket.socketpair()
+    call = {"function": "process_cases:total", "arguments": {"of": [5]}, "path": sys.path, "cwd": str(tmp_path)}
+    environments = [{**os.environ, **distributed.SETTINGS, **own} for own in distributed.environments_of(1)]
+    error = ranks.run(ours, call, environments, str(tmp_path), 120)
+    assert error is None, (tmp_path / "log").read_text()
+    assert json.loads((tmp_path / "result.json").read_text()) == 5
