@@ -92,6 +92,23 @@ def test_a_row_is_measured_when_all_its_seeds_are_there(small_table, tmp_path):
     assert "| first | 0.550 ± 0.071 (2) | 4.50 | 2.00 of 8.00 |" in render(small_table)
 
 
+def test_a_row_may_show_the_last_evaluation_in_training(small_table, tmp_path):
+    """In it a teacher may stand in, which the run's result and its packed checkpoint have not."""
+    document = small_table.model_dump(mode="json") | {"folder": small_table.folder}
+    document["rows"]["first"]["evaluation"] = "last-logged"
+    table = Table(**document)
+    for seed in (0, 1):
+        cell = Cell(table, "first", "here", seed)
+        finish(cell, tmp_path, 0.5)
+        logged = [{"step": step, "kind": "eval", "accuracy": 0.7 + step / 100} for step in (1, 2)]
+        text = "".join(json.dumps(row) + "\n" for row in logged)
+        (cell.folder(tmp_path) / "metrics.jsonl").write_text(text)
+    measured = measure(table, "first", "here", tmp_path)
+    assert measured.metrics == {"accuracy": [0.72, 0.72]}
+    assert measured.reloaded == {}, "another model than the one that was evaluated"
+    assert measured.file_megabytes == 2
+
+
 def test_sizes_are_given_for_each_model_of_a_table(small_table):
     """Models are told apart by their parameters, whatever type the file they are compared with has."""
     document = small_table.model_dump(mode="json") | {"folder": small_table.folder}

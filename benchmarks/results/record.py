@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from benchmarks.results.cell import Cell
 from benchmarks.results.table import Table
+from qpipe.analysis.curves import curves
 from qpipe.config import read_yaml, yaml_text
 from qpipe.report.inputs import Results, Variants, read_json
 
@@ -58,12 +59,16 @@ def measure(table: Table, row: str, setting: str, runs: Path) -> Measured | None
     if not all(is_done(cell, runs) for cell in cells):
         return None
     results = [Results(**read_json(cell.folder(runs) / "results.json")) for cell in cells]
-    names = table.metrics or tuple(results[0].evaluation or ())[:1]
+    evaluations = [result.evaluation or {} for result in results]
+    names = table.metrics or tuple(evaluations[0])[:1]
+    if table.rows[row].evaluation == "last-logged":  # of another model than the one that is exported
+        evaluations = [_last_logged(cell.folder(runs)) for cell in cells]
+        results = [result.model_copy(update={"reloaded": None}) for result in results]
     size = results[0].size
     sweeps = [read_json(cell.folder(runs) / "variants.json") for cell in cells] if cells[0].sweep else []
     return Measured(
         cells=[cell.digest for cell in cells],
-        metrics={name: [round((r.evaluation or {})[name], 5) for r in results] for name in names},
+        metrics={name: [round(metrics[name], 5) for metrics in evaluations] for name in names},
         reloaded={n: [round(r.reloaded[n], 5) for r in results if r.reloaded] for n in names if results[0].reloaded},
         file_megabytes=_megabytes(size.file_bytes if size else None),
         full_precision_megabytes=_megabytes(size.full_precision_bytes if size else None),
@@ -71,6 +76,10 @@ def measure(table: Table, row: str, setting: str, runs: Path) -> Measured | None
         points=_points([Variants(**sweep) for sweep in sweeps]),
         tolerance=table.tolerance,
     )
+
+
+def _last_logged(folder: Path) -> dict[str, float]:
+    return {name: points[-1][1] for name, points in curves(folder)["evaluation"].items()}
 
 
 def _megabytes(size: float | None) -> float | None:

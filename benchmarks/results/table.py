@@ -31,6 +31,11 @@ class Row(Part):
     section: str | None = Field(None, description="heading above it, and above the rows after it")
     command: Literal["launch", "quantize"] = "launch"
     sweep: bool = Field(True, description="whether its variants are evaluated, where the table has any")
+    evaluation: Literal["result", "last-logged"] = Field(
+        "result",
+        description="`last-logged`: the last one during training, in which other modules may stand in for the model's "
+        "own; a run's result never has them",
+    )
 
 
 class Setting(Part):
