@@ -44,7 +44,7 @@ def measure(session: Session, again: bool = False) -> dict[str, Json]:
     found = {}
     before = {part: None if again else _kept(session, part) for part in session.request.parts}
     if any(before[part] is None for part in before if part in NEEDS_TEACHER):
-        _ = session.teacher  # what is wrong with it shows before long work
+        _ = session.pairing  # what is wrong with the teacher or the map shows before long work
     for part, value in before.items():
         if value is not None:
             session.told(f"{part}: measured before")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from qpipe.analysis.request import NEEDS_TEACHER, Request
 from qpipe.analysis.session import Source
 from qpipe.analysis.teacher import reference_name
 from qpipe.analysis.weights import Role
@@ -14,7 +16,7 @@ from qpipe.run import Run
 from qpipe.rundir import CONFIG_NAME
 from qpipe.stages.execute import record_start
 from qpipe.stages.quantize import quantized_model
-from qpipe.stages.trained import read_config, restore
+from qpipe.stages.trained import read_config, require_trained, restore
 
 
 def load(source: Path | RunConfig) -> Run:
@@ -36,6 +38,20 @@ def load(source: Path | RunConfig) -> Run:
     run.config = source
     record_start(run)
     return run
+
+
+def check(given: Sequence[Path | RunConfig], request: Request) -> None:
+    """Refuse runs that cannot be measured, before any of them is.
+
+    Raises:
+        CheckpointError: a run has not ended, and more than its curves is asked for.
+        ConfigError: a run learned from no teacher, and is to be compared with it.
+    """
+    for out in (source for source in given if isinstance(source, Path)):
+        if set(request.parts) - {"curves"}:
+            require_trained(out)
+        if set(request.parts) & set(NEEDS_TEACHER):
+            reference_name(out, read_config(out), True, request.teacher)
 
 
 def source_of(given: Path | RunConfig) -> Source:

@@ -13,6 +13,7 @@ from qpipe.errors import ConfigError, ModelError
 from qpipe.model.reduce import chosen_layers
 from qpipe.run import Run
 from qpipe.stages.build import instrument, load_teacher
+from qpipe.stages.casting import cast
 from qpipe.stages.execute import read_results
 
 
@@ -59,7 +60,8 @@ def load_reference(run: Run, given: str | None) -> Run:
         ModelError: it is no model that was fine-tuned for this task.
     """
     name = reference_name(run.out, run.config, run.trained, given)
-    teacher = load_teacher(run, name).to(run.engine.device, run.engine.dtype)
+    teacher = load_teacher(run, name)
+    cast(teacher, run)
     tokens = [getattr(model.config, "vocab_size", None) for model in (run.student, teacher)]
     if tokens[0] != tokens[1]:
         raise ConfigError(

@@ -127,13 +127,14 @@ def analyze(
 
     quiet_libraries()
     from qpipe.analysis.analyze import Request, analyze_runs
-    from qpipe.analysis.load import source_of
+    from qpipe.analysis.load import check, source_of
 
     allowed = within if suggest is not None else None
     request = Request(
         tuple(wanted), by, tuple(sites or ()), examples, sequences, allowed, bits, teacher, text, eigenvalues,
         norm_weight, points, filters, _layers(layer_map),
     )  # fmt: skip
+    check(inputs, request)
     found = analyze_runs(list(map(source_of, inputs)), request, again, lambda line: typer.echo(line, err=True), _track)
     if suggest is not None:
         ablation = next(iter(found.values()))["ablation"]

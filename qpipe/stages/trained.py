@@ -57,11 +57,8 @@ def restore(run_dir: Path) -> Run:
         CheckpointError: training has not ended there.
     """
     config = read_config(run_dir)
+    require_trained(run_dir)
     folder = run_dir / "model"
-    if not (folder / DETAILS).is_file():
-        raise CheckpointError(
-            f"{run_dir} has no trained model yet; finish the training: qpipe launch --resume --out {run_dir}"
-        )
     details = json.loads((folder / DETAILS).read_text())
     engine = AccelerateEngine(alone(config).engine)
     engine.dtype = getattr(torch, details["dtype"])
@@ -74,6 +71,18 @@ def restore(run_dir: Path) -> Run:
     cast(run.student, run)
     engine.serve(run.student)
     return run
+
+
+def require_trained(run_dir: Path) -> None:
+    """Refuse a run directory without a trained model.
+
+    Raises:
+        CheckpointError: training has not ended there.
+    """
+    if not (run_dir / "model" / DETAILS).is_file():
+        raise CheckpointError(
+            f"{run_dir} has no trained model yet; finish the training: qpipe launch --resume --out {run_dir}"
+        )
 
 
 def read_config(run_dir: Path) -> RunConfig:

@@ -15,7 +15,7 @@ from qpipe.cli.analyze import _outcome, _print_sites
 from qpipe.config import resolve
 from qpipe.report.convergence import read_runs
 from qpipe.stages.trained import restore
-from qpipe.testing import tiny_config
+from qpipe.testing import tiny_config, tiny_model
 
 pytestmark = pytest.mark.xdist_group("analyze")  # the fixture takes most of the time
 
@@ -65,6 +65,23 @@ def test_what_a_suggestion_came_to_is_said():
     assert _outcome({**made, "reached": False}).endswith("no other group helps, and the loss is still more than 0.01")
     assert _outcome({**made, "chosen": []}) == "no group needs more bits"
     assert _outcome({**made, "chosen": [], "reached": False}).startswith("no group; no other group helps")
+
+
+def test_runs_that_cannot_be_measured_are_refused_before_the_first_is(finished, tmp_path):
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    for name in ("config.yaml", "metrics.jsonl"):
+        shutil.copy(finished / name, begun)
+    before = set((finished / "analysis").glob("*")) if (finished / "analysis").is_dir() else set()
+    done = call(finished, begun, "--parts", "hessian")
+    assert "begun has no trained model yet; finish the training" in str(done.exception)
+    done = call(finished, "--parts", "hessian,layers")
+    assert "was trained without a teacher; name the full-precision model to compare with" in str(done.exception)
+    teacher = tiny_model(tmp_path / "deep", num_hidden_layers=4)
+    done = call(finished, "--parts", "hessian,layers", "--teacher", teacher, "--layer-map", "2,9")
+    assert "--layer-map 2,9 must have 2 rising numbers" in str(done.exception)
+    assert (set((finished / "analysis").glob("*")) if (finished / "analysis").is_dir() else set()) == before
+    assert call(finished, begun, "--parts", "curves").exit_code == 0, "curves may still grow"
 
 
 def test_a_model_is_analyzed_as_it_would_be_quantized(finished, tmp_path):
