@@ -45,6 +45,20 @@ def require_unused(out: Path) -> None:
             )
 
 
+def require_unquantized(out: Path) -> None:
+    """Refuse a directory that holds a training, or a model that was quantized to the end.
+
+    Raises:
+        ConfigError: there are checkpoints, metrics or results. Without these, a model or export is what an interrupted
+            quantization has left.
+    """
+    for name in (CHECKPOINTS_NAME, "metrics.jsonl", "results.json"):
+        if (out / name).exists():
+            raise ConfigError(
+                f"run directory {out} is already in use: it holds {name}; choose another --out, or delete the directory"
+            )
+
+
 def require_resumable(out: Path) -> None:
     """Refuse to resume where there is no run.
 

@@ -31,14 +31,14 @@ def quantize(
     prepare.check(resolved)
 
     from qpipe.launching.worker import quiet_libraries, show_log
-    from qpipe.rundir import Lock, require_unused
+    from qpipe.rundir import Lock, require_unquantized
 
     quiet_libraries()
     show_log()
     directory = Path(resolved.out)
     typer.echo(f"run directory {directory}", err=True)
     with Lock(directory):
-        require_unused(directory)
+        require_unquantized(directory)
         (directory / "config.yaml").unlink(missing_ok=True)  # of an attempt that came to nothing
 
         from qpipe.stages import quantize as run_stages

@@ -44,9 +44,8 @@ def configuration(
     recipe = _mapping(source, folder)
     section = {**(recipe.get("model") or {}), "name": str(folder) if folder else model}
     section.pop("revision", None)
-    section.pop("weights", None)  # a recipe that trains from random weights can describe the model it made
-    if source is None:
-        section.pop("keep_layers", None)  # the run that made the model has left the other layers out
+    for key in ("weights", "keep_layers"):  # of the training that made the model: it is quantized as it is
+        section.pop(key, None)
     recipe["model"] = section
     config = resolve(recipe, overrides, plugins)
     target = out or (Path(config.out) if source and "out" in recipe else Path(DEFAULT_OUT))

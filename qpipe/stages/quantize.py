@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from qpipe.config import PtqConfig, RunConfig
 from qpipe.data.loading import find_task, load_data
@@ -11,11 +12,12 @@ from qpipe.engine.accelerate import AccelerateEngine
 from qpipe.errors import ConfigError
 from qpipe.host import Host, load_plugins
 from qpipe.run import Run
+from qpipe.rundir import require_unquantized
 from qpipe.stages.build import build
 from qpipe.stages.calibrate import calibrate
 from qpipe.stages.casting import cast
 from qpipe.stages.evaluate import evaluate
-from qpipe.stages.execute import conclude, record_start, refuse_used, report_error, timed
+from qpipe.stages.execute import conclude, record_start, report_error, timed
 from qpipe.stages.initialize import initialize
 from qpipe.stages.prepare import prepare
 from qpipe.stages.ranges import initialize_ranges
@@ -39,7 +41,7 @@ def quantize(config: RunConfig) -> Run:
     try:
         seconds: dict[str, float] = {}
         with timed(seconds, "build"):
-            refuse_used(config, AccelerateEngine(config.engine), resume=False)
+            require_unquantized(Path(config.out))
             run = _prepared(config, host)
         record_start(run)
         with timed(seconds, "evaluate"), unquantized(run):

@@ -57,6 +57,14 @@ def test_other_models_take_the_built_in_recipe(tmp_path):
     assert model_folder(tmp_path / "nothing") is None
 
 
+def test_a_recipe_that_left_layers_out_describes_the_model_it_made(tmp_path):
+    run = made_by_a_run(tmp_path / "mine")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("{model: {name: other, keep_layers: every-other}, task: rte}")
+    config = configuration(str(run), recipe, [], [], None)
+    assert (config.model.name, config.model.keep_layers) == (str(run / "model"), None)
+
+
 def test_an_override_cannot_name_another_model(tmp_path):
     with pytest.raises(ConfigError, match="the model to quantize is 'some/hub-model', the first argument"):
         configuration("some/hub-model", None, ["seed=1", "model.name=other"], [], None)
@@ -97,4 +105,8 @@ def test_a_trained_run_is_quantized_again(cli, tmp_path, monkeypatch):
         assert cli(*command).code == 0, command
     assert (tmp_path / "packed" / "report.html").stat().st_size > 10_000
     again = cli("quantize", "run", "--set", "quantization.preset=w4", "--out", "packed")
-    assert again.code == 1 and "run directory packed is already in use: it holds" in again.err
+    assert again.code == 1 and "run directory packed is already in use: it holds results.json; choose" in again.err
+    (tmp_path / "packed" / "results.json").unlink()  # as where it was killed while it verified
+    repeated = cli("quantize", "run", "--set", "quantization.preset=w4", "--out", "packed")
+    assert repeated.code == 0, repeated.err
+    assert json.loads((tmp_path / "packed" / "results.json").read_text())["evaluation"] == results["evaluation"]
