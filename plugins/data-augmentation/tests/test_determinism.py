@@ -85,6 +85,7 @@ def test_what_was_written_survives_a_kill(sentences, tmp_path, masked_lm):
         ({"--columns": "text"}, "has no column 'text'; its columns are: idx, sentence, label"),
         ({"--columns": "idx"}, "column 'idx' holds int64, not text"),
         ({"--model": ""}, "name a masked language model with --model"),
+        ({"--task": "sst-2"}, "--task 'sst-2' is none of cola, mrpc, rte, stsb, sst2, qnli, mnli, qqp; for other data"),
         ({"--set": "trials=many"}, "--set trials: Input should be a valid integer"),
         ({"--set": "neighbours=vectors"}, "neighbours_from names no file"),
     ],

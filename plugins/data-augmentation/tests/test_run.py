@@ -5,8 +5,10 @@ from itertools import groupby
 
 import pytest
 from qpipe_data_augmentation import DataAugmentation, DataAugmentationOptions
+from qpipe_data_augmentation.blocks import EXAMPLE
 
-from qpipe import ConfigError, ModelError, PluginError, resolve
+import qpipe
+from qpipe import CheckpointError, ConfigError, ModelError, PluginError, resolve
 from qpipe.data.loading import find_task, load_data
 from qpipe.engine import connect
 from qpipe.host import build_plugin, load_plugins
@@ -60,13 +62,13 @@ def test_rows_follow_their_examples(change, tmp_path):
     files = sorted((tmp_path / "run" / "augmented").glob("*/part-*.parquet"))
     assert [file.name for file in files] == [f"part-0000{i}.parquet" for i in range(3)]
     rows = [row for file in files for row in pq.read_table(file).to_pylist()]
-    assert [list(pq.read_table(file)["example"].to_numpy()[[0, -1]]) for file in files] == [
+    assert [list(pq.read_table(file)[EXAMPLE].to_numpy()[[0, -1]]) for file in files] == [
         [0, 49],
         [50, 99],
         [100, 127],
     ]
-    assert [row["example"] for row in rows] == sorted(row["example"] for row in rows)
-    for example, group in groupby(rows, key=lambda row: row["example"]):
+    assert [row[EXAMPLE] for row in rows] == sorted(row[EXAMPLE] for row in rows)
+    for example, group in groupby(rows, key=lambda row: row[EXAMPLE]):
         sentences = [row["sentence"] for row in group]
         original = data.text.split.data["sentence"][example]
         assert sentences[0] == original and len(set(sentences)) == len(sentences) <= 4
@@ -76,7 +78,7 @@ def test_rows_follow_their_examples(change, tmp_path):
                 (a, b) for a, b in zip(original.split(), sentence.split(), strict=True) if a in ("the", "is", "not")
             ]
             assert all(a == b for a, b in stops), "stop words stay"
-    assert changed.train["labels"] == [data.train["labels"][row["example"]] for row in rows]
+    assert changed.train["labels"] == [data.train["labels"][row[EXAMPLE]] for row in rows]
     assert changed.steps == len(rows) // 16 and EXAMPLES * 2 < len(rows) <= EXAMPLES * 4, "budget A is one pass"
     encoded = data.tokenizer([row["sentence"] for row in rows], truncation=True, max_length=16)["input_ids"]
     assert changed.train["input_ids"][:] == encoded
@@ -141,6 +143,26 @@ def test_tasks_without_labelled_texts(change, tmp_path):
         change(config)
     changed, data = change(config, budget="O2")
     assert changed.steps == 6 * len(data.train) // 32 and changed.steps > 0
+
+
+def test_an_export_made_later_says_what_the_budget_came_to(tmp_path, masked_lm):
+    options = {"budget": "A", "model": str(masked_lm), "neighbours": "none", "trials": 2}
+    config = tiny_config(tmp_path, {"data-augmentation": options}, train__max_steps=None, train__epochs=1.0)
+    run = qpipe.execute(config)
+    kept = DataAugmentation(DataAugmentationOptions(**options)).qpipe_export_metadata(run)
+    assert (kept["examples"], kept["steps"]) == (len(run.data.train), run.total_steps)
+    (run.out / "data-augmentation.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"data-augmentation.json is not valid JSON .*; repeat the run"):
+        DataAugmentation(DataAugmentationOptions(**options)).qpipe_export_metadata(run)
+
+
+def test_texts_in_a_column_named_like_the_numbers_once_were(change, tmp_path):
+    data = tmp_path / "named.jsonl"
+    data.write_text('{"example": "the movie great fun", "label": 0}\n{"example": "bad plot", "label": 1}\n' * 8)
+    config = tiny_config(tmp_path, data__train=str(data), data__validation_fraction=0.25,
+                         data__text_columns=["example"])  # fmt: skip
+    changed, original = change(config, trials=2)
+    assert len(changed.train) > len(original.train)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 from qpipe_distillation import Distillation, DistillationOptions
-from qpipe_distillation.layers import attention_pairs, depth_ratio, hidden_pairs, mapped_pairs
+from qpipe_distillation.layers import attention_pairs, depth_ratio, hidden_pairs, mapped_pairs, require_one_map
 
 import qpipe
 from qpipe import ConfigError, ModelError, TrainingPhase, WeightSchedule
@@ -123,6 +123,17 @@ def test_presets_give_way_to_what_is_set():
     options = DistillationOptions(preset="ternarybert", logits="mse", hidden_weight=2)
     assert (options.logits, options.attention, options.hidden_weight, options.score_floor) == ("mse", "mse", 2, -100)
     assert DistillationOptions.model_validate(options.model_dump(mode="json")) == options
+    for preset in ("ternarybert", "xtc", "tinybert"):
+        exact = DistillationOptions(preset=preset, padding="exclude")
+        assert (exact.padding, exact.score_floor, exact.masked_keys) == ("exclude", None, "equal")
+
+
+def test_every_other_layer_of_an_odd_number_is_not_evenly_spaced():
+    """Of three layers the second is kept, and one layer learns from the last."""
+    with pytest.raises(ModelError, match=r"from layers \[2\] of the teacher, and evenly spaced are \[3\]"):
+        require_one_map("every-other", 1, 3)
+    require_one_map("every-other", 3, 2)
+    require_one_map([1], 3, 2)
 
 
 def test_tinybert_learns_layers_first():

@@ -59,9 +59,10 @@ PARTS = ("self.query", "self.key", "self.value", "attention.output.dense", "inte
 def test_phases_signals_and_losses(tmp_path):
     plugin, run = prepared(GradualIntervention, tmp_path, fraction=0.5)
     seen = []
+    assert plugin.qpipe_signals(run).teacher >= {"context", "probs"}, "before any step, what any step will need"
     for index in range(8):
         micro_step(plugin, run, index)
-        seen.append((plugin.kind, plugin.qpipe_signals().teacher - plugin.qpipe_signals().student))
+        seen.append((plugin.kind, plugin.qpipe_signals(run).teacher - plugin.qpipe_signals(run).student))
     assert seen[0] == ("output", frozenset())
     assert seen[1] == ("context", {"context"})
     assert seen[2] == seen[5] == ("map", {"probs"})
@@ -179,7 +180,7 @@ def test_no_attention_map_is_asked_for_without_need(tmp_path):
         run.instruments.context.taps_active = True
         needs.append(run.instruments.attention(run.instruments.map.attention[0]).needs_map())
         run.instruments.context.taps_active = False
-        assert ("probs" in plugin.qpipe_signals().teacher) == (plugin.kind == "map")
+        assert ("probs" in plugin.qpipe_signals(run).teacher) == (plugin.kind == "map")
     assert needs == [False, False, True, False]
 
 
@@ -212,6 +213,14 @@ def test_regression_compares_logits_by_squared_error(tmp_path):
 def test_unequal_teachers_are_refused(config, message, tmp_path):
     with pytest.raises(ModelError, match=message):
         GradualIntervention().qpipe_model_prepared(make_run(tmp_path, teacher=bert(1, **config)))
+
+
+def test_logits_of_another_vocabulary_are_refused_where_they_are_compared(tmp_path):
+    run = make_run(tmp_path, kind="causal-lm")
+    run.teacher.config.vocab_size = 24
+    with pytest.raises(ModelError, match="has 20 tokens in its vocabulary and teacher .* has 24"):
+        GradualIntervention().qpipe_model_prepared(run)
+    GradualIntervention(InterventionOptions(logits_loss=0, task_loss=True)).qpipe_model_prepared(run)
 
 
 def resnet():

@@ -49,7 +49,7 @@ def micro_step(plugin, run, index, batch, extra=frozenset(), said=None):
     """One step: (step, weighted loss parts by name). `extra` signals are captured too; the teacher's become `said`."""
     run.step = step = Step(index, True, dict(batch))
     plugin.qpipe_step_start(step)
-    wanted = plugin.qpipe_signals() | Signals(extra, extra)
+    wanted = plugin.qpipe_signals(run) | Signals(extra, extra)
     with torch.no_grad():
         forward(run.teacher, run.teacher_instruments, wanted.teacher, step.teacher, batch)
     step.teacher.update({key: value for key, value in (said or {}).items() if key in step.teacher})

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from qpipe import DataError, QpipeError
 from qpipe_data_augmentation.augment import Source, augment
 from qpipe_data_augmentation.blocks import EXAMPLE, Blocks, writing
-from qpipe_data_augmentation.budgets import trials_of
+from qpipe_data_augmentation.budgets import require_task, trials_of
 from qpipe_data_augmentation.options import AugmentationOptions
 
 
@@ -80,7 +80,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     data: Annotated[Path, typer.Argument(help="Parquet file with one example a row.")],
-    out: Annotated[Path, typer.Argument(help="Parquet file to write; parts are kept in OUT.parts until it is whole.")],
+    out: Annotated[Path, typer.Argument(help="Parquet file to write. OUT.parts keeps the parts for later calls.")],
     columns: Annotated[str, typer.Option(help="One or two columns of text, with a comma between them.")] = "sentence",
     model: Annotated[str, typer.Option(help="Masked language model, or where its tokenizer is.")] = "",
     task: Annotated[str, typer.Option(help="GLUE task whose number of trials is used.")] = "",
@@ -97,6 +97,8 @@ def main(
             raise DataError(f"name {what} with --model")
         names = tuple(columns.split(","))
         table = read_table(data, names)
+        if task:
+            require_task(task)
         trials = trials_of(task, options.trials)
         source = Source(names, lambda r: _texts(table, names, r), len(table), options, trials, options.model, {})
         blocks = augment(source, out.with_name(f"{out.name}.parts"), Alone())

@@ -22,8 +22,8 @@ from qpipe_data_augmentation.words import Splitter
 
 logger = logging.getLogger("qpipe.data-augmentation")
 
-FORMAT = 1
-"""Goes up when the same options give other rows."""
+FORMAT = 2
+"""Goes up when the same options give other rows or columns."""
 
 
 class Processes(Protocol):

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 
 from qpipe import DataError
 
-EXAMPLE = "example"
-"""Column with the number of the example that a row was made of, from 0."""
+EXAMPLE = "__example__"
+"""Column with the number of the example that a row was made of, from 0; no text column is called so."""
 
 
 @dataclass(frozen=True)

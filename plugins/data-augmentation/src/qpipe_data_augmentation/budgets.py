@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qpipe import DataError
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -51,3 +53,16 @@ DEFAULT_TRIALS = 30
 def trials_of(task: str, chosen: int | None) -> int:
     """How many new sentences to try for each sentence of a task."""
     return chosen if chosen is not None else TRIALS.get(task, DEFAULT_TRIALS)
+
+
+def require_task(task: str) -> None:
+    """Refuse a task that TinyBERT has no number of trials for.
+
+    Raises:
+        DataError: it has none.
+    """
+    if task not in TRIALS:
+        raise DataError(
+            f"--task {task!r} is none of {', '.join(TRIALS)}; for other data leave it out, which tries "
+            f"{DEFAULT_TRIALS} sentences, or set trials"
+        )

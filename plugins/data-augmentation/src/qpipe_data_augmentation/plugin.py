@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,11 +11,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from qpipe import ConfigError, Engine, Options, Plugin, RunConfig, Task, TaskData, hookimpl
+from qpipe import CheckpointError, ConfigError, Engine, Options, Plugin, Run, RunConfig, Task, TaskData, hookimpl
 from qpipe_data_augmentation.augment import Source, augment
 from qpipe_data_augmentation.blocks import EXAMPLE
 from qpipe_data_augmentation.budgets import BUDGETS, trials_of
 from qpipe_data_augmentation.options import DataAugmentationOptions
+
+FILE = "data-augmentation.json"
+"""What a run leaves in its directory: examples and optimizer steps of its budget."""
 
 logger = logging.getLogger("qpipe.data-augmentation")
 
@@ -44,6 +48,8 @@ class DataAugmentation(Plugin):
         taken = config.train.max_steps or steps
         self._spent = {"examples": len(data.train), "steps": taken}
         if engine.rank == 0:
+            Path(config.out).mkdir(parents=True, exist_ok=True)
+            Path(config.out, FILE).write_text(json.dumps(self._spent) + "\n", encoding="utf-8")
             unit = "augmented examples" if budget.augmented else "examples"
             reason = f", since train.max_steps comes before the budget's {steps}" if config.train.max_steps else ""
             logger.info("budget %s: %d steps on %d %s%s", self.options.budget, taken, len(data.train), unit, reason)
@@ -80,6 +86,16 @@ class DataAugmentation(Plugin):
         return (own.tokenizer or own.name) if self.options.one_piece == "neighbours" else own.name, hub
 
     @hookimpl
-    def qpipe_export_metadata(self) -> Mapping[str, Any]:
-        """The options, and what the budget came to."""
+    def qpipe_export_metadata(self, run: Run) -> Mapping[str, Any]:
+        """The options, and what the budget came to.
+
+        Raises:
+            CheckpointError: the run directory's record of that is damaged.
+        """
+        path = run.out / FILE
+        if not self._spent and path.is_file():  # a run that is exported again
+            try:
+                self._spent = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise CheckpointError(f"{path} is not valid JSON ({error}); repeat the run") from error
         return {"options": self.options.model_dump(mode="json"), **self._spent}

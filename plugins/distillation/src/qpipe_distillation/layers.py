@@ -43,7 +43,8 @@ def require_one_map(kept: Sequence[int] | str | None, student: int, ratio: int) 
     Raises:
         ModelError: `kept` has other layers than the evenly spaced ones.
     """
-    started = [] if kept is None or isinstance(kept, str) else [layer + 1 for layer in kept]
+    every_other = list(range(1, 2 * student, 2))
+    started = [layer + 1 for layer in (every_other if isinstance(kept, str) else kept or ())]
     even = [ratio * layer for layer in range(1, student + 1)]
     if len(started) == student and max(started) <= even[-1] and started != even:
         choices = f"{started}, or {even}, to say which" if started == sorted(started) else f"{even}, if these are what"

@@ -32,10 +32,13 @@ code.
 STEPS = ("steps", "fraction", "learning_rate", "warmup")
 """Options that belong to `two_step`."""
 
+PADDED = ("score_floor", "masked_keys")
+"""Options that belong to `padding: include`."""
+
 
 def filled_in(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A preset's options, under those that are given. What it says of two steps goes where these are not wanted."""
+    """A preset's options, under those that are given, without what belongs to something that is not wanted."""
     found = dict(PRESETS.get(str(given.get("preset")), {}))
-    if given.get("two_step") is False:
-        found = {name: value for name, value in found.items() if name not in STEPS}
-    return {**found, **given}
+    left_out = (*(STEPS if given.get("two_step") is False else ()),
+                *(PADDED if given.get("padding") == "exclude" else ()))  # fmt: skip
+    return {**{name: value for name, value in found.items() if name not in left_out}, **given}

@@ -15,6 +15,9 @@ SHAPE = (
 )
 """What must be equal, by the names of transformers' configurations, for tensors of the teacher to fit."""
 
+VOCABULARY = (("vocab_size", "tokens in its vocabulary"),)
+"""Likewise for the logits of language models."""
+
 
 def teacher_layers(run: Run, layer_map: Sequence[int] | None) -> list[int]:
     """The teacher's layer, from 0, for each layer of the student.
@@ -67,6 +70,25 @@ def require_attention(run: Run, student_side: bool) -> int:
     return len(found.attention)
 
 
+def require_equal(run: Run, numbers: Sequence[tuple[str, str]]) -> None:
+    """Refuse models of which the configurations give different numbers.
+
+    Args:
+        run: with both models.
+        numbers: name in the configuration, and what it counts.
+
+    Raises:
+        ModelError: one differs.
+    """
+    for attribute, what in numbers:
+        ours, theirs = (getattr(getattr(m, "config", None), attribute, None) for m in (run.student, run.teacher))
+        if None not in (ours, theirs) and ours != theirs:
+            raise ModelError(
+                f"student {_name(run.student)} has {ours} {what} and teacher {_name(run.teacher)} has {theirs}; "
+                "teacher intervention needs tensors of equal shape, so name a teacher of the same shape"
+            )
+
+
 def require_compatible(run: Run, kinds: frozenset[Kind], norm: bool) -> None:
     """Refuse models whose tensors do not fit each other, or that lack what the intervention needs.
 
@@ -79,13 +101,7 @@ def require_compatible(run: Run, kinds: frozenset[Kind], norm: bool) -> None:
         ModelError: teacher and student differ in width or heads, projections are fused, or a site is not known.
     """
     name, student = _name(run.student), run.instruments.map
-    for attribute, what in SHAPE:
-        ours, theirs = (getattr(getattr(m, "config", None), attribute, None) for m in (run.student, run.teacher))
-        if None not in (ours, theirs) and ours != theirs:
-            raise ModelError(
-                f"student {name} has {ours} {what} and teacher {_name(run.teacher)} has {theirs}; "
-                "teacher intervention needs tensors of equal shape, so name a teacher of the same shape"
-            )
+    require_equal(run, SHAPE)
     if "map" in kinds and any(len(set(paths)) != 3 for paths in student.attention_inputs):
         raise ModelError(
             f"{name} computes query, key and value in one projection; replacing the attention map stops gradients at "

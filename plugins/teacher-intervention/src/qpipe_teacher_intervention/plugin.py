@@ -22,7 +22,7 @@ from qpipe import (
     hookimpl,
 )
 from qpipe_teacher_intervention.losses import distillation_losses
-from qpipe_teacher_intervention.models import require_compatible, teacher_layers
+from qpipe_teacher_intervention.models import VOCABULARY, require_compatible, require_equal, teacher_layers
 from qpipe_teacher_intervention.options import InterventionOptions, MapOptions, OutputOptions
 from qpipe_teacher_intervention.schedule import Kind, Schedule, intervention_steps, make_schedule
 from qpipe_teacher_intervention.taps import REPLACED, add_taps, keep_ffn_inputs
@@ -78,6 +78,8 @@ class TeacherIntervention(Plugin):
         self._layers = teacher_layers(run, self.options.layer_map)
         kinds = frozenset(kind for part in parts for kind in part.kind)
         require_compatible(run, kinds, norm)
+        if self.options.logits_loss != 0 and run.task.kind in ("causal-lm", "masked-lm"):
+            require_equal(run, VOCABULARY)
         start = next((phase.start for phase in run.phases if phase.name == PHASE), 0)
         self.schedule = make_schedule(parts, self._steps(run), start, run.config.seed)
         add_taps(run, lambda: self.kind, self._layers, kinds, self.options.in_evaluation)
@@ -103,8 +105,8 @@ class TeacherIntervention(Plugin):
         self.kind = None if self.schedule is None else self.schedule.kind_at(step.index)
 
     @hookimpl
-    def qpipe_signals(self) -> Signals:
-        """What the losses need, and from the teacher what is replaced in this phase."""
+    def qpipe_signals(self, run: Run) -> Signals:
+        """What the losses need, and from the teacher what is replaced in this phase; before any step, in all phases."""
         options = self.options
         weights: dict[SignalKind, LossWeight] = {
             "logits": options.logits_loss,
@@ -113,7 +115,9 @@ class TeacherIntervention(Plugin):
             "attention_output": 0 if self._compares_norms() else options.output_loss,
         }
         compared = frozenset(kind for kind, weight in weights.items() if weight != 0)
-        replaced: frozenset[SignalKind] = frozenset() if self.kind is None else frozenset({REPLACED[self.kind]})
+        now = (self.kind,) if self.kind is not None else ()
+        kinds = now if run.step is not None else (kind for part in options.parts for kind in part.kind)
+        replaced: frozenset[SignalKind] = frozenset(REPLACED[kind] for kind in kinds)
         # The teacher's taps need its forward pass, which a signal of its attention asks for.
         seen: frozenset[SignalKind] = frozenset({"attention_output"}) if self._compares_norms() else frozenset()
         evaluation = replaced if self.options.in_evaluation else frozenset()
