@@ -47,12 +47,22 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+DISK_PROBLEMS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.EEXIST
+)  # fmt: skip
+"""The last two: a file is where a folder should be."""
+
+
 @contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
+def disk_errors(folder: Path, advice: str = "choose another folder with --out") -> Iterator[None]:
     """Turn a full or unwritable disk into an error that says how much room there is.
 
+    Args:
+        folder: what is written to.
+        advice: how to have something else written to.
+
     Raises:
-        CheckpointError: the disk is full, or writing is not allowed.
+        CheckpointError: the disk is full, or writing is not allowed, or the folder is none.
     """
     try:
         yield
@@ -63,14 +73,14 @@ def disk_errors(folder: Path) -> Iterator[None]:
         # What torch's zip writer says of a full disk is about its own insides.
         reason = str(error) if isinstance(error, OSError) else "a file could not be written to its end"
         raise CheckpointError(
-            f"cannot write to {folder}: {reason}. {free:.0f} MiB are free there; make room, or choose another folder "
-            "with --out. What was saved before is untouched"
+            f"cannot write to {folder}: {reason}. {free:.0f} MiB are free there; make room, or {advice}. What was "
+            "saved before is untouched"
         ) from error
 
 
 def _is_disk_problem(error: BaseException) -> bool:
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
+        return error.errno in DISK_PROBLEMS
     # torch.save reports a failed write as a RuntimeError of its zip writer.
     return "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)
 

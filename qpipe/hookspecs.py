@@ -141,7 +141,7 @@ class Specs:
 
     @hookspec
     def qpipe_losses(self, run: Run) -> Iterable[types.Loss]:  # type: ignore[empty-body]
-        """Contribute loss terms (all). Called once, when training starts."""
+        """Contribute loss terms (all). Called once, when training starts, and when a run is prepared to find errors."""
 
     @hookspec
     def qpipe_run_start(self, run: Run) -> None:
@@ -156,7 +156,7 @@ class Specs:
         """Say which tensors of student and teacher this step needs (all, united).
 
         Called after `qpipe_step_start`; and before any step, while `run.step` is None, when the run is prepared once to
-        find errors: then say what the first step will need.
+        find errors: then say what any step will need.
         """
 
     @hookspec

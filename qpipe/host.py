@@ -171,6 +171,33 @@ class Host:
         return result
 
 
+DESCRIBING = ("qpipe_tasks", "qpipe_load_model", "qpipe_model_map", "qpipe_quantize_module")
+"""Hooks that say what task and model are; without them another run cannot have the same."""
+
+
+def describing(host: Host) -> list[str]:
+    """Names of the plugins that implement any of the hooks `DESCRIBING`."""
+    return [name for name, plugin in host.plugins.items() if any(hasattr(plugin, hook) for hook in DESCRIBING)]
+
+
+class _Description(Plugin):
+    """A plugin, of which only the hooks `DESCRIBING` are called."""
+
+    def __init__(self, plugin: Plugin) -> None:
+        super().__init__()
+        for hook in DESCRIBING:
+            if hasattr(plugin, hook):
+                setattr(self, hook, getattr(plugin, hook))
+
+
+def only_describing(host: Host) -> Host:
+    """The built-ins of a host, and of its plugins what they say of task and model."""
+    found = load_plugins({})
+    for name in reversed(host.plugins):
+        found.register(name, _Description(host.plugins[name]), host.versions[name])
+    return found
+
+
 def import_plugin(info: PluginInfo) -> Any:
     """Import what an entry point names.
 

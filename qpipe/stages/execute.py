@@ -34,9 +34,10 @@ from qpipe.stages.prepare import prepare, refuse_unexportable, wrap
 from qpipe.stages.ranges import initialize_ranges
 from qpipe.stages.recomputing import recompute
 from qpipe.stages.self_check import self_check
-from qpipe.stages.teacher import ensure_teacher, is_needed, require_fine_tunable
+from qpipe.stages.signal_cache import require_folder
+from qpipe.stages.teacher import ensure_teacher, is_needed, require_fine_tunable, stand_in
 from qpipe.stages.teaching import require_cacheable, wanted_signals
-from qpipe.stages.train import total_steps, train
+from qpipe.stages.train import collect_losses, total_steps, train
 from qpipe.stages.trained import alone, restore, save_float
 from qpipe.types import Site
 
@@ -94,6 +95,8 @@ def assemble(config: RunConfig, host: Host, seconds: dict[str, float], resume: b
     with timed(seconds, "build"):
         engine = connect(begun.engine)
         refuse_used(config, engine, resume)
+        if config.teacher.cache is not None:
+            require_folder(Path(config.teacher.cache))
         original = load_data(config, find_task(host.collect("qpipe_tasks"), config.task))
     data = original
     if host.is_used("qpipe_training_data"):
@@ -159,7 +162,9 @@ def refuse_used(config: RunConfig, engine: Engine, resume: bool) -> None:
 
 
 def rehearse(config: RunConfig, engine: Engine, data: TaskData, steps: int | None = None) -> None:
-    """Prepare the run as if the teacher were there already, so that what is wrong shows before anything long begins.
+    """Prepare the run as if all it needs were there already, so that what is wrong shows before anything long begins.
+
+    The run's own model stands in for a teacher that is to be fine-tuned.
 
     Args:
         config: resolved configuration.
@@ -175,7 +180,7 @@ def rehearse(config: RunConfig, engine: Engine, data: TaskData, steps: int | Non
     log.setLevel(logging.WARNING)  # plugins tell what they do when it is done
     try:
         host = load_plugins(config.plugins)
-        teacher = config.model if is_needed(config, host) else None
+        teacher = stand_in(config, data) if is_needed(config, host) else None
         run = build(without_compiling(config), host, engine, teacher, data)
         run.total_steps = total_steps(run) if steps is None else steps
         prepare(run)
@@ -185,6 +190,7 @@ def rehearse(config: RunConfig, engine: Engine, data: TaskData, steps: int | Non
         if config.teacher.cache is not None:
             require_cacheable(run, wanted.teacher)
         require_attention(run, wanted)
+        collect_losses(run)
     finally:
         log.setLevel(level)
 

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ FORMAT = 2
 """Of the files, of how entries are named, and of what a signal is: 1 had decoders' last hidden state normalised."""
 FILE_BYTES = 64 * 2**20
 """A process writes a file when it holds this much."""
+ADVICE = "name another folder in teacher.cache"
 Store = dict[tuple[str, int], Tensor]
 
 
@@ -80,6 +82,18 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
+def require_folder(folder: Path) -> None:
+    """Make the folder of a cache, unless it is there, and see that it can be written to.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    with disk_errors(folder, ADVICE):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
+
 class SignalCache:
     """Signals of one teacher by example. All processes call the methods together.
 
@@ -87,19 +101,19 @@ class SignalCache:
         folder: of this teacher; made if missing.
         engine: the processes.
         examples: how many examples the training sees, for the estimate of what the cache will take.
+        begun: whether the training has begun before; it goes on even where the disk may turn out too small.
 
     Raises:
         CheckpointError: the folder cannot be written, or a file in it is damaged.
     """
 
-    def __init__(self, folder: Path, engine: Engine, examples: int) -> None:
-        self._folder, self._engine, self._examples = folder, engine, examples
+    def __init__(self, folder: Path, engine: Engine, examples: int, begun: bool = False) -> None:
+        self._folder, self._engine, self._examples, self._begun = folder, engine, examples, begun
         self._files: dict[str, Any] = {}
         self._index: dict[str, str] = {}
         self._pending: dict[str, Tensor] = {}
-        self._estimated: set[SignalKind] = set()
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        self._estimated: dict[SignalKind, int] = {}
+        require_folder(folder)
         self._scan()
 
     def _scan(self) -> None:
@@ -149,7 +163,7 @@ class SignalCache:
         bits: so a run that goes on, or is repeated, learns from the same numbers.
 
         Raises:
-            ConfigError: the disk has no room for all that will come.
+            ConfigError: the disk has no room for what the training asks for from its first step on.
             CheckpointError: a file cannot be written.
         """
         keys = row_keys(inputs)
@@ -168,23 +182,29 @@ class SignalCache:
         return self._read(keys, kinds) if met else signals
 
     def _estimate(self, sizes: Mapping[SignalKind, int]) -> None:
-        """Say once for each kind of signal how much it will take, and refuse what the disk cannot hold. Collective."""
+        """Say for each new kind of signal how much there may come, and refuse what the disk cannot hold. Collective.
+
+        Kinds that are asked for later in the training may be wanted for some steps only, and refuse nothing.
+        """
         if not sizes:
             return
-        self._estimated |= set(sizes)
+        first, self._estimated = not self._estimated, self._estimated | dict(sizes)
         needed = sum(
             size * max(0, self._examples - sum(name.endswith(f"/{kind}") for name in self._index))
-            for kind, size in sizes.items()
+            for kind, size in self._estimated.items()
         )
         free = shutil.disk_usage(self._folder).free
-        what = f"{', '.join(sorted(sizes))} of {self._examples} examples"
-        if self._engine.any(torch.tensor(needed > free, device=self._engine.device)):
+        what = f"{', '.join(sorted(self._estimated))} of {self._examples} examples"
+        short = self._engine.any(torch.tensor(needed > free, device=self._engine.device))
+        room = f"in {self._folder}, which has {free / 1e9:.3g} GB free"
+        if short and first and not self._begun:
             raise ConfigError(
-                f"teacher.cache: {what} need {needed / 1e9:.1f} GB more in {self._folder}, which has {free / 1e9:.1f} "
-                "GB free; name another folder, or leave teacher.cache out"
+                f"teacher.cache: {what} need {needed / 1e9:.3g} GB more {room}; name another folder, or leave "
+                "teacher.cache out"
             )
         if self._engine.rank == 0:
-            logger.info("teacher cache: %s take up to %.3g GB more in %s", what, needed / 1e9, self._folder)
+            level = logging.WARNING if short else logging.INFO
+            logger.log(level, "teacher cache: %s take up to %.3g GB more %s", what, needed / 1e9, room)
 
     def flush(self) -> None:
         """Write what is held, and wait for the others, so that every process finds what any has captured."""
@@ -196,7 +216,7 @@ class SignalCache:
             return
         name = uuid.uuid4().hex  # of the operating system's randomness: the run's own is left alone
         temporary = self._folder / f".{name}.tmp"
-        with disk_errors(self._folder):
+        with disk_errors(self._folder, ADVICE):
             with temporary.open("wb") as handle:
                 handle.write(save(self._pending))
                 handle.flush()

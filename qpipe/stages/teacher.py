@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from qpipe.config import INDIFFERENT, QuantizationConfig, RunConfig
+from qpipe.config import INDIFFERENT, ModelConfig, QuantizationConfig, RunConfig
 from qpipe.data.loading import TaskData
 from qpipe.data.locate import locate
 from qpipe.engine import connect
 from qpipe.errors import ConfigError
 from qpipe.files import sha256, write_json
-from qpipe.host import Host, load_plugins
+from qpipe.host import Host, describing, load_plugins, only_describing
 from qpipe.run import Run
 from qpipe.stages import checkpoint
 from qpipe.stages.build import build
@@ -52,8 +52,13 @@ def require_fine_tunable(config: RunConfig, host: Host, data: TaskData) -> None:
         )
 
 
-def teacher_config(config: RunConfig) -> RunConfig:
-    """The run that fine-tunes the teacher: the same model, task and data, without quantization and plugins."""
+def teacher_config(config: RunConfig, plugins: Collection[str] = ()) -> RunConfig:
+    """The run that fine-tunes the teacher: the same model, task and data, without quantization.
+
+    Args:
+        config: resolved configuration of the run that needs it.
+        plugins: names of those that it cannot do without.
+    """
     train_config = config.train.model_copy(
         update={
             "epochs": config.teacher.epochs,
@@ -64,7 +69,7 @@ def teacher_config(config: RunConfig) -> RunConfig:
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"keep_layers": None}),
-            "plugins": {},
+            "plugins": {name: options for name, options in config.plugins.items() if name in plugins},
             "quantization": QuantizationConfig(),
             "train": train_config,
             "out": str(Path(config.out) / "teacher"),
@@ -72,23 +77,56 @@ def teacher_config(config: RunConfig) -> RunConfig:
     )
 
 
-def fingerprint(config: RunConfig) -> str:
-    """Hash of everything that decides the teacher's weights: the configuration, and the files that it names."""
-    decisive = config.model_dump(mode="json", exclude={"out", "plugins", "quantization", "export"})
+def mark_of(config: RunConfig) -> dict[str, Any]:
+    """What decides the teacher's weights.
+
+    Returns:
+        `fingerprint`: a hash of the configuration and the files that it names; `files`: the hash of each of these.
+    """
+    left_out = {"out", "quantization", "export", *(() if config.plugins else ("plugins",))}
+    decisive = config.model_dump(mode="json", exclude=left_out)
     for key in (*INDIFFERENT, *LEFT_OUT):
         section, _, name = key.partition(".")
         decisive.get(section, {}).pop(name, None)
-    named = (config.model.name, config.model.tokenizer, config.data.train, config.data.validation)
-    contents = {name: content_hash(Path(locate(name))) for name in named if name is not None}
-    return hashlib.sha256(json.dumps([decisive, contents], sort_keys=True).encode()).hexdigest()
+    models, data = (config.model.name, config.model.tokenizer), (config.data.train, config.data.validation)
+    files = {name: content_hash(Path(locate(name))) for name in models if name is not None}
+    files |= {name: content_hash(Path(locate(name)), below=True) for name in data if name is not None}
+    text = json.dumps([decisive, files], sort_keys=True)
+    return {"fingerprint": hashlib.sha256(text.encode()).hexdigest(), "files": files}
 
 
-def content_hash(path: Path) -> str | None:
-    """Hash of a file, or of the files directly in a folder; None for what is not here, such as a name on the hub."""
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
+def content_hash(path: Path, below: bool = False) -> str | None:
+    """Hash of a file, or of the files in a folder; None for what is not here, such as a name on the hub.
+
+    Args:
+        path: of the file or folder.
+        below: whether files in folders of the folder count, as they do for data.
+    """
+    found = (path.rglob("*") if below else path.iterdir()) if path.is_dir() else [path]
+    base = path if path.is_dir() else path.parent
+    files = {p.relative_to(base).as_posix(): sha256(p) for p in sorted(found) if p.is_file()}
     if not files:
         return None
-    return hashlib.sha256("".join(f"{p.name}:{sha256(p)};" for p in files).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{name}:{digest};" for name, digest in files.items()).encode()).hexdigest()
+
+
+def stand_in(config: RunConfig, data: TaskData) -> str | ModelConfig:
+    """The named teacher, checked as far as that goes without loading it; where none is named, the model it will be.
+
+    Args:
+        config: resolved configuration.
+        data: what the run trains on.
+
+    Raises:
+        ModelError: a named teacher reads other tokens, or numbers its labels in another way.
+        ConfigError: the student would start from a named teacher of another architecture.
+    """
+    if config.teacher.name is None:
+        return config.model
+    named = locate(config.teacher.name)
+    require_same_language(config, named, data)
+    require_same_architecture(config, named)
+    return named
 
 
 def ensure_teacher(
@@ -106,23 +144,23 @@ def ensure_teacher(
 
     Raises:
         ModelError: a named teacher reads other tokens, or numbers its labels in another way.
-        ConfigError: the student would start from a named teacher of another architecture.
+        ConfigError: the student would start from a named teacher of another architecture; or its training has begun
+            with a teacher that was fine-tuned on other files.
     """
     if not is_needed(config, host):
         return None, {}
     if config.teacher.name is not None:
-        named = locate(config.teacher.name)
-        if data is not None:
-            require_same_language(config, named, data)
-        require_same_architecture(config, named)
+        named = locate(config.teacher.name) if data is None else str(stand_in(config, data))
         return named, {}
-    sub = teacher_config(config)
+    sub = teacher_config(config, describing(host))
     folder = Path(sub.out)
-    mark = {"fingerprint": fingerprint(sub)}
+    mark, before = mark_of(sub), _read(folder / "inputs.json") or {}
     model, results = folder / "model", folder / "results.json"
-    unchanged = _read(folder / "inputs.json") == mark
-    if unchanged and model.is_dir() and results.is_file():
-        return str(model), json.loads(results.read_text())["evaluation"]
+    unchanged = before.get("fingerprint") == mark["fingerprint"]
+    if model.is_dir() and results.is_file():
+        if unchanged:
+            return str(model), json.loads(results.read_text())["evaluation"]
+        _refuse_another(config, before.get("files", {}), mark["files"])
     rehearse()
     run = _fine_tune(sub, mark, unchanged, data)
     metrics: dict[str, float] = run.results["evaluation"]
@@ -130,11 +168,24 @@ def ensure_teacher(
     return str(model), metrics
 
 
+def _refuse_another(config: RunConfig, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """A student that has begun to learn from one teacher does not go on with another."""
+    if not checkpoint.steps(Path(config.out)):
+        return
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    what = ", ".join(changed) or "a file or option that it was fine-tuned with"
+    raise ConfigError(
+        f"{what} has changed since the teacher in {config.out} was fine-tuned, and the student has learned from that "
+        "teacher; put back what was there to go on, or start anew with another --out. To keep the teacher as it is, "
+        f"start the new run with teacher.name: {config.out}/teacher/model"
+    )
+
+
 def _read(path: Path) -> Any:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _fine_tune(config: RunConfig, mark: dict[str, str], resume: bool, data: TaskData | None) -> Run:
+def _fine_tune(config: RunConfig, mark: dict[str, Any], resume: bool, data: TaskData | None) -> Run:
     if resume:
         config = checkpoint.as_begun(config)
     engine = connect(config.engine)
@@ -147,7 +198,7 @@ def _fine_tune(config: RunConfig, mark: dict[str, str], resume: bool, data: Task
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "inputs.json", mark)
     engine.barrier()
-    run = build(config, load_plugins({}), engine, data=data)
+    run = build(config, only_describing(load_plugins(config.plugins)), engine, data=data)
     run.total_steps = total_steps(run)
     prepare(run)
     wrap(run)

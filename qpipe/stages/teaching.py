@@ -11,6 +11,7 @@ from torch import Tensor
 from qpipe.engine.base import Placement, resolve_precision
 from qpipe.errors import ConfigError
 from qpipe.run import Run, Step
+from qpipe.stages import checkpoint
 from qpipe.stages.calibrate import inputs_of
 from qpipe.stages.casting import float32_buffers
 from qpipe.stages.signal_cache import SignalCache, model_digest
@@ -66,7 +67,8 @@ def open_cache(run: Run, folder: str) -> SignalCache:
     extra = {"length": length if run.config.data.pad_to_max_length else None}
     digest = run.engine.broadcast_object(model_digest(run.teacher, extra) if run.engine.rank == 0 else None)
     examples = min(len(run.data.train), run.total_steps * run.config.train.batch_size)
-    return SignalCache(Path(folder) / digest[:32], run.engine, examples)
+    begun = bool(checkpoint.steps(run.out))
+    return SignalCache(Path(folder) / digest[:32], run.engine, examples, begun)
 
 
 def require_cacheable(run: Run, kinds: frozenset[SignalKind]) -> None:

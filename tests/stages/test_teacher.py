@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 import qpipe
-from qpipe import ConfigError, Loss, ModelError, Plugin, Signals, SiteError, hookimpl
+from qpipe import ConfigError, Loss, ModelError, Plugin, PluginError, Signals, SiteError, hookimpl
 from qpipe.config import resolve
 from qpipe.host import load_plugins
 from qpipe.stages.execute import evaluate_run
@@ -209,6 +210,58 @@ def test_it_is_trained_again_when_a_file_changes(name, tmp_path, trainings):
     assert trainings == [False, False]
 
 
+def test_a_file_below_a_folder_of_data_counts(tmp_path):
+    data, model = tmp_path / "data", tmp_path / "model"
+    for folder in (data, model):
+        (folder / "below").mkdir(parents=True)
+        (folder / "below" / "file").write_text("1")
+    before = TEACHER.content_hash(data, below=True)
+    assert before is not None and TEACHER.content_hash(model) is None, "below a model lies what it is not made of"
+    (data / "below" / "file").write_text("2")
+    assert TEACHER.content_hash(data, below=True) != before
+
+
+def test_a_student_does_not_go_on_with_another_teacher(tmp_path, use, fast, trainings):
+    use(Distil())
+    config = tiny_config(tmp_path, teacher__epochs=1, train__max_steps=2)
+    run = qpipe.execute(config)
+    before = (run.out / "teacher" / "model" / "model.safetensors").read_bytes()
+    tiny_text_data(Path(config.data.train), seed=5)
+    with pytest.raises(ConfigError, match=r"train.jsonl has changed since the teacher in .*run was fine-tuned"):
+        qpipe.execute(config, resume=True)
+    assert (run.out / "teacher" / "model" / "model.safetensors").read_bytes() == before and trainings == [False]
+
+
+class OwnTask(Plugin):
+    """Offers SST-2 by another name, and would be in the way of a teacher's training."""
+
+    @hookimpl
+    def qpipe_tasks(self):
+        tasks = load_plugins({}).collect("qpipe_tasks")
+        return [replace(tasks["sst2"], name="mine")]
+
+    @hookimpl
+    def qpipe_model_prepared(self, run):
+        assert run.teacher is not None, "called for the teacher's own training"
+
+
+def test_a_teacher_is_fine_tuned_for_a_task_of_a_plugin(tmp_path, trainings, monkeypatch):
+    config = tiny_config(tmp_path, teacher__epochs=1, task="mine")
+    config = config.model_copy(update={"plugins": {"own-task": {"value": 1}}})
+
+    def load(options, **kwargs):
+        return load_plugins({}, extra=[("own-task", OwnTask())] if options else [], **kwargs)
+
+    monkeypatch.setattr(TEACHER, "load_plugins", load)
+    both = load_plugins({}, extra=[("own-task", OwnTask()), ("distil", Distil())])
+    path, metrics = ensure_teacher(config, both)
+    assert set(metrics) == {"accuracy"} and trainings == [False]
+    assert ensure_teacher(config, both) == (path, metrics)
+    other = config.model_copy(update={"plugins": {"own-task": {"value": 2}}})
+    ensure_teacher(other, both)
+    assert trainings == [False, False], "its options may decide what the task is"
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -221,6 +274,13 @@ def test_what_is_wrong_shows_before_it_is_trained(changes, error, message, tmp_p
     use(Distil())
     with pytest.raises(error, match=message):
         qpipe.execute(tiny_config(tmp_path, **changes))
+    assert trainings == []
+
+
+def test_losses_that_do_not_go_together_show_before_it_is_trained(tmp_path, use, trainings):
+    use(Distil(), Distil())
+    with pytest.raises(PluginError, match="qpipe_losses: 'distil' is offered by both"):
+        qpipe.execute(tiny_config(tmp_path))
     assert trainings == []
 
 

@@ -1,6 +1,7 @@
 """What the teacher says of an example is computed once, for these weights and these inputs."""
 
 import importlib
+import logging
 import os
 from types import SimpleNamespace
 
@@ -193,11 +194,33 @@ def test_a_full_disk_shows_before_anything_is_written(tmp_path, monkeypatch):
     usage = SimpleNamespace(free=int(95e6))
     monkeypatch.setattr(signal_cache.shutil, "disk_usage", lambda _: usage)
     cache = SignalCache(tmp_path, Alone(), 10**6)
-    with pytest.raises(ConfigError, match=r"hidden_states of 1000000 examples need 0.1 GB more"):
+    with pytest.raises(ConfigError, match=r"hidden_states of 1000000 examples need 0.096 GB more"):
         cache.store(INPUTS, frozenset({"hidden_states"}), SIGNALS)
     usage.free = int(97e6)
     cache = SignalCache(tmp_path, Alone(), 10**6)
     cache.store(INPUTS, frozenset({"hidden_states"}), SIGNALS)
+
+
+def test_what_is_wanted_later_or_after_a_resumption_only_warns(tmp_path, monkeypatch, caplog):
+    """It may be wanted for a few steps: of 10^6 examples for none but those of an intervention."""
+    monkeypatch.setattr(signal_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=int(95e6)))
+    monkeypatch.setattr(logging.getLogger("qpipe"), "propagate", True)
+    cache = SignalCache(tmp_path, Alone(), 10**6)
+    logits = {("logits", 0): torch.zeros(2, 2)}
+    cache.store(INPUTS, frozenset({"logits"}), logits)
+    cache.store(INPUTS, frozenset({"logits", "hidden_states"}), {**logits, **SIGNALS})
+    SignalCache(tmp_path, Alone(), 10**6, begun=True).store(INPUTS, frozenset({"hidden_states"}), SIGNALS)
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 2
+    assert "hidden_states, logits of 1000000 examples take up to 0.104 GB more" in warnings[0]
+    assert "hidden_states of 1000000 examples take up to 0.096 GB more" in warnings[1]
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_cache_without_a_folder_shows_before_anything_is_loaded(place, calls, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot write to .*file.*or name another folder in teacher.cache"):
+        calls(0, "logits", teacher__cache=str(tmp_path / place), data__train=str(tmp_path / "absent.jsonl"))
 
 
 def test_an_example_keeps_what_was_captured_first(tmp_path):

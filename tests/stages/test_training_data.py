@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 import qpipe
-from qpipe import ConfigError, Plugin, TrainingPhase, hookimpl
-from qpipe.testing import tiny_config
+from qpipe import ConfigError, Plugin, QpipeError, TrainingPhase, hookimpl
+from qpipe.testing import tiny_config, tiny_model
 
 pytestmark = pytest.mark.usefixtures("fast")
 
@@ -40,6 +40,38 @@ def test_rows_and_steps_are_the_plugins_and_the_teacher_keeps_the_original(tmp_p
     assert run.data.train["input_ids"][1] == words
     logged = (tmp_path / "run" / "teacher" / "metrics.jsonl").read_text().splitlines()
     assert '"step": 4' in logged[-1], "the teacher takes one epoch of all 128 examples in batches of 32"
+
+
+@pytest.mark.parametrize("wrong", ["missing", "deeper"])
+def test_a_wrong_teacher_shows_before_the_plugin_begins(wrong, tmp_path, use):
+    half = Half()
+    use(half)
+    tiny_config(tmp_path)
+    if wrong == "deeper":
+        tiny_model(tmp_path / "deeper", num_hidden_layers=4)
+    message = "different architectures" if wrong == "deeper" else "missing"
+    with pytest.raises(QpipeError, match=message):
+        qpipe.execute(tiny_config(tmp_path, teacher__name=str(tmp_path / wrong)))
+    assert half.seen == []
+
+
+def test_a_named_teacher_of_another_size_is_what_the_plugins_are_checked_with(tmp_path, use):
+    """Not the student's model, whose depth the map would not fit."""
+    half = Half()
+    use(half)
+    tiny_config(tmp_path)
+    deep = tiny_model(tmp_path / "deep", num_hidden_layers=4)
+    named = {"teacher__name": str(deep), "teacher__init_student": False}
+    seen = []
+
+    class Depth(Plugin):
+        @hookimpl
+        def qpipe_model_prepared(self, run):
+            seen.append(run.teacher.config.num_hidden_layers)
+
+    use(half, Depth())
+    qpipe.execute(tiny_config(tmp_path, **named))
+    assert seen == [4, 4] and len(half.seen) == 1
 
 
 def test_max_steps_of_the_configuration_comes_first(tmp_path, use, monkeypatch):
