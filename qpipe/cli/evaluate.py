@@ -60,10 +60,21 @@ def evaluate(
     from qpipe.launching.worker import quiet_libraries
 
     quiet_libraries()
+    _require_evaluable(runs[1:])  # the first is, when it is loaded
     if sweep is None:
         _plain(runs, as_json)
     else:
         _variants(runs, sweep, figure or runs[0] / "variants.svg", as_json)
+
+
+def _require_evaluable(runs: list[Path]) -> None:
+    """Refuse what shows without loading a model, so that no evaluation is lost because of a later run."""
+    from qpipe.host import load_plugins
+    from qpipe.stages.trained import read_config, require_trained
+
+    for run in runs:
+        load_plugins(read_config(run).plugins)
+        require_trained(run)
 
 
 def _plain(runs: list[Path], as_json: bool) -> None:
@@ -82,9 +93,11 @@ def _variants(runs: list[Path], sweep: Sweep, figure: Path, as_json: bool) -> No
     from qpipe.report.curves import label, require_format, save_curves
     from qpipe.report.inputs import VariantPoint, Variants
     from qpipe.report.robustness import table
-    from qpipe.stages.sweep import sweep_run
+    from qpipe.stages.sweep import check_sweep, sweep_run
 
     require_format(figure)
+    for run in runs[1:]:  # each is loaded once more; the first is checked when it is loaded to be evaluated
+        check_sweep(run, sweep)
     found: dict[str, Any] = {}
     for run in runs:
 

@@ -17,7 +17,9 @@ def quantize(
     config: ConfigArgument = None,
     plugins: PluginsOption = "",
     set_: SetOption = None,
-    out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/quantized.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory. Default: `out` of --set or CONFIG, else runs/quantized.")
+    ] = None,
 ) -> None:
     """Quantize a fine-tuned model without training, export and verify it.
 

@@ -130,13 +130,17 @@ class PtqConfig(Section):
 class QuantizationConfig(Section):
     """What is quantized, and how."""
 
-    preset: str | None = Field(None, description="a named list of rules that comes before `rules`: see `qpipe.presets`")
+    preset: str | None = Field(
+        None, description="a named list of rules that comes before `rules`; docs/plugins-and-quantizers.md lists them"
+    )
     rules: tuple[RuleConfig, ...] = ()
     plan: str | None = Field(
         None, description="file with more `quantization.rules`, which are put after `rules` when the file is read"
     )
     scale_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="scales are rounded to this type while training; auto: the type the model is exported in"
+        "auto",
+        description="scales are rounded to this type while training; auto: the type the model is exported in, which "
+        "has to hold all its numbers unless export.format is native",
     )
     noise: float = Field(
         1.0,

@@ -126,9 +126,13 @@ def _sums(model: nn.Module, placed: Placed, context: QuantContext, host: Host) -
 
 _PLACES: Mapping[str, Place] = {
     "sum": _sums,
+    "stream": _streams,
     "input": _inputs,
     "output": _outputs,
-    "stream": _streams,
     "attention": _inside_attention,
 }
-"""Functions by where an activation lies, in the order in which they have to come."""
+"""Functions by where an activation lies, in the order in which they have to come.
+
+Hooks run in the order in which they are put: a normalisation's input is made of the stream as it was changed, and what
+takes its place must not be changed for the residual connection.
+"""

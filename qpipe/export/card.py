@@ -20,13 +20,15 @@ base_model: {{ hub_base }}
 {% endif %}
 tags:
 - qpipe
-- quantization-aware-training
+{% if tag %}
+- {{ tag }}
+{% endif %}
 - {{ format }}
 ---
 
 # {{ title }}
 
-Quantized {{ origin }}by quantization-aware training with qpipe {{ version }}.
+Quantized {{ origin }}{{ how }}with qpipe {{ version }}.
 The packed weights are exactly those that were evaluated; `qpipe verify .` proves it.
 
 ## Result
@@ -124,10 +126,30 @@ def _weights(data: Mapping[str, Any]) -> list[tuple[Any, ...]]:
 def _activations(data: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     def row(a: Mapping[str, Any]) -> tuple[Any, ...]:
         kind = "dynamic" if a["dynamic"] else "static"
-        return a["slot"], a["bits"], f"{kind}, per {a['granularity']}", "none" if a["symmetric"] else "integer"
+        return a["slot"], a["bits"], f"{kind}, per {a['granularity']}", _zero_points(a)
 
     counts = Counter(row(a) for a in data["activations"])
     return [(count, *key) for key, count in counts.items()]
+
+
+def _zero_points(activation: Mapping[str, Any]) -> str:
+    """The kind of zero points of an activation as it is recorded: `none`, `integer` or `float`."""
+    if activation["symmetric"]:
+        return "none"
+    if activation["dynamic"]:  # found from each batch: rounded, except where the outermost levels are the ends
+        return "float" if activation.get("narrow") else "integer"
+    given = activation.get("zero_point") or 0.0
+    values = given if isinstance(given, Sequence) else [given]
+    return "integer" if all(float(value).is_integer() for value in values) else "float"
+
+
+def _making(data: Mapping[str, Any]) -> tuple[str, str]:
+    """How the sentence about the export goes on, and the tag that says the same; empty where nobody recorded it."""
+    if data.get("steps") is None:
+        return "", ""
+    if data["steps"] == 0:
+        return "without training, ", "post-training-quantization"
+    return "by quantization-aware training ", "quantization-aware-training"
 
 
 def _plugins(data: Mapping[str, Any]) -> str:
@@ -157,10 +179,13 @@ def render(data: Mapping[str, Any], has_licence_file: bool, inputs: Sequence[str
     package = base.removeprefix("package:").partition("/")[0] if base.startswith("package:") else ""
     shown = base if is_hub else package or base.rstrip("/").rpartition("/")[2]
     title = " ".join(filter(None, [shown.rpartition("/")[2], str(data.get("task") or ""), "quantized"]))
+    how, tag = _making(data)
     environment = Environment(undefined=StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE).render(
         title=title,
         origin=(f"from `{shown}` " if shown else "") + (f"for task `{data['task']}` " if data.get("task") else ""),
+        how=how,
+        tag=tag,
         hub_base=base if is_hub else "",
         version=data["qpipe"],
         format=data["format"],

@@ -20,6 +20,7 @@ from qpipe.export.schemes import (
     Scheme,
     activation_tensors,
     unsupported_activation,
+    unsupported_scales,
     unsupported_weight,
     weight_tensors,
 )
@@ -28,7 +29,10 @@ NAME = "compressed-tensors"
 
 
 def check(sites: Iterable[PlannedSite]) -> list[str]:
-    """A reason for each planned site that the format cannot hold; empty if it can hold them all."""
+    """A reason for each planned site that the format cannot hold; empty if it can hold them all.
+
+    What the scales' type does not allow, which the sites of a run have in common, is said once.
+    """
     planned = list(sites)
     hosts = {s.path: s.module_type for s in planned if s.slot == "weight"}
     reasons = []
@@ -39,6 +43,14 @@ def check(sites: Iterable[PlannedSite]) -> list[str]:
             reason = unsupported_activation(site.slot, site, hosts.get(site.path))
         if reason:
             reasons.append(f"{site.name}: {reason}")
+    scales: dict[str, list[str]] = {}
+    for site in planned:
+        reason = unsupported_scales(site)
+        if reason:
+            scales.setdefault(reason, []).append(site.name)
+    for reason, names in scales.items():
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        reasons.append(f"{names[0]}{others}: {reason}")
     return reasons
 
 

@@ -156,7 +156,12 @@ def _existing_parent(path: Path) -> Path:
     return path
 
 
-def _refuse_foreign(target: Path) -> None:
+def refuse_foreign(target: Path) -> None:
+    """Refuse to export into a folder that holds something else.
+
+    Raises:
+        FormatError: `target` is a file, or a folder of other files.
+    """
     if target.exists() and not target.is_dir():
         raise FormatError(f"{target} is a file; an export needs a folder")
     if target.is_dir() and any(target.iterdir()) and not (target / METADATA).is_file():
@@ -179,7 +184,7 @@ def whole_folder(target: Path, needed: int) -> Iterator[Path]:
         CheckpointError: the disk is too small or full; nothing is left behind.
     """
     target = target.absolute()
-    _refuse_foreign(target)
+    refuse_foreign(target)
     free = shutil.disk_usage(_existing_parent(target)).free
     if free < needed + SLACK:
         raise CheckpointError(

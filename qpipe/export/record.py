@@ -33,6 +33,8 @@ class PlannedSite:
         zero_point: `none` (symmetric), `integer` or `half` (mid-rise); `float` for anything else.
         narrow: of a dynamic range; see `ActivationRange`.
         clip: likewise.
+        scale_dtype: scales are rounded to this type while training; meaningless for a dynamic range.
+        dtype: of the export.
     """
 
     path: str
@@ -45,6 +47,8 @@ class PlannedSite:
     zero_point: str = "none"
     narrow: bool = False
     clip: float | None = None
+    scale_dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32
 
     @property
     def name(self) -> str:
@@ -100,8 +104,9 @@ class ExportRecord:
         tensors: every other parameter and persistent buffer by name, floats in `dtype`.
         tied: parameter name -> name in `weights` or `tensors` whose value (quantized, if so) it shares at run time.
         tokenizer: anything with `save_pretrained`: a tokenizer, image processor or processor; or None.
-        metadata: `task`, `base_model`, `plan`, `plugins`, `metrics`, `config`, `licence`, `license_file`,
-            `attention` (the attention implementation behind the reference logits); all optional.
+        metadata: `task`, `base_model`, `plan`, `plugins`, `metrics`, `steps` (trained; 0 if none were), `config`,
+            `licence`, `license_file`, `attention` (the attention implementation behind the reference logits); all
+            optional.
         reference: `inputs.<argument>` and `logits` of the reference examples, from the trained quantized model, CPU.
     """
 

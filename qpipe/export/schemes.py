@@ -240,6 +240,23 @@ def unsupported_activation(slot: str, planned: PlannedSite | ActivationRange, ho
     return None
 
 
+def unsupported_scales(planned: PlannedSite) -> str | None:
+    """Why the scales of a site would not survive the format, or None if they do, whatever training makes of them.
+
+    They are stored in the type of the export (`exact_cast`), which has to have every number of the type that they are
+    rounded to.
+    """
+    stored, trained = planned.dtype, planned.scale_dtype
+    in_file = planned.slot == "weight" or not planned.dynamic
+    if not in_file or torch.promote_types(stored, trained) == stored:
+        return None
+    names = [str(dtype).removeprefix("torch.") for dtype in (trained, stored)]
+    return (
+        f"{names[0]} scales are not all representable in {names[1]}, the type of the export; "
+        f"set quantization.scale_dtype: auto, or {NATIVE_HINT}"
+    )
+
+
 def activation_tensors(
     site: ActivationSite, dtype: torch.dtype
 ) -> tuple[tuple[tuple[str, object], ...], dict[str, Tensor]]:

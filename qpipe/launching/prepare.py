@@ -72,12 +72,15 @@ def check(config: RunConfig, processes: int = 0) -> None:
         processes: how many there will be in all; 0 if only the hostfile says.
 
     Raises:
-        ConfigError: the extra DeepSpeed configuration is missing or not JSON, a preset is unknown, or the batch cannot
-            be shared out.
+        ConfigError: the extra DeepSpeed configuration is missing, not JSON or contradicts the rest, a preset is
+            unknown, or the batch cannot be shared out.
         PluginError: a plugin is missing, does not load, or its options are wrong.
     """
     if config.engine.config_file is not None:
         _check_json(Path(config.engine.config_file))
+        from qpipe.engine.deepspeed import merge_config_file
+
+        merge_config_file({"zero_optimization": {}}, config.engine)
     preset_rules(config.quantization.preset)
     if processes:
         config.train.micro_batch_size(processes)

@@ -28,14 +28,15 @@ def configuration(
         source: a YAML file.
         overrides: `key=value`.
         plugins: names, in calling order.
-        out: run directory to write; default: the file's `out`, else `runs/quantized`.
+        out: run directory to write; default: `out` of the overrides or of the file, else `runs/quantized`.
 
     Raises:
         ConfigError: a file is missing, a key or value is not allowed, an override names another model, or the result
             would lie in the model's own run.
     """
     overrides = list(overrides)
-    named = next((text for text in overrides if text.partition("=")[0].strip() == "model.name"), None)
+    set_keys = [text.partition("=")[0].strip() for text in overrides]
+    named = next((text for text, key in zip(overrides, set_keys, strict=True) if key == "model.name"), None)
     if named is not None:
         raise ConfigError(
             f"--set {named}: the model to quantize is {model!r}, the first argument; leave the option out"
@@ -48,7 +49,8 @@ def configuration(
         section.pop(key, None)
     recipe["model"] = section
     config = resolve(recipe, overrides, plugins)
-    target = out or (Path(config.out) if source and "out" in recipe else Path(DEFAULT_OUT))
+    says_where = "out" in set_keys or (source is not None and "out" in recipe)
+    target = out or Path(config.out if says_where else DEFAULT_OUT)
     if folder is not None and target.resolve() in folder.resolve().parents:
         raise ConfigError(f"run directory {target} holds the model that is to be quantized; choose another --out")
     return config.model_copy(update={"out": str(target)})

@@ -6,6 +6,7 @@ Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (20
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from typing import Literal
 
@@ -93,14 +94,19 @@ def fall(x: float, decay: Decay, shape: float = 1.0) -> float:
         return 0.5 * (1 + math.cos(math.pi * x))
     if decay == "power":
         return 1 - float(x**shape)
+    # In other forms than the reference has them: those overflow or divide by 0 where curves are very steep or flat.
+    shape = max(shape, sys.float_info.min)  # half of it must not be 0
     if decay == "exp":
-        return (math.exp(-shape * x) - math.exp(-shape)) / (1 - math.exp(-shape))
+        # (e^(-s x) - e^-s) / (1 - e^-s)
+        return math.exp(-shape * x) * math.expm1(-shape * (1 - x)) / math.expm1(-shape)
     if decay == "sigmoid":
-        at = [1 / (1 + math.exp(shape * (place - 0.5))) for place in (0, x, 1)]
-        return (at[1] - at[2]) / (at[0] - at[2])
+        # (f(x) - f(1)) / (f(0) - f(1)) with f(p) = 1 / (1 + e^(s (p - 1/2)))
+        top = math.exp(-shape * max(0.0, x - 0.5)) * math.expm1(-shape * (1 - x))
+        return top / (1 + math.exp(-shape * abs(x - 0.5))) / math.expm1(-shape / 2)
     if decay == "log":
-        span = BETA[0] - BETA[1]
-        return 1 + shape / span * math.log(1 - x * (1 - math.exp(-span / shape)))
+        # 1 + log(1 - x (1 - e^-a)) / a, which is 0 at the end also where e^-a is
+        a = (BETA[0] - BETA[1]) / shape
+        return 0.0 if x >= 1 else 1 + math.log1p(x * math.expm1(-a)) / a
     return 1 - x
 
 

@@ -219,4 +219,20 @@ def make_plan(
                     granularity=getattr(options, "granularity", None),
                     zero_point="none" if getattr(options, "symmetric", True) else "integer",
                 )
+    for entry in chosen.values():
+        _require_shared_scale(entry)
     return Plan({site.name: chosen[site.name] for site in sites if site.name in chosen}, selections.lost)
+
+
+def _require_shared_scale(entry: PlannedSite) -> None:
+    """Refuse granularities that would give every element of a weight, such as a normalisation's, a scale of its own.
+
+    Raises:
+        SiteError: as said.
+    """
+    shape, granularity = entry.site.shape, getattr(entry.options, "granularity", None)
+    if len(shape) == 1 and granularity in ("channel", "group"):
+        raise SiteError(
+            f"{entry.site.name} ({entry.source}): granularity {granularity} would give each of the {shape[0]} elements "
+            "of this weight a scale of its own; set granularity: tensor there, or leave it out with quantizer: none"
+        )

@@ -115,8 +115,7 @@ def insert_quantizers(run: Run, trained: Mapping[str, Tensor] | None = None) -> 
         run: as `build` made it.
         trained: state of a finished run, as `quantizer_state` and `float_state` give it; taken over instead.
     """
-    name = run.config.quantization.scale_dtype
-    run.instruments.context.scale_dtype = run.engine.dtype if name == "auto" else SCALE_DTYPES[name]
+    run.instruments.context.scale_dtype = scale_dtype(run)
     run.instruments.context.noise = run.config.quantization.noise
     run.instruments.context.seed = run.config.seed
     # `auto` waits for the self-check, which tells how much a step quantizes.
@@ -136,6 +135,12 @@ def insert_quantizers(run: Run, trained: Mapping[str, Tensor] | None = None) -> 
             run.plan = run.plan.measured(entry.site.name, lattice, zero_point_kind(lattice.zero_point))
         elif own is not None:
             quantizer.load_state_dict(own)
+
+
+def scale_dtype(run: Run) -> torch.dtype:
+    """The type that scales are rounded to while training."""
+    name = run.config.quantization.scale_dtype
+    return run.engine.dtype if name == "auto" else SCALE_DTYPES[name]
 
 
 def _own_state(site: str, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -204,7 +209,7 @@ def refuse_unexportable(run: Run, name: str | None = None) -> None:
     """
     exporter = find_exporter(run, name)
     planned = [
-        _planned(entry, site)
+        _planned(run, entry, site)
         for entry in run.plan.sites.values()
         for site in (entry.site, *(tied_sites(run, entry.site) if entry.site.slot == "weight" else ()))
     ]
@@ -213,7 +218,7 @@ def refuse_unexportable(run: Run, name: str | None = None) -> None:
         raise FormatError(f"export.format {exporter.name!r} cannot hold this plan: " + "; ".join(reasons[:5]))
 
 
-def _planned(entry: PlannedSite, site: Site) -> export_record.PlannedSite:
+def _planned(run: Run, entry: PlannedSite, site: Site) -> export_record.PlannedSite:
     options = entry.options
     dynamic = bool(getattr(options, "dynamic", False))  # other quantizers' options may have the same names
     return export_record.PlannedSite(
@@ -227,6 +232,8 @@ def _planned(entry: PlannedSite, site: Site) -> export_record.PlannedSite:
         zero_point=entry.zero_point,
         narrow=dynamic and bool(getattr(options, "narrow", False)),
         clip=getattr(options, "clip", None) if dynamic else None,
+        scale_dtype=scale_dtype(run),
+        dtype=run.engine.dtype,
     )
 
 
@@ -282,7 +289,7 @@ def prepare(run: Run, trained: Mapping[str, Tensor] | None = None) -> None:
     """
     plan(run)
     insert_quantizers(run, trained)
-    if run.plan.sites:
+    if run.plan.sites and trained is None:  # a finished run may be wanted in another format, and is asked for then
         refuse_unexportable(run)
     attach_weight_losses(run)
     if run.host.is_used("qpipe_signals") and run.teacher is not None:

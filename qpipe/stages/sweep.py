@@ -116,6 +116,22 @@ def points(run: Run, sweep: Sweep, weights: Sequence[str]) -> Iterator[tuple[Poi
             yield Point("pow2", None, together), partial(rescaled, run, names, power_of_two)
 
 
+def check_sweep(run_dir: Path, sweep: Sweep) -> None:
+    """Load a finished run, and refuse what `evaluate_points` would refuse before its first evaluation.
+
+    Args:
+        run_dir: run directory.
+        sweep: what to vary.
+
+    Raises:
+        ConfigError: the folder is no run directory, or see `points`.
+        CheckpointError: training has not ended there.
+        SiteError: see `points`.
+    """
+    run = restore(run_dir)
+    list(points(run, sweep, weight_sites(run, sweep.sites)))
+
+
 def evaluate_points(run: Run, sweep: Sweep, told: Callable[[Point], None] = lambda point: None) -> dict[str, Json]:
     """Evaluate a trained run as it is and at every point of a sweep.
 

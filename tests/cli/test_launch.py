@@ -142,7 +142,14 @@ def test_hostfile_uses_the_launcher_of_deepspeed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [(None, "No such file"), ("{", "not valid JSON"), ("[]", "must hold an object")]
+    ("text", "message"),
+    [
+        (None, "No such file"),
+        ("{", "not valid JSON"),
+        ("[]", "must hold an object"),
+        ('{"gradient_clipping": 1}', "sets gradient_clipping, which qpipe decides"),
+        ('{"zero_optimization": {"stage": 3}}', "asks for ZeRO stage 3, engine.zero is 1; set both equal"),
+    ],
 )
 def test_bad_deepspeed_file(cli, config_file, tmp_path, text, message):
     path = tmp_path / "ds.json"

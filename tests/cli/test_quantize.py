@@ -47,6 +47,18 @@ def test_a_file_and_overrides_come_before_the_run(tmp_path):
     assert configuration(str(run), recipe, [], [], Path("20261122")).out == "20261122"
 
 
+@pytest.mark.parametrize("with_recipe", [True, False])
+def test_the_run_directory_can_be_an_override(tmp_path, with_recipe):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("{model: {name: other}, task: rte, out: runs/rte}")
+    source = recipe if with_recipe else None
+    assert configuration("some/model", source, ["out=runs/set"], [], None).out == "runs/set"
+    assert configuration("some/model", source, ["out=runs/set"], [], Path("runs/given")).out == "runs/given"
+    run = made_by_a_run(tmp_path / "mine")
+    with pytest.raises(ConfigError, match="holds the model that is to be quantized"):
+        configuration(str(run), source, [f"out={run}"], [], None)
+
+
 def test_other_models_take_the_built_in_recipe(tmp_path):
     config = configuration("some/model", None, [], [], None)
     assert (config.model.name, config.task, config.quantization.preset) == ("some/model", "classification", "w4a8")

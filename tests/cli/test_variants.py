@@ -1,5 +1,6 @@
 """`qpipe evaluate --variants` and `qpipe inspect sensitivity` on a tiny run."""
 
+import importlib
 import json
 
 import pytest
@@ -14,7 +15,6 @@ from qpipe.testing import tiny_config
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A finished run that has trained two steps; nothing is verified."""
-    import importlib
     from types import SimpleNamespace
 
     import qpipe
@@ -84,6 +84,32 @@ def test_wrong_usage_of_evaluate(cli, run, arguments, message):
 def test_a_run_named_twice(cli, run):
     result = cli("evaluate", run, run)
     assert result.code == 2 and "named twice" in result.err
+
+
+def test_every_run_is_checked_before_the_first_is_evaluated(cli, pair, monkeypatch):
+    one, two = pair
+    stages = importlib.import_module("qpipe.stages")
+    evaluated = []
+    monkeypatch.setattr(stages, "evaluate_run", lambda run: evaluated.append(run) or {"accuracy": 0.5})
+    (two / "model" / "qpipe_model.json").unlink()
+    for arguments in ([], ["--variants", "pow2"]):
+        result = cli("evaluate", one, two, *arguments)
+        assert result.code == 1 and f"{two} has no trained model yet" in result.err
+    (two / "config.yaml").unlink()
+    result = cli("evaluate", one, two)
+    assert result.code == 1 and f"{two} has no config.yaml" in result.err
+    assert not evaluated and not (one / "variants.json").exists()
+
+
+def test_every_sweep_is_checked_before_the_first_evaluation(cli, pair):
+    """The second run quantizes no activation, which shows when its plan is made."""
+    one, two = pair
+    config = yaml.safe_load((two / "config.yaml").read_text())
+    config["quantization"]["preset"] = "w4"
+    (two / "config.yaml").write_text(yaml.safe_dump(config))
+    result = cli("evaluate", one, two, "--variants", "pow2", "--activations")
+    assert result.code == 1 and f"{two} quantizes no activation" in result.err
+    assert "as trained" not in result.err and not (one / "variants.json").exists()
 
 
 def test_numbers():

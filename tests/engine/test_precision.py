@@ -8,10 +8,14 @@ import sys
 import pytest
 import torch
 
+from qpipe import FormatError
 from qpipe.config import EngineConfig
-from qpipe.engine import base
+from qpipe.engine import base, connect
 from qpipe.engine.base import resolve_precision
+from qpipe.host import load_plugins
 from qpipe.stages import execute, teacher
+from qpipe.stages.build import build
+from qpipe.stages.prepare import prepare
 from qpipe.testing import tiny_config
 
 CPU = torch.device("cpu")
@@ -89,3 +93,26 @@ def test_a_teacher_goes_on_in_the_precision_that_it_began_with(tmp_path, monkeyp
     run = execute(config, resume=True)
     assert found == [("auto", False), ("float32", True)]
     assert run.config.engine.precision == "auto", "the training itself had not begun"
+
+
+@pytest.mark.parametrize("scale_dtype", ["auto", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_that_the_export_could_not_hold_are_refused_before_training(tmp_path, dtype, scale_dtype):
+    """A model of float32, which every engine keeps on most CPUs, holds all of them."""
+
+    def built(**changes):
+        config = tiny_config(tmp_path, quantization__preset="w4", quantization__scale_dtype=scale_dtype, **changes)
+        engine = connect(config.engine)
+        engine.dtype = dtype  # as DeepSpeed has it for that precision
+        return build(config, load_plugins({}), engine)
+
+    if dtype == torch.float32 or scale_dtype in ("auto", "bfloat16"):
+        prepare(built())
+        return
+    with pytest.raises(
+        FormatError, match=f"embeddings:weight and 12 more: {scale_dtype} scales .* bfloat16.*scale_dtype: auto"
+    ):
+        prepare(built())
+    prepare(built(export__format="native"))
+    # Of a finished run nothing is refused but the export itself: it may be wanted in another format.
+    prepare(built(), trained={})

@@ -113,6 +113,9 @@ def exporters():
         (PlannedSite("norm", "output", "LayerNorm", 8, "tensor", dynamic=True), "whose weight is quantized"),
         (PlannedSite("quantized", "input", "Linear", 8, "token", dynamic=True, clip=2.5), "narrow or clip"),
         (PlannedSite("quantized", "input", "Linear", 8, "token", dynamic=True, narrow=True), "narrow or clip"),
+        (PlannedSite("l", "weight", "Linear", 4, dtype=torch.bfloat16), "scale_dtype: auto"),
+        (PlannedSite("l", "weight", "Linear", 4, scale_dtype=torch.float16, dtype=torch.bfloat16), "float16 scales"),
+        (PlannedSite("quantized", "output", "Linear", 8, "tensor", dtype=torch.bfloat16), "float32 scales"),
     ],
 )
 def test_check_names_the_site_and_the_way_out(site, word):
@@ -131,10 +134,15 @@ def test_check_accepts_what_can_be_held():
         PlannedSite("m", "weight", "Linear", 8, "tensor", zero_point="half"),
         PlannedSite("n", "weight", "Linear", 8, zero_point="half"),
         PlannedSite("e", "weight", "Embedding", 2),
+        PlannedSite("o", "weight", "Linear", 4, scale_dtype=torch.bfloat16, dtype=torch.bfloat16),
+        PlannedSite("p", "weight", "Linear", 4, scale_dtype=torch.bfloat16),
+        PlannedSite("q", "weight", "Linear", 4, scale_dtype=torch.float16),
+        PlannedSite("o", "input", "Linear", 8, "token", dynamic=True, dtype=torch.bfloat16),
     ]
     assert list(exporters()["compressed-tensors"].check(sites)) == []
     conv = PlannedSite("conv", "weight", "Conv2d", 4)
-    assert list(exporters()["native"].check([*sites, conv])) == []
+    coarse = PlannedSite("r", "weight", "Linear", 4, dtype=torch.bfloat16)
+    assert list(exporters()["native"].check([*sites, conv, coarse])) == []
     (reason,) = exporters()["native"].check([PlannedSite("l", "weight", "Linear", 9)])
     assert "1 to 8" in reason
 

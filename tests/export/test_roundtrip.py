@@ -15,8 +15,12 @@ import torch
 from safetensors import safe_open
 
 import qpipe.export
+from qpipe import ActivationRange
+from qpipe.export.card import render
+from qpipe.export.folder import read_json
 from qpipe.export.inspect import describe, sizes
 from qpipe.export.native import load_native, read_native
+from qpipe.export.record import ActivationSite
 
 FAMILIES = [
     "bert",
@@ -108,6 +112,45 @@ def test_card_names_licence_result_and_requirement(exported):
     assert "| accuracy | 0.5000 |" in card
     assert "`x` 1.0" in card
     assert "AutoModelForCausalLM.from_pretrained" in card
+
+
+@pytest.mark.parametrize(
+    ("recorded", "how", "tags"),
+    [
+        ({"steps": 6}, "by quantization-aware training with qpipe", ["quantization-aware-training"]),
+        ({"steps": 0}, "without training, with qpipe", ["post-training-quantization"]),
+        ({}, "with qpipe", []),
+    ],
+)
+def test_card_says_whether_anything_was_trained(exported, recorded, how, tags):
+    about = read_json(exported["qwen3"] / "qpipe.json")
+    card = render({**about, **recorded}, has_licence_file=False)
+    assert f"\nQuantized from `tiny/qwen3` for task `demo` {how} " in card
+    listed = "".join(f"- {tag}\n" for tag in ("qpipe", *tags, "compressed-tensors"))
+    assert f"\ntags:\n{listed}---\n" in card
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        (ActivationRange(8, True, "token", True), "none"),
+        (ActivationRange(8, True, "token", False), "integer"),
+        (ActivationRange(8, True, "token", False, narrow=True), "float"),
+        (ActivationRange(8, True, "token", True, narrow=True), "none"),
+        (ActivationRange(8, False, "tensor", False, 0.5, -7.0), "integer"),
+        (ActivationRange(8, False, "tensor", False, 0.5, 0.0), "integer"),
+        (ActivationRange(8, False, "tensor", False, 0.5), "integer"),
+        (ActivationRange(8, False, "tensor", False, 0.5, -7.25), "float"),
+        (ActivationRange(8, False, "group", False, (0.5, 0.1), (3.0, -7.0), (0, 1)), "integer"),
+        (ActivationRange(8, False, "group", False, (0.5, 0.1), (3.0, -7.5), (0, 1)), "float"),
+    ],
+)
+def test_card_names_the_zero_points_of_activations(exported, given, kind):
+    about = read_json(exported["qwen3"] / "qpipe.json")
+    site = json.loads(json.dumps(ActivationSite("m", "output", given).record()))
+    card = render({**about, "activations": [site]}, has_licence_file=False)
+    extent = f"{'dynamic' if given.dynamic else 'static'}, per {given.granularity}"
+    assert f"| 1 | output | 8 | {extent} | {kind} |" in card
 
 
 def test_sha256sum_agrees(exported):

@@ -12,6 +12,7 @@ from qpipe import ModelError, TapStage
 from qpipe.builtin.models import Models
 from qpipe.builtin.modules import QuantModules
 from qpipe.builtin.uniform import UniformQuantizers
+from qpipe.export.activations import quantize_activations
 from qpipe.model.instrument import Instruments
 from qpipe.model.roles import ROLES
 from qpipe.quant.activation import ActivationOptions, UniformActivation
@@ -250,6 +251,26 @@ def test_a_stream_is_quantized_for_branch_and_residual(family, family_model, ins
         torch.testing.assert_close(after, branch + (quantized if slot == "stream" else before), rtol=1e-5, atol=1e-5)
         results[slot] = after
     assert not torch.allclose(results["stream"], results["input"], atol=1e-3)
+
+
+@pytest.mark.parametrize("order", [("stream", "input"), ("input", "stream")])
+@pytest.mark.parametrize("family", ["vit", "llama", "qwen3"])
+def test_a_stream_and_an_input_of_one_normalisation_are_loaded_as_they_were(
+    family, order, family_model, instrumented, batch_of
+):
+    """The input is quantized after the stream, in whatever order a file lists them."""
+    model, batch = family_model(family), batch_of(family, False)
+    found = instrumented(model)
+    path = found.map.sites["attention_sum"][0].rpartition(":")[0]
+    records = []
+    for slot, bits in zip(order, (4, 3) if order[0] == "stream" else (3, 4), strict=True):
+        quantizer = coarse(bits)
+        found.put(found.site(f"{path}:{slot}"), quantizer)
+        records.append({"module": path, "slot": slot, **quantizer.describe()._asdict()})
+    plain = family_model(family)
+    quantize_activations(plain, records)
+    with torch.no_grad():
+        assert torch.equal(plain(**batch).logits, model(**batch).logits)
 
 
 def test_gradients_through_a_stream(family_model, instrumented, batch_of):

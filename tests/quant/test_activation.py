@@ -181,6 +181,29 @@ def test_disabled_is_the_identity_for_static_ranges_too():
     assert quantizer(x) is x
 
 
+@pytest.mark.parametrize("values", ["around 0", "above 0", "below 0", "all 0"])
+@pytest.mark.parametrize("bits", [4, 8, 12, 16])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dynamic_ranges_are_those_of_the_documented_format(values, bits, symmetric, dtype):
+    """docs/format.md in plain operations."""
+    x = torch.randn(64, generator=torch.Generator().manual_seed(0)) * 3
+    x = {"around 0": x, "above 0": x.abs() + 1, "below 0": -x.abs() - 1, "all 0": x * 0}[values].to(dtype)
+    given = x.float() if bits > 8 else x
+    bottom, top = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    low, high = given.min().clamp_max(0), given.max().clamp_min(0)
+    if values == "all 0":
+        scale, zero = given.new_tensor(torch.finfo(given.dtype).eps), given.new_zeros(())
+    elif symmetric:
+        scale, zero = torch.maximum(-low, high) / ((2**bits - 1) / 2), given.new_zeros(())
+    else:
+        scale = (high - low) / (2**bits - 1)
+        zero = (bottom - low / scale).clamp(bottom, top).round()
+    code = (given / scale + zero).clamp(bottom, top).round()
+    options = ActivationOptions(bits=bits, symmetric=symmetric, granularity="tensor")
+    assert torch.equal(UniformActivation(options)(x), ((code - zero) * scale).to(dtype))
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sixteen_bits_are_formed_in_float32(dtype, symmetric):

@@ -1,11 +1,14 @@
 """AdaRound's parts and one whole optimisation against the reference implementation."""
 
+from decimal import Decimal, localcontext
+from typing import get_args
+
 import pytest
 import torch
 from golden_cases import Golden, case_name
 from torch.nn import functional as F
 
-from qpipe.quant.adaround import Rounding, beta_at, learn_rounding, local_loss
+from qpipe.quant.adaround import Decay, Rounding, beta_at, fall, learn_rounding, local_loss
 
 GOLDEN = Golden("adaround")
 RELAXATIONS = {"learned_hard_sigmoid": "hard-sigmoid", "learned_sigmoid": "sigmoid"}
@@ -44,6 +47,36 @@ def test_exponent_of_the_reference(case):
     settings = params["t_max"], params["decay_type"], params["decay_shape"], params["rel_decay_start"]
     found = [beta_at(t, *settings) for t in GOLDEN.tensor(case, "t").tolist()]
     assert found == pytest.approx(GOLDEN.tensor(case, "b").tolist(), abs=1e-6)
+
+
+def exact_fall(x, decay, shape):
+    """The formulas of the reference with 60 digits."""
+    with localcontext() as context:
+        context.prec = 60
+        x, shape, span = Decimal(x), Decimal(shape), Decimal(18)
+        if decay == "power":
+            return float(1 - x**shape)
+        if decay == "exp":
+            return float(((-shape * x).exp() - (-shape).exp()) / (1 - (-shape).exp()))
+        if decay == "sigmoid":
+            at = [1 / (1 + (shape * (place - Decimal("0.5"))).exp()) for place in (Decimal(0), x, Decimal(1))]
+            return float((at[1] - at[2]) / (at[0] - at[2]))
+        return float(1 + shape / span * (1 - x * (1 - (-span / shape).exp())).ln())
+
+
+@pytest.mark.parametrize("decay", ["power", "exp", "sigmoid", "log"])
+@pytest.mark.parametrize("shape", [0.1, 0.48, 0.5, 1.0, 4.0, 30.0, 1500.0])
+def test_decays_are_exact_for_flat_and_for_steep_shapes(decay, shape):
+    places = [0.0, 0.01, 0.25, 0.5, 0.75, 0.9]
+    found = [fall(x, decay, shape) for x in places]
+    assert found == pytest.approx([exact_fall(x, decay, shape) for x in places], rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("decay", get_args(Decay))
+@pytest.mark.parametrize("shape", [5e-324, 1e-300, 1e-9, 0.02, 0.47, 1419.0, 1420.0, 1e9, 1e300, 1.7e308])
+def test_decays_fall_from_1_to_0_for_every_positive_shape(decay, shape):
+    found = [fall(place / 64, decay, shape) for place in range(65)]
+    assert found[0] == 1 and found[-1] == 0 and found == sorted(found, reverse=True)
 
 
 @pytest.mark.parametrize("case", GOLDEN.of("CombinedLoss"), ids=case_name)

@@ -66,7 +66,7 @@ def test_incomplete_ranges_are_refused(wrong):
     ("site", "words"),
     [
         ({"module": "m", "slot": "output"}, "Linear has no module 'm'"),
-        ({"module": "", "slot": "weight"}, ":weight: there is no such slot; it is one of sum, input, output, stream"),
+        ({"module": "", "slot": "weight"}, ":weight: there is no such slot; it is one of sum, stream, input, output"),
         ({"module": "", "slot": "sum"}, ":sum is no sum of embeddings that is known: Linear adds none"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -218,6 +218,23 @@ def test_images_have_no_ranges_per_token():
         make_plan(sites, rule[:1], KINDS, MAP)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"granularity": "channel"}, {"granularity": "group", "group_size": 1}], ids=str
+)
+def test_weights_of_one_axis_have_one_scale(options):
+    """In what is planned in the end: a rule that another one overrides says nothing."""
+    sites = [Site("norm", "weight", "LayerNorm", (8,), by_name=True)]
+    rules = [("configuration", Rule("{norm}:weight", "uniform", options))]
+    model_map = ModelMap(norms=("norm",))
+    told = r"norm:weight \(configuration\): granularity (channel|group) .* 8 elements.*set granularity: tensor there"
+    with pytest.raises(SiteError, match=told):
+        make_plan(sites, rules, KINDS, model_map)
+    for quantizer, left in (("none", []), ("uniform", ["norm:weight"])):
+        options = {"granularity": "tensor"} if left else {}
+        made = make_plan(sites, [*rules, ("configuration", Rule("norm:weight", quantizer, options))], KINDS, model_map)
+        assert list(made.sites) == left
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_presets_of_inputs_and_outputs(name):
     made = make_plan(WITHIN, [("preset", rule) for rule in preset_rules(name)], KINDS, MAP)

@@ -3,11 +3,12 @@
 import itertools
 import json
 import re
+import shutil
 from functools import partial
 
 import numpy as np
 import pytest
-from qpipe_kure import figures
+from qpipe_kure import figures, report
 from qpipe_kure import sensitivity as s
 from qpipe_kure.report import bits_of_runs, extreme_weights, one_layer, sensitivity_section
 from scipy import integrate, stats
@@ -211,6 +212,22 @@ def test_one_layer_and_its_metric_over_bits_of_several_runs(compared):
     html = sensitivity_section(compared).html
     assert html.count('role="img"') == 5 and "Figure 3 (b)." in html and "qpipe evaluate" not in html
     assert html.count("plain (without)") == 2, "in the legends of figures 3 (a) and (b)"
+
+
+@pytest.mark.parametrize("name", ["{}/in/runs/of/a-long-name", "{}-with-one-and-the-same-end", "r{}"])
+def test_every_run_has_a_label_of_its_own(compared, tmp_path_factory, name):
+    """Equal names in several folders, other names of which labels show the same part, and short ones."""
+    others = []
+    for start in ("first", "second", "third"):
+        folder = tmp_path_factory.mktemp("others") / name.format(start)
+        shutil.copytree(compared, folder)
+        others.append(folder)
+    document = json.loads((compared / "variants.json").read_text())
+    (compared / "variants.json").write_text(json.dumps({**document, "compared": [str(path) for path in others]}))
+    labels = list(report.beside(compared))
+    assert list(report.beside(compared).values()) == [compared.resolve(), *others]
+    assert len(set(labels)) == len(bits_of_runs(compared)[1]) == len(one_layer(compared)) == 4
+    assert all(len(label) <= len("… 9 (target 1.8)") + 24 for label in labels)
 
 
 def test_the_section(run_dir):

@@ -99,7 +99,8 @@ def beside(run_dir: Path) -> dict[str, Path]:
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
-    return {f"{_short(name, 24)} ({_target(folder)})": folder for name, folder in zip(names, folders, strict=True)}
+    labels = [f"{_short(name, 24)} ({_target(folder)})" for name, folder in zip(names, folders, strict=True)]
+    return dict(zip(_distinct(labels), folders, strict=True))
 
 
 def _target(run_dir: Path) -> str:
@@ -142,11 +143,19 @@ def extreme_weights(run_dir: Path) -> dict[str, Any]:
     ]
     ends = sorted(usable, key=lambda entry: entry[0])
     ends = [ends[0], ends[-1]] if len(ends) > 1 else ends
-    return {f"{_short(name)} (kurtosis {value:.2f})": histogram for value, name, histogram in ends}
+    labels = _distinct([f"{_short(name)} (kurtosis {value:.2f})" for value, name, _ in ends])
+    return {label: histogram for label, (*_, histogram) in zip(labels, ends, strict=True)}
 
 
 def _short(name: str, length: int = 36) -> str:
     return name if len(name) <= length else "…" + name[1 - length :]
+
+
+def _distinct(labels: list[str]) -> list[str]:
+    """The labels, numbered from 1 where two are equal: what was cut off may have told them apart."""
+    if len(set(labels)) == len(labels):
+        return labels
+    return [f"{number}: {label}" for number, label in enumerate(labels, 1)]
 
 
 def section(run_dir: Path) -> ReportSection | None:
