@@ -18,6 +18,11 @@ first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 # Two jobs may share a machine, so the port follows from the job's number.
 rendezvous="$first:$((20000 + SLURM_JOB_ID % 20000))"
 
+# Since Slurm 22.05 srun does not take the cores of the job over by itself.
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
+  export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+fi
+
 if [[ $SLURM_NNODES -eq 1 ]]; then
   exec srun --kill-on-bad-exit=1 qpipe launch "$@"
 fi

@@ -175,7 +175,11 @@ class Specs:
 
     @hookspec
     def qpipe_state(self, run: Run) -> Mapping[str, Any] | None:
-        """Return what a checkpoint must hold of the plugin (all, kept by plugin name)."""
+        """Return what a checkpoint must hold of the plugin (all, kept by plugin name).
+
+        Tensors, numbers, strings, None, and dicts, lists and tuples of these: other objects are refused when the first
+        checkpoint is written, as none is read that could run code.
+        """
 
     @hookspec
     def qpipe_restore(self, run: Run, state: Mapping[str, Any]) -> None:

@@ -38,7 +38,8 @@ def load_processor(model: ModelConfig) -> Any:
     are if it has none), scaled to 0..1 and normalised with `image_mean` and `image_std` from the model configuration or
     `model.config`; default: the statistics of ImageNet.
     """
-    name, options = model.tokenizer or model.name, _options(model)
+    name = model.tokenizer or model.name
+    options = _options(model, name)
     path = Path(locate(name))
     has_own = any((path / file).is_file() for file in PROCESSOR_FILES)
     if has_own or not path.is_dir():
@@ -58,13 +59,14 @@ def load_processor(model: ModelConfig) -> Any:
     )
 
 
-def _options(model: ModelConfig) -> dict[str, Any]:
-    return {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+def _options(model: ModelConfig, name: str) -> dict[str, Any]:
+    revision = model.revision if name == model.name else None  # of another repository it says nothing
+    return {"revision": revision, "trust_remote_code": model.trust_remote_code}
 
 
 def _model_settings(model: ModelConfig) -> dict[str, Any]:
     try:
-        settings: dict[str, Any] = AutoConfig.from_pretrained(locate(model.name), **_options(model)).to_dict()
+        config = AutoConfig.from_pretrained(locate(model.name), **_options(model, model.name))
     except (OSError, ValueError):  # models of other libraries have no transformers configuration
         logger.warning(
             "%r has no configuration that says how to prepare images; unless model.config sets image_size, image_mean "
@@ -72,6 +74,7 @@ def _model_settings(model: ModelConfig) -> dict[str, Any]:
             model.name,
         )
         return {}
+    settings: dict[str, Any] = config.to_dict()
     return settings
 
 

@@ -29,9 +29,10 @@ def load_tokenizer(model: ModelConfig, max_length: int, **options: Any) -> Any:
         ConfigError: there is none, or `max_length` is more than it is made for.
     """
     name = model.tokenizer or model.name
+    revision = model.revision if name == model.name else None  # of another repository it says nothing
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            locate(name), revision=model.revision, trust_remote_code=model.trust_remote_code, **options
+            locate(name), revision=revision, trust_remote_code=model.trust_remote_code, **options
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -203,6 +204,10 @@ def choose_device(config: EngineConfig) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for each other: process 0 hashes checkpoints, which takes minutes where they are large."""
+
+
 def join_processes(backend: str) -> None:
     """Start the default process group: the one a launcher describes in the environment, or this process alone.
 
@@ -212,7 +217,7 @@ def join_processes(backend: str) -> None:
     if dist.is_initialized():
         return
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=PATIENCE)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]  # public, but torch does not re-export it to type checkers
         dist.init_process_group(backend, store=store, rank=0, world_size=1)

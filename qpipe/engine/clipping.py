@@ -27,7 +27,7 @@ class Fragment:
     write: Callable[[Tensor], None] | None = None
 
 
-def clip_each(fragments: Iterable[Fragment], limit: float, shared: bool) -> float:
+def clip_each(fragments: Iterable[Fragment], limit: float, shared: bool, device: torch.device | None = None) -> float:
     """Scale every gradient, in place, to a norm of at most `limit` of its own; returns the norm of all before that.
 
     Norms are summed in float64, so that they do not depend on how tensors are shared out. A gradient is scaled in its
@@ -37,18 +37,25 @@ def clip_each(fragments: Iterable[Fragment], limit: float, shared: bool) -> floa
         fragments: one for each parameter, in the same order on every process.
         limit: largest norm of one gradient; 0 leaves them as they are.
         shared: True if every process holds a part of each, False if each holds all. Collective if True.
+        device: where processes can sum, which is theirs, also where an offloaded optimizer keeps gradients in CPU
+            memory. None: where the gradients are.
     """
     found = list(fragments)
     if not found:
         return 0.0
-    norms = [torch.linalg.vector_norm(f.values.detach(), dtype=torch.float32).double() for f in found]
+    places = {fragment.values.device for fragment in found}
+    device = found[0].values.device if device is None else device
+    if device.type != "cpu" and any(place.type == "cpu" for place in places):
+        torch.accelerator.synchronize(device)  # gradients are copied there without waiting
+    norms = [torch.linalg.vector_norm(f.values.detach(), dtype=torch.float32).double().to(device) for f in found]
     squares = torch.stack(norms).square()
     if shared:
         dist.all_reduce(squares)
     if limit:
         factors = (limit / (squares.sqrt() + EPSILON)).clamp(max=1.0)
-        for fragment, factor in zip(found, factors, strict=True):
-            fragment.values.mul_(factor)
+        there = {place: factors.to(place) for place in places}
+        for number, fragment in enumerate(found):
+            fragment.values.mul_(there[fragment.values.device][number])
             if fragment.write is not None:
                 fragment.write(fragment.values)
     return float(squares.sum().sqrt())

@@ -42,6 +42,7 @@ class DeepSpeedEngine(Processes):
     name = "deepspeed"
 
     def __init__(self, config: EngineConfig) -> None:
+        merge_config_file({"zero_optimization": {}}, config)  # what is wrong in it shows before anything long begins
         self.device = choose_device(config)
         if self.device.type == "cpu":
             # DeepSpeed picks its accelerator when it is imported.
@@ -139,7 +140,8 @@ class DeepSpeedEngine(Processes):
         """Count the micro-batch; update at the end of the step."""
         if self._clip and self._engine.is_gradient_accumulation_boundary():
             stage = self.config.zero
-            self._norm = clip_each(zero_fragments(self._engine.module, stage), self._clip, shared=stage > 0)
+            fragments = zero_fragments(self._engine.module, stage)
+            self._norm = clip_each(fragments, self._clip, shared=stage > 0, device=self.device)
         self._engine.step()
 
     def grad_norm(self) -> float | None:

@@ -49,11 +49,14 @@ class TensorStatistics(BaseModel):
 
 
 class SizeResult(BaseModel):
-    """Bytes of the packed weights, of the same weights in full precision, and bits per quantized weight."""
+    """Bytes of the packed weights and of the same weights in full precision; bits per weight: of those that are
+    quantized, and of all, scales included.
+    """
 
     file_bytes: float | None = None
     full_precision_bytes: float | None = None
     full_precision_dtype: str | None = None
+    quantized_bits_per_weight: float | None = None
     bits_per_weight: float | None = None
 
 

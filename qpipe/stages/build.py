@@ -17,6 +17,7 @@ from qpipe.host import Host
 from qpipe.model.instrument import Instruments
 from qpipe.model.reduce import keep_layers
 from qpipe.run import Run
+from qpipe.stages.texts import fit_to_texts
 from qpipe.types import ModelMap, Task
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def build(
         keep_layers(student, model_map(host, student).blocks, start.keep_layers)
     override_dropout(student, config.train.dropout)
     name_labels(student, data)
+    fit_to_texts(student, task, data, config.data.max_length)
     run = Run(config, host, engine, task, data, student)
     run.instruments = instrument(host, student)
     if teacher is not None:
@@ -121,6 +123,7 @@ def load_teacher(run: Run, teacher: str | ModelConfig) -> nn.Module:
     remote = run.config.model.trust_remote_code
     spec = ModelConfig(name=teacher, trust_remote_code=remote) if isinstance(teacher, str) else teacher
     model = load_model(run.host, spec, run.task, run.data.num_labels, strict=isinstance(teacher, str))
+    fit_to_texts(model, run.task, run.data, run.config.data.max_length)
     return model.eval().requires_grad_(False)
 
 

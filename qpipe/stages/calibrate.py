@@ -89,18 +89,28 @@ def show(run: Run, context: QuantContext, forward: Callable[..., Any], count: in
         )
 
 
+def require_batch(run: Run) -> None:
+    """Refuse calibration batches that are larger than the training data.
+
+    Raises:
+        DataError: they are.
+    """
+    wanted = run.config.quantization.calibration_batch_size
+    if wanted is not None and wanted > len(run.data.train):
+        raise DataError(
+            f"quantization.calibration_batch_size is {wanted}, and there are {len(run.data.train)} training examples; "
+            "lower it, or give more data"
+        )
+
+
 def observed_batches(run: Run, count: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """The first `count` calibration batches as one process takes them, numbered, cut into those of evaluation.
 
     Raises:
         DataError: the training data make no such batch.
     """
+    require_batch(run)
     train, wanted = run.config.train, run.config.quantization.calibration_batch_size
-    if wanted is not None and wanted > len(run.data.train):
-        raise DataError(
-            f"quantization.calibration_batch_size is {wanted}, and there are {len(run.data.train)} training examples; "
-            "lower it, or give more data"
-        )
     loader = train_loader(
         run.data,
         run.task,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +16,7 @@ import torch
 
 from qpipe.config import RunConfig
 from qpipe.engine.base import resolve_precision
-from qpipe.errors import CheckpointError
+from qpipe.errors import CheckpointError, PluginError
 from qpipe.files import disk_errors, sha256, sync_folder, write_json
 from qpipe.resuming import as_run
 from qpipe.run import Run
@@ -98,10 +100,13 @@ def _write(run: Run, temporary: Path, progress: dict[str, Any]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     run.engine.barrier()
+    plugins = dict(run.host.collect_mappings("qpipe_state", run=run))
+    if not steps(run.out):
+        require_readable(plugins)
     run.engine.save(temporary)
     state = {
         "random": random_state(run.engine.device),
-        "plugins": dict(run.host.collect_mappings("qpipe_state", run=run)),
+        "plugins": plugins,
         "buffers": quantizer_buffers(run),
     }
     torch.save(state, temporary / f"rank-{run.engine.rank:05d}.pt")
@@ -111,6 +116,30 @@ def _write(run: Run, temporary: Path, progress: dict[str, Any]) -> None:
         record = {**progress, "world_size": run.engine.world_size, "precision": precision, "results": kept}
         record["config"] = as_run(run.config, run.engine.device.type, precision)
         write_json(temporary / "progress.json", record)
+
+
+def require_readable(states: Mapping[str, Any]) -> None:
+    """Refuse what plugins want kept if it could be written and not be read again, before a training relies on it.
+
+    Args:
+        states: by plugin, as checkpoints hold them.
+
+    Raises:
+        PluginError: a state holds objects that checkpoints are not read with.
+    """
+    for name, state in states.items():
+        buffer = io.BytesIO()
+        try:
+            torch.save(state, buffer)
+            buffer.seek(0)
+            torch.load(buffer, weights_only=True, map_location="cpu")
+        except Exception as error:  # pickle and torch raise what they like
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))
+            reason = f"it holds a {named[1]}" if named else str(error)
+            raise PluginError(
+                f"plugin {name!r}: what qpipe_state returned cannot be read back from a checkpoint: {reason}; return "
+                "tensors, numbers, strings, None, and dicts, lists and tuples of these"
+            ) from error
 
 
 def _publish(temporary: Path, final: Path) -> None:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from qpipe.engine import connect
 from qpipe.engine.base import Engine
 from qpipe.engine.tracking import require_installed
 from qpipe.errors import CheckpointError, ConfigError
+from qpipe.export.folder import refuse_foreign
 from qpipe.export.inspect import sizes
 from qpipe.export.verify import verify
 from qpipe.files import write_json, write_text
@@ -29,7 +31,7 @@ from qpipe.stages.build import build
 from qpipe.stages.calibrate import calibrate
 from qpipe.stages.evaluate import evaluate
 from qpipe.stages.export import export
-from qpipe.stages.initialize import initialize, needs_data, require_targets
+from qpipe.stages.initialize import initialize, needs_data, require_data
 from qpipe.stages.prepare import prepare, refuse_unexportable, wrap
 from qpipe.stages.ranges import initialize_ranges
 from qpipe.stages.recomputing import recompute
@@ -42,6 +44,9 @@ from qpipe.stages.trained import alone, restore, save_float
 from qpipe.types import Site
 
 logger = logging.getLogger("qpipe.stages")
+
+ABOUT_EXPORT = {"reloaded", "verified", "size"}
+"""Results of a run that are about the files of its export."""
 
 UNDECIDED = 10**9
 """Optimizer steps of a training whose length nobody knows yet: more than any has, so that every phase fits."""
@@ -104,16 +109,20 @@ def assemble(config: RunConfig, host: Host, seconds: dict[str, float], resume: b
             data = training_data(config, host, engine, original)
     teacher: str | None = None
     teacher_metrics: dict[str, float] = {}
+    rehearsal = cache(lambda: rehearse(config, engine, data))
+    begins = not (resume and checkpoint.steps(Path(config.out)))
     if is_needed(config, host):
         with timed(seconds, "teacher"):
-            teacher, teacher_metrics = ensure_teacher(config, host, original, lambda: rehearse(config, engine, data))
+            teacher, teacher_metrics = ensure_teacher(config, host, original, rehearsal)
+    if begins and needs_data(config.quantization.ptq):
+        rehearsal()
     with timed(seconds, "build"):
         run = build(begun, host, engine, teacher, data)
         if teacher_metrics:
             run.results["teacher"] = teacher_metrics
         run.total_steps = total_steps(run)
         prepare(run)
-    if not (resume and checkpoint.steps(run.out)):
+    if begins:
         if needs_data(config.quantization.ptq):
             with timed(seconds, "initialize"):
                 initialize(run)
@@ -185,7 +194,7 @@ def rehearse(config: RunConfig, engine: Engine, data: TaskData, steps: int | Non
         run.total_steps = total_steps(run) if steps is None else steps
         prepare(run)
         recompute(run)
-        require_targets(run)
+        require_data(run, decided=steps is None)
         wanted = wanted_signals(run)
         if config.teacher.cache is not None:
             require_cacheable(run, wanted.teacher)
@@ -281,9 +290,22 @@ def evaluate_run(run_dir: Path) -> dict[str, float]:
 
 
 def export_run(run_dir: Path, format: str | None = None, out: Path | None = None) -> Path:
-    """Export a trained run again, for example in another format."""
+    """Export a trained run again, for example in another format.
+
+    Results about the run's own export, if that is replaced, go with it: nobody has verified the new one.
+
+    Raises:
+        FormatError: the format cannot hold the run, or the folder holds something else.
+        QpipeError: see `restore`.
+    """
+    own = Path(run_dir) / "export"
+    refuse_foreign(out or own)
     run = restore(Path(run_dir))
     refuse_unexportable(run, format)
     run.results |= read_results(Path(run_dir))
     run.results["evaluation"] = evaluate(run)
-    return export(run, format, out)
+    folder = export(run, format, out)
+    if folder.resolve() == own.resolve() and run.results.keys() & ABOUT_EXPORT:
+        kept = {name: value for name, value in run.results.items() if name not in ABOUT_EXPORT}
+        write_json(Path(run_dir) / "results.json", {**kept, "size": sizes(folder)})
+    return folder

@@ -143,6 +143,7 @@ def metadata(run: Run) -> Mapping[str, Json]:
         "plugins": plugins,
         "metrics": dict(run.results.get("evaluation", {})),
         "teacher_metrics": dict(run.results.get("teacher", {})),
+        **({"steps": run.results["steps"]} if "steps" in run.results else {}),
         "config": run.config.model_dump(mode="json"),
         "attention": "sdpa",
     }

@@ -19,7 +19,7 @@ from qpipe.quant.adaround import Rounding, learn_rounding
 from qpipe.quant.lapq import lapq
 from qpipe.quant.settable import SettableGrid
 from qpipe.run import Run, Step
-from qpipe.stages.calibrate import inference, inputs_of
+from qpipe.stages.calibrate import inference, inputs_of, require_batch
 from qpipe.stages.layers import (
     Batches,
     Layer,
@@ -28,6 +28,7 @@ from qpipe.stages.layers import (
     inputs_to,
     layers_in_order,
     layers_with_grids,
+    require_examples,
     weights_only,
     weights_with_grids,
 )
@@ -66,6 +67,24 @@ def require_targets(run: Run) -> None:
     shifted = next((path for path, quantizer in found.items() if quantizer.moves_levels), None)
     if options.weights == "adaround" and shifted is not None:
         raise ConfigError(f"quantization.ptq.weights: adaround does not go with keep_mean, which {shifted} has")
+
+
+def require_data(run: Run, decided: bool = True) -> None:
+    """What can be told of post-training methods and calibration before any of them begins.
+
+    Args:
+        run: prepared.
+        decided: whether its training data are those that it will have.
+
+    Raises:
+        ConfigError: see `require_targets`.
+        DataError: there are fewer examples than they are to see.
+    """
+    require_targets(run)
+    if decided:
+        require_batch(run)
+        if needs_data(run.config.quantization.ptq):
+            require_examples(run)
 
 
 def initialize(run: Run) -> None:

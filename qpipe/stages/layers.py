@@ -56,6 +56,20 @@ def weights_with_grids(run: Run) -> dict[str, SettableGrid]:
     return {site.removesuffix(":weight"): q for site, q in found if isinstance(q, SettableGrid)}
 
 
+def require_examples(run: Run) -> None:
+    """Refuse `quantization.ptq` if it is to see more examples than there are.
+
+    Raises:
+        DataError: there are fewer.
+    """
+    options = run.config.quantization.ptq
+    if options is not None and len(run.data.train) < options.examples:
+        raise DataError(
+            f"quantization.ptq.examples {options.examples} exceeds the {len(run.data.train)} training examples; "
+            "lower it"
+        )
+
+
 def calibration_data(run: Run) -> list[dict[str, Tensor]]:
     """`quantization.ptq.examples` training examples with labels, in batches: the same on any number of processes.
 
@@ -65,11 +79,8 @@ def calibration_data(run: Run) -> list[dict[str, Tensor]]:
         DataError: there are fewer examples than are to be used.
     """
     assert run.config.quantization.ptq is not None
+    require_examples(run)
     wanted, size = run.config.quantization.ptq.examples, run.config.quantization.ptq.batch_size
-    if len(run.data.train) < wanted:
-        raise DataError(
-            f"quantization.ptq.examples {wanted} exceeds the {len(run.data.train)} training examples; lower it"
-        )
     loader = train_loader(
         run.data,
         run.task,

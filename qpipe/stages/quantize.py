@@ -18,7 +18,7 @@ from qpipe.stages.calibrate import calibrate
 from qpipe.stages.casting import cast
 from qpipe.stages.evaluate import evaluate
 from qpipe.stages.execute import conclude, record_start, report_error, timed
-from qpipe.stages.initialize import initialize
+from qpipe.stages.initialize import initialize, require_data
 from qpipe.stages.prepare import prepare
 from qpipe.stages.ranges import initialize_ranges
 from qpipe.stages.self_check import self_check
@@ -88,6 +88,7 @@ def _prepared(config: RunConfig, host: Host, required: bool = True) -> Run:
     prepare(run)
     if required and not run.plan.sites:
         raise ConfigError("nothing is planned to be quantized; give a preset (--set quantization.preset=w4) or rules")
+    require_data(run)
     cast(run.student, run)
     engine.serve(run.student)
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from qpipe.stages.phases import enter_phase
 from qpipe.stages.self_check import self_check
 from qpipe.stages.teaching import extra_inputs, teacher_signals, wanted_signals
 from qpipe.types import Loss
+
+logger = logging.getLogger("qpipe.stages")
 
 
 @dataclass
@@ -281,8 +284,13 @@ def finish(run: Run, progress: Progress) -> None:
     """End with the best weights, if so configured, and evaluate what will be exported."""
     best = progress.best_step
     if run.config.train.keep_best and best is not None and best != progress.step:
-        checkpoint.load(run, best)
-        run.results.pop("evaluation", None)
+        there = checkpoint.folder(run.out, best).is_dir()
+        if run.engine.broadcast_object(there):
+            checkpoint.load(run, best)
+            run.results.pop("evaluation", None)
+        else:  # removed because it was damaged, as the message about that says
+            logger.warning("the checkpoint of step %d, the best, is gone: the run ends with its last weights", best)
+            best = None
     if "evaluation" not in run.results:  # other weights, or resumed where nothing was left to train
         run.results["evaluation"] = evaluate(run)
     run.results["steps"] = progress.step

@@ -20,6 +20,7 @@ from qpipe.stages.build import build
 from qpipe.stages.casting import cast
 from qpipe.stages.gather import float_state, quantizer_state
 from qpipe.stages.prepare import prepare
+from qpipe.stages.teacher_fit import TOKENIZER_FILES
 
 QUANTIZERS = "quantizers.safetensors"
 DETAILS = "qpipe_model.json"
@@ -63,6 +64,8 @@ def restore(run_dir: Path) -> Run:
     engine = AccelerateEngine(alone(config).engine)
     engine.dtype = getattr(torch, details["dtype"])
     changes = {"name": str(folder), "revision": None, "keep_layers": None, "weights": "pretrained"}
+    if any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        changes["tokenizer"] = None  # the run has kept the one that it was trained with
     trained = config.model.model_copy(update=changes)
     run = build(config.model_copy(update={"model": trained}), load_plugins(config.plugins), engine)
     run.config = config.model_copy(update={"out": str(run_dir)})

@@ -75,7 +75,7 @@ def check_plugin(
         folder = Path(scratch)
         config = config_for(folder, info, given, changes)
         check_run(folder, config)
-        check_absent(folder, plugin, changes)
+        check_absent(folder, plugin, offers(info, given), changes)
         if zero3:
             check_zero3(folder, config)
 
@@ -130,6 +130,15 @@ def _with_defaults(kind: QuantizerKind) -> Quantizer:
     return kind.build(kind.options())
 
 
+def offers(info: PluginInfo, options: Mapping[str, Any]) -> dict[str, set[str]]:
+    """Names of what a plugin offers, by hook."""
+    host = load_plugins({info.name: options}, {info.name: info})
+    return {
+        hook: {item.name for name, call in host.implementations(hook) if name == info.name for item in call() or ()}
+        for hook in ("qpipe_quantizers", "qpipe_exporters", "qpipe_tasks")
+    }
+
+
 def config_for(folder: Path, info: PluginInfo, options: Mapping[str, Any], changes: Mapping[str, Any]) -> Any:
     """The tiny run with the plugin; with the tiny teacher if the plugin needs one."""
     base = {"teacher__name": str(folder / "teacher")} if info.entry_point.load().needs_teacher else {}
@@ -164,9 +173,20 @@ def weights_without(config: dict[str, Any], package: str) -> str:
     return weights_hash(Path(run.out))
 
 
-def check_absent(folder: Path, plugin: Any, changes: Mapping[str, Any]) -> None:
-    """A run that does not name it ends in the same bits whether or not it was imported."""
-    config = tiny_config(folder, {}, **changes)
+def check_absent(folder: Path, plugin: Any, offered: Mapping[str, set[str]], changes: Mapping[str, Any]) -> None:
+    """A run that does not name it ends in the same bits whether or not it was imported.
+
+    Of the changes those are left out that only a run with the plugin can have.
+    """
+    if changes.get("task") in offered["qpipe_tasks"]:
+        return
+    possible = dict(changes)
+    if possible.get("export__format") in offered["qpipe_exporters"]:
+        del possible["export__format"]
+    if "quantization__rules" in possible:
+        rules = [dict(rule) for rule in possible["quantization__rules"]]
+        possible["quantization__rules"] = [r for r in rules if r.get("quantizer") not in offered["qpipe_quantizers"]]
+    config = tiny_config(folder, {}, **possible)
     here = config.model_copy(update={"out": str(folder / "imported")})
     qpipe.execute(here)
     there = config.model_copy(update={"out": str(folder / "fresh")}).model_dump(mode="json")

@@ -3,13 +3,15 @@
 import errno
 import importlib
 import json
+import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 import qpipe
-from qpipe import CheckpointError, ConfigError, Plugin, hookimpl
+from qpipe import CheckpointError, ConfigError, Plugin, PluginError, hookimpl
 from qpipe.config import dump, resolve
 from qpipe.engine.accelerate import AccelerateEngine
 from qpipe.files import sha256, write_json
@@ -252,6 +254,38 @@ def test_training_can_end_from_every_checkpoint_that_is_kept(tmp_path, monkeypat
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000005")
     run = qpipe.execute(config, resume=True)
     assert run.results["best_step"] == 2
+
+
+def test_a_best_checkpoint_that_was_removed_leaves_the_last_weights(tmp_path, monkeypatch, caplog, fast):
+    """It was damaged, and the message says to remove it."""
+    script = iter([0.9, 0.7, 0.6, 0.9, 0.5])
+    monkeypatch.setattr(TRAIN, "evaluate", lambda run, last=None: {"accuracy": next(script)})
+    monkeypatch.setattr(logging.getLogger("qpipe"), "propagate", True)
+    changes = {"eval_every": 1, "save_every": 1, "keep_best": True, "keep_checkpoints": 1, "max_steps": 3}
+    config = tiny_config(tmp_path, **{f"train__{key}": value for key, value in changes.items()})
+    assert qpipe.execute(config).results["best_step"] == 1
+    assert checkpoint.steps(tmp_path / "run") == [1, 3]
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000001")
+    run = qpipe.execute(config, resume=True)
+    assert run.results["best_step"] is None and run.results["evaluation"] == {"accuracy": 0.5}
+    assert "the checkpoint of step 1, the best, is gone: the run ends with its last weights" in caplog.text
+
+
+class Lost(Plugin):
+    """Wants an object kept that checkpoints are not read with."""
+
+    @hookimpl
+    def qpipe_state(self):
+        return {"where": Path("somewhere")}
+
+
+def test_state_that_could_not_be_read_back_is_refused_with_the_first_checkpoint(tmp_path, use, fast):
+    use(Lost())
+    with pytest.raises(
+        PluginError, match=r"plugin 'test-0': what .* cannot be read back .* a pathlib.PosixPath; return"
+    ):
+        qpipe.execute(tiny_config(tmp_path))
+    assert checkpoint.steps(tmp_path / "run") == []
 
 
 def test_a_directory_with_a_run_is_not_started_over(finished):

@@ -1,13 +1,15 @@
 """What a run leaves behind, and what can be done with it afterwards."""
 
+import importlib
 import json
+import shutil
 
 import pytest
 import torch
 
-from qpipe import CheckpointError, ConfigError
+from qpipe import CheckpointError, ConfigError, FormatError
 from qpipe.config import resolve
-from qpipe.export.inspect import describe
+from qpipe.export.inspect import describe, sizes
 from qpipe.export.verify import verify
 from qpipe.stages import evaluate_run, export_run
 from qpipe.stages.trained import restore
@@ -47,6 +49,27 @@ def test_export_in_another_format_holds_the_same_codes(finished, tmp_path):
             assert rows[entry["site"].removesuffix(":weight")]["bits"] == entry["bits"]
     result = verify(folder)
     assert result.passed, "\n".join(result.lines())
+    for made in (finished.out / "export", folder):
+        assert "by quantization-aware training" in (made / "README.md").read_text()
+
+
+def test_another_export_in_its_place_takes_the_results_about_the_first_with_it(finished, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "run")
+    before = json.loads((out / "results.json").read_text())
+    (out / "results.json").write_text(json.dumps({**before, "verified": True, "reloaded": {"accuracy": 1.0}}))
+    export_run(out, "native")
+    after = json.loads((out / "results.json").read_text())
+    assert "verified" not in after and "reloaded" not in after, "nobody has verified this one"
+    assert after["size"] == sizes(out / "export") and after["size"] != before["size"]
+    assert after["evaluation"] == before["evaluation"]
+
+
+def test_a_folder_of_something_else_is_refused_before_anything_is_loaded(finished, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    monkeypatch.setattr(importlib.import_module("qpipe.stages.execute"), "restore", lambda _: pytest.fail("loaded"))
+    with pytest.raises(FormatError, match="holds files that are no qpipe export"):
+        export_run(finished.out, None, tmp_path / "mine")
 
 
 def test_unknown_format_suggests_the_nearest(finished, tmp_path):

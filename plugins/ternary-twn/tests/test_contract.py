@@ -1,10 +1,18 @@
 from qpipe_ternary_twn import TernaryTwn
 
 from qpipe.testing import check_plugin, check_rules
+from qpipe.testing.contract import check_absent, find_plugin, offers
 
 
 def test_contract():
     check_plugin(TernaryTwn, "ternary-twn")
+
+
+def test_the_part_without_the_plugin_leaves_out_rules_that_need_it(tmp_path):
+    offered = offers(find_plugin(TernaryTwn, "ternary-twn"), {})
+    assert offered["qpipe_quantizers"] == {"ternary-twn"}
+    rules = [{"site": "{block}.*:weight", "quantizer": "ternary-twn"}]
+    check_absent(tmp_path, TernaryTwn, offered, {"quantization__rules": rules, "train__max_steps": 1})
 
 
 def test_groups_are_trained_resumed_and_exported():
