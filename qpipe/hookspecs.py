@@ -135,7 +135,10 @@ class Specs:
 
     @hookspec
     def qpipe_calibration(self, run: Run) -> Iterable[types.CalibrationPass]:  # type: ignore[empty-body]
-        """Ask for passes over calibration data (all), run one after another in plugin order."""
+        """Ask for passes over calibration data (all), run one after another in plugin order.
+
+        The host sets static ranges of activations first, so that the model can run. Weights may be partitioned already.
+        """
 
     # --- train ------------------------------------------------------------------------------------------------------
 
@@ -171,7 +174,7 @@ class Specs:
 
     @hookspec
     def qpipe_evaluated(self, run: Run, metrics: Mapping[str, float]) -> None:
-        """An evaluation has ended (event)."""
+        """An evaluation during the training has ended (event); the run's result follows in `qpipe_run_end`."""
 
     @hookspec
     def qpipe_state(self, run: Run) -> Mapping[str, Any] | None:
@@ -194,7 +197,7 @@ class Specs:
 
     @hookspec
     def qpipe_run_error(self, run: Run, error: BaseException) -> None:
-        """The run failed (event). What an implementation raises is logged, not raised."""
+        """The run failed (event). What an implementation raises is noted on that error, not raised."""
 
     # --- export and report ------------------------------------------------------------------------------------------
 

@@ -41,6 +41,17 @@ BUILTINS: Mapping[str, str] = {
 """The host's own features, registered through the same hooks as everybody else's, before the plugins asked for."""
 
 
+ONE_BY_ONE = frozenset(
+    f"qpipe_{name}"
+    for name in (
+        "calibration", "export_metadata", "exporters", "losses", "param_groups", "quant_rules", "quantizers",
+        "range_estimators", "report_sections", "restore", "run_error", "state", "tasks", "training_phases",
+        "weight_losses",
+    )
+)  # fmt: skip
+"""Hooks whose implementations are called one by one, so that each result has its plugin: there is no call to wrap."""
+
+
 class _Attributed:
     """A hook implementation that names its plugin in whatever it raises."""
 
@@ -111,6 +122,12 @@ class Host:
         bare = [a for a in hooks if not hasattr(getattr(type(plugin), a), "qpipe_impl")]
         if bare:
             raise PluginError(f"plugin {name!r}: {bare[0]} would never be called; decorate it with @qpipe.hookimpl")
+        wrappers = [a for a in hooks if a in ONE_BY_ONE and _wraps(getattr(type(plugin), a).qpipe_impl)]
+        if wrappers:
+            raise PluginError(
+                f"plugin {name!r}: {wrappers[0]} cannot be wrapped, since its implementations are called one by one; "
+                "leave `wrapper` out, and return what this plugin contributes"
+            )
         if version is not None:
             self.plugins[name] = plugin
             self.versions[name] = version
@@ -169,6 +186,10 @@ class Host:
         if result is None:
             raise error
         return result
+
+
+def _wraps(options: Mapping[str, Any]) -> bool:
+    return bool(options.get("wrapper") or options.get("hookwrapper"))
 
 
 DESCRIBING = ("qpipe_tasks", "qpipe_load_model", "qpipe_model_map", "qpipe_quantize_module")

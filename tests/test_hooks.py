@@ -144,6 +144,23 @@ def test_undecorated_hook_is_refused():
         load_plugins({}, extra=[("forgot", Forgot())])
 
 
+def test_hooks_that_are_called_one_by_one_cannot_be_wrapped():
+    class Around(Plugin):
+        @hookimpl(wrapper=True)
+        def qpipe_losses(self, run):
+            return (yield)
+
+    with pytest.raises(PluginError, match="plugin 'around': qpipe_losses cannot be wrapped"):
+        load_plugins({}, extra=[("around", Around())])
+
+    class Watch(Plugin):
+        @hookimpl(wrapper=True)
+        def qpipe_step_start(self, run):
+            return (yield)
+
+    load_plugins({}, extra=[("watch", Watch())])
+
+
 def test_unknown_argument_of_a_hook_is_refused():
     class Greedy(Plugin):
         @hookimpl

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ from qpipe.model.attention import attention_paths, recorded_paths
 from qpipe.plugin import Plugin, hookimpl
 from qpipe.quant.hosts import is_norm
 from qpipe.types import ModelMap, Task
+
+logger = logging.getLogger("qpipe.models")
 
 PROJECTIONS = (
     (("query", "key", "value"), ("../output/dense",)),
@@ -91,7 +94,7 @@ class Models(Plugin):
 
 def _pretrained(auto: Any, spec: ModelConfig, overrides: Mapping[str, Any]) -> tuple[nn.Module, list[str]]:
     """A model with the weights of its checkpoint, and the names of those that the checkpoint lacks."""
-    resized = {"ignore_mismatched_sizes": True} if "num_labels" in overrides else {}
+    resized = {"ignore_mismatched_sizes": True} if "num_labels" in overrides else {}  # the head's, see below
     model, info = auto.from_pretrained(
         locate(spec.name),
         revision=spec.revision or "main",
@@ -101,6 +104,17 @@ def _pretrained(auto: Any, spec: ModelConfig, overrides: Mapping[str, Any]) -> t
         **resized,
         **overrides,
     )
+    body = f"{model.base_model_prefix}."
+    other = sorted(entry for entry in info["mismatched_keys"] if entry[0].startswith(body))
+    if other:
+        key, there, here = other[0]
+        raise ValueError(f"{key} has shape {tuple(there)} in the checkpoint and {tuple(here)} in the model")
+    lacking = sorted(key for key in info["missing_keys"] if key.startswith(body))
+    if lacking:
+        logger.warning(
+            "%r has no weights for %d parameters of the model itself, such as %s, which begin at random",
+            spec.name, len(lacking), lacking[0],
+        )  # fmt: skip
     return model, sorted(info["missing_keys"])
 
 

@@ -20,7 +20,7 @@ class StaticRanges(Plugin):
         """All that the host has."""
         return ESTIMATORS.values()
 
-    @hookimpl
+    @hookimpl(tryfirst=True)
     def qpipe_calibration(self, run: Run) -> Iterable[CalibrationPass]:
         """`static-ranges`, if the plan has any."""
         found = {

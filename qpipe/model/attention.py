@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 NAME = "qpipe"
 SLOTS: tuple[Slot, ...] = ("query", "key", "value", "raw_scores", "scores", "probs", "context")
-NOT_COMPUTED = ("softcap", "s_aux")
-"""Arguments of attention functions that the fused kernel does not take: it refuses one and overlooks the other."""
+NOT_COMPUTED = ("softcap", "s_aux", "sinks", "indices", "block_indices")
+"""Arguments of attention functions that change what is computed, and that the fused kernel refuses or overlooks: caps,
+sinks, and the choice of keys in sparse attention."""
 NOT_IN_MAPS = ("position_bias",)
 """Those that the kernel takes, and explicit maps do not."""
 

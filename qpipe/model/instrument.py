@@ -185,6 +185,11 @@ class Instruments:
         for layer, path in enumerate(self.map.attention_output):
             self._capture(f"{path}:output", "attention_output", layer)
 
+    @property
+    def captures(self) -> bool:
+        """True if signals of the model may be taken."""
+        return self._capturing
+
     def _capture(self, site_name: str, kind: SignalKind, layer: int) -> None:
         def keep(x: Tensor) -> Tensor:
             self._store[kind, layer] = x
@@ -198,15 +203,29 @@ class Instruments:
         Raises:
             ModelError: the model has no attention that could be captured.
         """
-        missing = kinds - {"logits", "hidden_states"}
-        if missing and not self.map.attention:
+        found = {"attention_output": self.map.attention_output, "logits": True, "hidden_states": True}
+        missing = {kind for kind in kinds if not found.get(kind, self.map.attention)}
+        if missing:
             raise ModelError(
                 f"{type(self.model).__name__} offers no {', '.join(sorted(missing))}: its attention is not known. "
                 "Use a model of a known family, or implement qpipe_model_map"
             )
+        self._refuse_repeated(kinds - {"logits"})
         if "hidden_states" in kinds:
             self._watch_last_block()
         self._wanted, self._store = kinds, store
+
+    def _refuse_repeated(self, kinds: frozenset[SignalKind]) -> None:
+        """Signals are kept by the number of their block: one that runs several times would keep its last call only."""
+        config = getattr(self.model, "config", None)
+        layers = getattr(config, "num_hidden_layers", None)
+        blocks = len(self.map.blocks)
+        if kinds and blocks and isinstance(layers, int) and blocks < layers:
+            raise ModelError(
+                f"{type(self.model).__name__} runs {layers} layers in {blocks} block(s), whose "
+                f"{', '.join(sorted(kinds))} cannot be told apart: take signals of its logits alone, or a model with a "
+                "block for each layer"
+            )
 
     def _watch_last_block(self) -> None:
         """Keep what the last block returns: of decoders, transformers gives it after the final normalisation only.

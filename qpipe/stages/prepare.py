@@ -59,12 +59,33 @@ def plan(run: Run) -> None:
     _require_range_used(run)
     for lost in run.plan.lost if run.engine.rank == 0 else ():
         logger.warning(lost)
+    _warn_of_left_out(run)
     run.instruments.context.estimators = run.host.collect("qpipe_range_estimators")
     for name, entry in run.plan.sites.items():
         wanted: tuple[str, dict[str, object]] | None = getattr(entry.options, "estimator", None)
         if wanted is not None:
             with at_site(name, entry.source):
                 find_estimator(wanted[0], wanted[1], run.instruments.context.estimators)
+
+
+def _warn_of_left_out(run: Run) -> None:
+    """Say which weights of quantized blocks no rule can name: those that lie in no module that qpipe can quantize."""
+    planned = [entry.site.path for entry in run.plan.sites.values() if entry.site.slot == "weight"]
+    blocks = [block for block in run.instruments.map.blocks if any(path.startswith(f"{block}.") for path in planned)]
+    known = {f"{site.path}.weight" for site in run.instruments.sites.values() if site.slot == "weight"}
+    inside = {
+        f"{block}.{name}": parameter.numel()
+        for block in blocks
+        for name, parameter in run.instruments.model.get_submodule(block).named_parameters()
+        if parameter.ndim > 1
+    }
+    out = [name for name in inside if name not in known]
+    if out and run.engine.rank == 0:
+        share = sum(inside[name] for name in out) / sum(inside.values())
+        logger.warning(
+            "%.0f %% of the weights of the quantized blocks stay in full precision: %d parameters that qpipe cannot "
+            "quantize, such as %s", 100 * share, len(out), out[0],
+        )  # fmt: skip
 
 
 def _require_range_used(run: Run) -> None:
@@ -264,6 +285,7 @@ def attach_weight_losses(run: Run) -> None:
         paths = [path for path in weights if term.applies(path)]
         if not paths:
             raise SiteError(f"weight loss {term.name!r} applies to no weight of this model")
+        paths = list({id(run.student.get_parameter(f"{path}.weight")): path for path in reversed(paths)}.values())
         for path in paths:
             module = run.instruments.module(run.instruments.sites[f"{path}:weight"])
             assert isinstance(module, QuantModule)
@@ -292,10 +314,12 @@ def prepare(run: Run, trained: Mapping[str, Tensor] | None = None) -> None:
     if run.plan.sites and trained is None:  # a finished run may be wanted in another format, and is asked for then
         refuse_unexportable(run)
     attach_weight_losses(run)
-    if run.host.is_used("qpipe_signals") and run.teacher is not None:
-        run.instruments.enable_capture()
-        run.teacher_instruments = instrument(run.host, run.teacher)
-        run.teacher_instruments.enable_capture()
+    if run.host.is_used("qpipe_signals"):
+        if run.total_steps:
+            run.instruments.enable_capture()
+        if run.teacher is not None:
+            run.teacher_instruments = instrument(run.host, run.teacher)
+            run.teacher_instruments.enable_capture()
     run.phases = make_phases(run)
     run.host.hook.qpipe_model_prepared(run=run)
 

@@ -18,10 +18,7 @@ def recompute(run: Run) -> None:
         ModelError: the model has turned on the reentrant kind itself, and a part of this training would be lost.
     """
     if run.config.train.activation_checkpointing:
-        enable = getattr(run.student, "activation_checkpointing_enable", None)
-        if enable is None:
-            raise ConfigError(f"{type(run.student).__name__} cannot checkpoint activations")
-        enable({"use_reentrant": False})
+        _enable(run.student)
     reentrant = reentrant_module(run.student)
     lost = lost_without_graph(run) if reentrant is not None else []
     if lost:
@@ -32,10 +29,19 @@ def recompute(run: Run) -> None:
         )
 
 
+def _enable(model: nn.Module) -> None:
+    try:
+        model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    except (AttributeError, ValueError) as error:  # transformers says so of classes that do not support it
+        raise ConfigError(
+            f"{type(model).__name__} cannot checkpoint activations ({error}); leave train.activation_checkpointing out"
+        ) from error
+
+
 def lost_without_graph(run: Run) -> list[str]:
     """What would be lost, silently, because the reentrant kind runs blocks without a graph first."""
     lost = []
-    if run.teacher_instruments is not None:
+    if run.instruments.captures:
         lost.append("no gradient to attention maps and other captured tensors")
     if run.weight_losses:
         names = ", ".join(term.name for term in run.weight_losses)

@@ -128,8 +128,10 @@ def fixed_size(run: Run, varied: Iterable[str], format_name: str | None = None) 
         if name not in left_out:
             quantized += stored_bytes(run, name, lattice_of(run, name), format_name)
     tied = ties(run.student)
+    # Where one of a pair is quantized, all tied parameters are written for each of their names.
+    untied = any(name in names or owner in names for name, owner in tied.items())
     for name, tensor in model_tensors(run):
-        if name not in names and name not in tied:
+        if name not in names and (name not in tied or (untied and tied[name] not in names)):
             width = torch.finfo(run.engine.dtype).bits // 8 if tensor.is_floating_point() else tensor.element_size()
             other += tensor.numel() * width
             header += HEADER + len(name)

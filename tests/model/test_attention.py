@@ -171,7 +171,7 @@ def test_replaced_probabilities_decide_the_context(family_model, batch_of, switc
     torch.testing.assert_close(seen["context"], seen["value"].transpose(1, 2))
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux"])
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "sinks", "indices", "block_indices"])
 @pytest.mark.parametrize("maps", [False, True])
 def test_features_that_are_not_computed_are_refused(name, maps, family_model, switched):
     """The fused kernel would leave `s_aux` out silently."""

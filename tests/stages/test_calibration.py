@@ -7,6 +7,7 @@ import torch
 
 import qpipe
 from qpipe import (
+    CalibrationPass,
     ConfigError,
     DataError,
     FormatError,
@@ -159,6 +160,28 @@ def test_formats_that_cannot_hold_sixteen_bits_name_one_that_can(tmp_path):
 def test_wrong_estimators_are_refused_before_anything_long(tmp_path, options, message):
     with pytest.raises(SiteError, match=message):
         calibrated(config(tmp_path, rule(QUERY, **options)))
+
+
+class OwnPass(Plugin):
+    """Looks at calibration data itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.ranges = None
+
+    @hookimpl
+    def qpipe_calibration(self, run):
+        def start():
+            self.ranges = [bool(q.scale.isfinite().all()) for s, q in run.instruments.quantizers().items()
+                           if s.endswith(":input")]  # fmt: skip
+
+        return [CalibrationPass("own", 1, start, lambda: None)]
+
+
+def test_a_plugins_pass_finds_static_ranges_set(tmp_path):
+    own = OwnPass()
+    calibrated(config(tmp_path, rule(QUERY)), extra=[("own", own)])
+    assert own.ranges == [True]
 
 
 def test_no_calibration_data(tmp_path):

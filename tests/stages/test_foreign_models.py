@@ -1,0 +1,165 @@
+"""Models that are not quite what a run takes them for are refused, or named, before anything is lost."""
+
+import logging
+
+import pytest
+import transformers as hf
+from transformers import BertTokenizer
+
+import qpipe
+from qpipe import ConfigError, Loss, ModelError, Plugin, Signals, WeightLoss, hookimpl
+from qpipe.host import load_plugins
+from qpipe.stages.build import instrument
+from qpipe.stages.recomputing import recompute
+from qpipe.stages.sizes import fixed_size
+from qpipe.stages.trained import restore
+from qpipe.testing import tiny_config, tiny_model
+from qpipe.testing.tiny import VOCABULARY
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+@pytest.fixture
+def warnings(monkeypatch, caplog):
+    """`warnings()`: what the log warned of."""
+    monkeypatch.setattr(logging.getLogger("qpipe"), "propagate", True)
+    return lambda: [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize("changed", [{"intermediate_size": 48}, {"max_position_embeddings": 40}])
+def test_weights_of_another_shape_are_refused(changed, tmp_path, assembled):
+    """They would begin at random, and nobody would know."""
+    config = tiny_config(tmp_path, model__config=changed)
+    with pytest.raises(ModelError, match=r"bert\..* has shape \(.*\) in the checkpoint and \(.*\) in the model"):
+        assembled(config)
+
+
+def test_a_head_for_other_labels_is_made_anew(tmp_path, assembled):
+    config = tiny_config(tmp_path)
+    tiny_model(tmp_path / "model", num_labels=5)
+    assert assembled(config).student.config.num_labels == 2
+
+
+def test_layers_that_the_checkpoint_has_not_are_named(tmp_path, assembled, warnings):
+    assembled(tiny_config(tmp_path, model__config={"num_hidden_layers": 3}))
+    assert any("has no weights for 16 parameters of the model itself, such as bert.encoder.layer.2." in text
+               for text in warnings())  # fmt: skip
+
+
+def mixtral(folder):
+    experts = {"num_key_value_heads": 2, "num_local_experts": 2, "max_position_embeddings": 66}
+    model = hf.MixtralForSequenceClassification(
+        hf.MixtralConfig(vocab_size=len(VOCABULARY), pad_token_id=0, **SIZES, **experts)
+    )
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def test_weights_that_no_rule_can_name_are_told(tmp_path, assembled, warnings):
+    """Experts are parameters without a module of their own."""
+    config = tiny_config(tmp_path, model__name=str(mixtral(tmp_path / "experts")), quantization__preset="w4")
+    run = assembled(config)
+    inside = {n: p for n, p in run.student.named_parameters() if ".layers." in n and p.ndim > 1}
+    left = sum(p.numel() for n, p in inside.items() if "self_attn" not in n)
+    share = 100 * left / sum(p.numel() for p in inside.values())
+    (told,) = [text for text in warnings() if "stay in full precision" in text]
+    assert told.startswith(f"{share:.0f} % of the weights of the quantized blocks") and "mlp" in told
+
+
+def test_a_model_all_of_whose_weights_are_sites_warns_of_nothing(tmp_path, assembled, warnings):
+    assembled(tiny_config(tmp_path, quantization__preset="w4"))
+    assert not [text for text in warnings() if "full precision" in text]
+
+
+class Entropy(Plugin):
+    """Learns from the student's own attention; there is no teacher."""
+
+    def __init__(self, kind="probs"):
+        super().__init__()
+        self.kind, self.seen = kind, []
+
+    @hookimpl
+    def qpipe_signals(self):
+        return Signals(student=frozenset({self.kind}))
+
+    @hookimpl
+    def qpipe_losses(self):
+        def entropy(step):
+            self.seen.append(set(step.student))
+            return -(step.student[self.kind, 0].clamp_min(1e-9).log()).mean()
+
+        return [Loss("entropy", entropy)]
+
+
+def test_signals_of_the_student_need_no_teacher(tmp_path, use, fast):
+    entropy = Entropy()
+    use(entropy)
+    qpipe.execute(tiny_config(tmp_path, train__max_steps=1))
+    assert entropy.seen == [{("probs", 0), ("probs", 1)}]
+
+
+def test_outputs_of_attention_whose_projection_is_not_known_are_refused():
+    model = hf.GPT2ForSequenceClassification(hf.GPT2Config(vocab_size=30, n_embd=32, n_layer=2, n_head=4))
+    found = instrument(load_plugins({}), model)
+    assert found.map.attention and not found.map.attention_output
+    with pytest.raises(ModelError, match="offers no attention_output: its attention is not known"):
+        found.want(frozenset({"attention_output"}), {})
+    found.want(frozenset({"scores"}), {})
+
+
+def test_layers_that_share_one_block_cannot_be_told_apart():
+    config = hf.AlbertConfig(vocab_size=30, embedding_size=16, **SIZES)
+    found = instrument(load_plugins({}), hf.AlbertForSequenceClassification(config))
+    with pytest.raises(ModelError, match=r"runs 2 layers in 1 block\(s\), whose hidden_states, scores cannot be told"):
+        found.want(frozenset({"hidden_states", "scores", "logits"}), {})
+    found.want(frozenset({"logits"}), {})
+
+
+def test_a_penalty_counts_a_tied_weight_once(tmp_path, assembled):
+    class Penalty(Plugin):
+        @hookimpl
+        def qpipe_weight_losses(self):
+            return [WeightLoss("squares", lambda w: w.square().sum(), 1.0, lambda path: True)]
+
+    tiny_model(tmp_path / "decoder", "llama", tie_word_embeddings=True)
+    text = tmp_path / "text.txt"
+    text.write_text("the movie was great fun\n" * 40)
+    config = tiny_config(
+        tmp_path, model__name=str(tmp_path / "decoder"), task="causal-lm", data__train=str(text),
+        data__validation=None, data__validation_fraction=0.2, data__text_columns=None, data__label_column=None,
+        data__max_length=8,
+    )  # fmt: skip
+    run = assembled(config, Penalty())
+    assert run.student.lm_head.weight is run.student.model.embed_tokens.weight
+    modules = run.student.named_modules()
+    holders = [name for name, module in modules if getattr(getattr(module, "qpipe", None), "weight_losses", ())]
+    assert len([name for name in holders if "embed_tokens" in name or "lm_head" in name]) == 1
+
+
+def test_models_that_cannot_checkpoint_activations_are_told_so(tmp_path, assembled):
+    run = assembled(tiny_config(tmp_path))
+    run.student = hf.ResNetForImageClassification(hf.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
+    run.config = run.config.model_copy(
+        update={"train": run.config.train.model_copy(update={"activation_checkpointing": True})}
+    )
+    with pytest.raises(ConfigError, match=r"ResNet.* cannot checkpoint activations .*; leave train.activation_checkp"):
+        recompute(run)
+
+
+def test_a_tied_bias_is_counted_where_the_file_has_it_twice(tmp_path, fast):
+    """Of a masked language model whose embedding is quantized, tied parameters are written for each name."""
+    model = hf.BertForMaskedLM(hf.BertConfig(vocab_size=len(VOCABULARY), max_position_embeddings=66, **SIZES))
+    tiny_model(tmp_path / "words")
+    model.save_pretrained(tmp_path / "words")
+    rules = [{"site": "{embedding}:weight", "quantizer": "uniform", "options": {"bits": 4}}]
+    config = tiny_config(
+        tmp_path, model__name=str(tmp_path / "words"), task="masked-lm", data__text_columns=["sentence"],
+        quantization__preset=None, quantization__rules=rules, export__format="native", train__max_steps=1,
+    )  # fmt: skip
+    run = qpipe.execute(config)
+    found = fixed_size(restore(run.out), [])
+    file = (run.out / "export" / "model.safetensors").read_bytes()
+    header = 8 + int.from_bytes(file[:8], "little")
+    assert found.other + found.quantized == len(file) - header
