@@ -8,6 +8,7 @@ python docs/generate.py --demo runs/demo put the result of a finished run into t
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ import reference_hooks
 import reference_plugins
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for benchmarks, which are not installed
 DOCS = ROOT / "docs"
 NOTE = "<!-- Written by docs/generate.py; change the code it is made from, and run it again. -->\n\n"
 START, END = "<!-- demo:start -->", "<!-- demo:end -->"
@@ -56,16 +58,19 @@ def demo_table(run_dir: Path) -> str:
 
 
 def origin(run_dir: Path) -> str:
-    """The command that made a run of the default recipe, from what its configuration changes."""
+    """The command that made a run of the default recipe, from what its configuration changes, and this machine."""
+    from benchmarks.document import cpu_model
     from qpipe.config import resolve
 
+    precision = json.loads((run_dir / "model" / "qpipe_model.json").read_text())["dtype"]
     config, recipe = resolve(run_dir / "config.yaml"), resolve()
     data, usual = config.data.model_dump(), recipe.data.model_dump()
     changed = [f"--set data.{key}={value}" for key, value in data.items() if value != usual[key]]
     command = " ".join(["qpipe launch --plugins", ",".join(config.plugins), *changed])
     return (
         f"Command: `{command}`, seed {config.seed}; metrics are of {config.data.max_eval_examples or 'all'} held-out "
-        "sentences, time is without installation, on the machine of [docs/benchmarks.md](docs/benchmarks.md). "
+        f"sentences, time is without installation, on {cpu_model()}, in {precision} (on another processor "
+        "`engine.precision: auto` may choose another type, in which what is not quantized is stored, too). "
         "`make demo` runs the same (`DEMO` in the Makefile sets the number of sentences)."
     )
 

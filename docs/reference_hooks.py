@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import inspect
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,13 @@ from qpipe.data import loading, text
 from qpipe.export.program import Program
 from qpipe.export.record import ExportRecord
 from qpipe.host import BUILTINS
+from qpipe.quant.affine import ActivationRange, AffineActivation
+from qpipe.quant.calibrated import CalibratedActivation
 from qpipe.quant.estimators import RangeEstimator, RangeGrid
+from qpipe.quant.grid import Grid, GridKernel, GridQuantizer
+from qpipe.quant.learned import GridActivation
 from qpipe.quant.quantizer import Quantizer
+from qpipe.quant.settable import SettableGrid
 from qpipe.quant.tensor import QTensor
 
 CONTRIBUTIONS = (
@@ -46,6 +52,21 @@ CONTRIBUTIONS = (
     QTensor,
 )
 """Classes of what hooks take and return, in reading order."""
+
+BASES: Mapping[Any, tuple[str, ...]] = {
+    RangeEstimator: ("add", "range"),
+    Quantizer: ("initialize", "encode", "surrogate", "snap", "quantize"),
+    GridQuantizer: ("kernel", "state", "with_gradient"),
+    GridKernel: ("snap", "grid", "codes"),
+    Grid: (),
+    SettableGrid: ("search", "set_grid", "grid_in_use"),
+    AffineActivation: ("parameters_of", "describe"),
+    CalibratedActivation: ("calibrated", "range_grid", "observer", "range_of"),
+    GridActivation: ("new_parameter", "step", "zero_point", "gradient", "set_range"),
+    ActivationRange: (),
+}
+"""Classes to derive quantizers and range estimators from, and what these give back, with the methods that matter to a
+subclass."""
 
 
 def stages() -> list[tuple[str, list[str]]]:
@@ -108,8 +129,7 @@ def page(root: Path) -> str:
             lines.append(f"```text\n{declaration(hook)}\n```\n\n{prose(documentation or '')}")
     lines.append("\n## Classes\n\nAll are importable from `qpipe`.")
     lines += [described(cls) for cls in CONTRIBUTIONS]
-    lines.append(described(RangeEstimator, methods=("add", "range")))
-    lines.append(described(Quantizer, methods=("initialize", "encode", "surrogate", "snap", "quantize")))
+    lines += [described(cls, methods) for cls, methods in BASES.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -45,7 +45,7 @@ def render(table: Table) -> str:
         return "Not measured yet."
     if table.sweep is not None:
         return "\n\n".join(_sweep_part(table, setting, recorded) for setting in settings)
-    return f"{_lines(_metric_rows(table, settings, recorded))}\n\n{_packed(recorded)}"
+    return f"{_lines(_metric_rows(table, settings, recorded))}\n\n{_packed(table, recorded)}"
 
 
 def _lines(rows: list[list[str]]) -> str:
@@ -133,20 +133,27 @@ def _sizes(entry: dict[str, Measured], models: dict[str, list[str]]) -> list[str
     return cells
 
 
-def _packed(recorded: dict[str, dict[str, Measured]]) -> str:
+def _packed(table: Table, recorded: dict[str, dict[str, Measured]]) -> str:
     """How far metrics of packed checkpoints lie from those of the models that were trained."""
+    exported = [
+        measured
+        for row, entry in recorded.items()
+        if table.rows[row].evaluation == "result"  # else what was evaluated is not what is exported
+        for measured in entry.values()
+        if measured.bits_per_weight is not None
+    ]
     pairs = [
         abs(trained - packed)
-        for entry in recorded.values()
-        for measured in entry.values()
+        for measured in exported
         for name, values in measured.reloaded.items()
         for trained, packed in zip(measured.metrics[name], values, strict=True)
     ]
     if not pairs:
         return "No packed checkpoint was measured."
+    there = sum(len(values) for measured in exported for values in measured.metrics.values())
     return (
-        f"Packed checkpoints, loaded again as `qpipe verify` does: {len(pairs)} values compared with those above, "
-        f"largest difference {max(pairs):.5f}."
+        f"Packed checkpoints, loaded again as `qpipe verify` does: {len(pairs)} of {there} values compared with those "
+        f"above, largest difference {max(pairs):.5f}." + (" The others are not recorded." if len(pairs) < there else "")
     )
 
 
