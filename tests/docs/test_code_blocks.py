@@ -1,8 +1,10 @@
-"""The code in README.md, docs/*.md and plugins/*/README.md.
+"""The code in README.md, CONTRIBUTING.md, docs/*.md, plugins/*/README.md and launch/README.md.
 
 * python: executed, in order, in one namespace a file.
 * console, bash, sh and unnamed blocks: every `qpipe` command must parse with the real command line, its `--set` keys
-  must exist, and `make` targets must be there; after an HTML comment `<!-- run -->` the commands are executed.
+  must exist, together with the configuration in `examples/` that it names, and `make` targets must be there; so must
+  every file in `examples/` and `launch/`, whatever the command. After an HTML comment `<!-- run -->` the commands are
+  executed.
 * yaml: a valid configuration; one without `model` is merged over the default recipe.
 * json and toml are parsed. After `<!-- file: PATH -->` the block is also written to that file.
 """
@@ -30,6 +32,7 @@ import yaml
 from qpipe.cli import app
 from qpipe.config import default_recipe, resolve
 from qpipe.discovery import installed
+from qpipe.errors import ConfigError
 from qpipe.host import load_plugins
 from qpipe.testing.distributed import call_apart
 
@@ -39,6 +42,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted(ROOT.glob("docs/*.md")),
     *sorted(ROOT.glob("plugins/*/README.md")),
+    ROOT / "launch" / "README.md",
 ]
 FENCE = re.compile(r"^(?:<!-- (?P<mark>run|file: \S+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 SHELL = ("console", "bash", "sh", "")
@@ -103,25 +107,43 @@ def parse(arguments: list[str]) -> dict[str, Any]:
     return dict(context.params)
 
 
+def ours(argument: str) -> Path | None:
+    """The file of this repository that an argument, or the value of `KEY=FILE`, names; None if it names another one.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    name = argument.rpartition("=")[2]
+    if not name.startswith(("examples/", "launch/")):
+        return None
+    path = ROOT / name
+    if not path.exists():
+        raise FileNotFoundError(f"{name} is not in this repository")
+    return path
+
+
 def check_qpipe(arguments: list[str]) -> None:
     parameters = parse(arguments)
     if "set_" in parameters:
         names = [name for name in (parameters.get("plugins") or "").split(",") if name]
         overrides = parameters["set_"] or ()
-        # A configuration file that is not there may name plugins, whose options `--set` then reaches.
-        in_file = [key for key in (text.partition(".")[0] for text in overrides) if key in installed()]
-        config = resolve(None, overrides, [*names, *in_file])
+        source = ours(str(parameters.get("config") or parameters.get("source") or ""))
+        # A configuration file that is not ours may name plugins, whose options `--set` then reaches.
+        unseen = [key for key in (text.partition(".")[0] for text in overrides) if key in installed() and not source]
+        config = resolve(source, overrides, [*names, *unseen])
         load_plugins({name: o for name, o in config.plugins.items() if name in installed()}, builtins=False)
 
 
 def check_line(line: str) -> None:
-    """Check every `qpipe` and `make` command of a line."""
+    """Check every `qpipe` and `make` command of a line, and files of this repository in any command."""
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     try:
         words_of_line = list(commands(line))
     except ValueError:  # unbalanced quotes: output, or prose in an unnamed block
         return
     for words in words_of_line:
+        for word in words:
+            ours(word)
         if words[0] == "qpipe":
             check_qpipe(words[1:])
         elif words[0] == "make":
@@ -205,6 +227,24 @@ def test_a_command_that_fails_is_noticed(monkeypatch, tmp_path):
 def test_wrong_commands_are_noticed(line):
     with pytest.raises(BaseException, match=r"(?s).+"):
         check_line(line)
+
+
+@pytest.mark.parametrize("file", ["examples/glue/none.yaml", "examples/none", "launch/none.sh"])
+@pytest.mark.parametrize("command", ["qpipe launch {}", "qpipe inspect plan -s a={}", "python {} a b"])
+def test_files_that_are_not_there_are_noticed(command, file):
+    with pytest.raises(FileNotFoundError, match=f"{file} is not in this repository"):
+        check_line(f"HF_HUB_OFFLINE=1 {command.format(file)} > log")
+
+
+@pytest.mark.parametrize("command", ["qpipe launch", "qpipe quantize MODEL", "qpipe inspect plan"])
+def test_the_configuration_that_a_command_names_is_read(command):
+    """It begins from random weights, so that the student cannot begin from a teacher as well, and names no plugin."""
+    line = f"{command} examples/mlm/pretrain.yaml"
+    check_line(line)
+    with pytest.raises(ConfigError, match="random, but the student would start"):
+        check_line(f"{line} --set teacher.name=a")
+    with pytest.raises(ConfigError, match="kure"):
+        check_line(f"{line} --set kure.weight=1")
 
 
 def test_wrong_configurations_are_noticed():

@@ -5,10 +5,14 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from qpipe.config import dump
+from qpipe.testing import tiny_config
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 DEEPSPEED = sorted((LAUNCH / "deepspeed").glob("*.json"))
@@ -59,6 +63,28 @@ def test_accelerate_understands(path):
         assert set(names) <= {*fields, "offload_params"}  # the plugin calls that one cpu_offload
         assert config.fsdp_config["fsdp_version"] == 2
     assert yaml.safe_load(path.read_text())["mixed_precision"] == "no"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
+def test_accelerate_launch_trains(path, tmp_path):
+    """The command of the README, on two CPU processes: two in place of the file's eight, at a free port, and with
+    `engine.cpu: true` in `run.yaml`. `--cpu` is not given: Accelerate would start one process only."""
+    config = tiny_config(tmp_path, train__max_steps=2, train__eval_every=2, engine__fsdp=path.stem == "fsdp2")
+    (tmp_path / "run.yaml").write_text(dump(config))
+    command = re.search(r"^accelerate (launch .*/)ddp(.yaml .*)$", (LAUNCH / "README.md").read_text(), re.M)
+    words = shlex.split(command.expand(rf"\1{path.stem}\2"))
+    words[1:1] = ["--num_processes", "2", "--main_process_port", "0"]
+    assert words[-1] == "run.yaml"
+    program = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words[:-1], str(tmp_path / "run.yaml")]
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, env=env, cwd=LAUNCH.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["steps"] == 2 and results["verified"]
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
+    assert json.loads((checkpoint / "progress.json").read_text())["world_size"] == 2
+    assert len(list((checkpoint / "engine").glob("*.distcp"))) == (2 if path.stem == "fsdp2" else 0)
 
 
 def test_deepspeed_reads_the_hostfile():

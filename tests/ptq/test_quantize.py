@@ -219,6 +219,12 @@ def test_adaround_makes_up_for_what_earlier_layers_have_lost(folder, monkeypatch
 BLOCK = "bert.encoder.layer.0.output.dense:weight"
 
 
+def min_max_scale(weight, bits):
+    """Of each row, by hand: the largest weight on the largest code; 1 for a row of zeros, such as that of [PAD]."""
+    scale = weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    return torch.where(scale > 0, scale, 1.0)
+
+
 def test_other_widths_and_steps_of_rounded_weights_are_refused(rounded):
     """There is no master copy to find them from; weights that kept their rounding have one."""
     run, original, _ = rounded
@@ -230,20 +236,29 @@ def test_other_widths_and_steps_of_rounded_weights_are_refused(rounded):
         stored_sizes(run, (2, 4))
     embedding = "bert.embeddings.word_embeddings:weight"
     with rebuilt(run, [embedding], 2):
-        weight = original["bert.embeddings.word_embeddings.weight"]
-        scale = codes(run)[embedding].scale
-        assert float((weight / scale - codes(run)[embedding].codes).abs().median()) <= 0.5
+        weight, lattice = original["bert.embeddings.word_embeddings.weight"], codes(run)[embedding]
+    assert lattice.bits == 2 and set(lattice.codes.unique().tolist()) == {-2, -1, 0, 1}
+    largest = min_max_scale(weight, 2)
+    assert bool((lattice.scale <= largest).all()), "the range of least squares is no wider than that of all weights"
+    errors, limits = ((t - weight).square().sum(1) for t in (lattice.decode(), (weight / largest).round() * largest))
+    assert bool((errors <= limits).all()) and float(errors.sum()) < 0.9 * float(limits.sum())
+    assert float((lattice.decode() - weight).abs().div(largest).median()) <= 0.5
 
 
 def test_rounded_weights_that_were_trained_on_have_other_widths(folder):
-    run, _ = prepared(folder, weights="adaround", iterations=2)
+    """By a hundredth, more than half a step of 8 bits, so that levels of 3 bits would be too far away."""
+    run, _ = prepared(folder, weights="adaround", iterations=2, range="min-max")
     initialize(run)
     with torch.no_grad():
-        run.student.get_parameter(BLOCK.replace(":", ".")).mul_(1.001)
+        run.student.get_parameter(BLOCK.replace(":", ".")).mul_(1.01)
     run.instruments.context.weights_changed()
+    assert codes(run)[BLOCK].bits == 3
     with rebuilt(run, [BLOCK], 8):
         weight, lattice = run.student.get_parameter(BLOCK.replace(":", ".")).detach(), codes(run)[BLOCK]
-        torch.testing.assert_close(lattice.decode(), weight, rtol=0, atol=float(lattice.scale.max()))
+    assert lattice.bits == 8
+    scale = min_max_scale(weight, 8)
+    torch.testing.assert_close(lattice.scale, scale)
+    assert bool(((lattice.decode() - weight).abs() <= 0.501 * scale).all())
     with pytest.raises(ConfigError, match="query:weight was rounded"):
         require_master_copies(run, run.plan.sites)
 

@@ -4,6 +4,8 @@ import json
 import math
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import qpipe
 from qpipe import ConfigError
@@ -52,11 +54,33 @@ def test_the_seed_decides_and_the_checkpoint_does_not(tmp_path, fast):
     assert len({weights_hash(run.out) for run in (one, other, start)}) == 3
 
 
+def weights(out):
+    return load_file(out / "model" / "model.safetensors")
+
+
+def close(one, other):
+    """No weight differs by more than a learning rate of next to nothing moves it."""
+    assert one.keys() == other.keys()
+    return all(torch.allclose(one[name], other[name], rtol=0, atol=1e-7) for name in one)
+
+
 def test_a_teacher_made_by_the_run_is_pre_trained_first(tmp_path, fast):
-    """The student then starts from it, or from random weights of its own."""
-    plugins = {"distillation": {}}
-    run = qpipe.execute(config_of(tmp_path, plugins=plugins, teacher__epochs=1, train__max_steps=1))
-    assert set(run.results["teacher"]) == {"perplexity", "masked_accuracy"}
+    """The student then starts from it, or from random weights of its own: those of a run without a teacher."""
+    changes = {
+        "train__max_steps": 1,
+        "train__learning_rate": 1e-9,
+        "teacher__epochs": 1,
+        "teacher__learning_rate": 1e-2,
+    }
+    saved = {"alone": weights(qpipe.execute(config_of(tmp_path, **changes, out=str(tmp_path / "alone"))).out)}
+    for name, init in (("copy", True), ("own", False)):
+        plugins, out = {"distillation": {}}, str(tmp_path / name)
+        config = config_of(tmp_path, plugins=plugins, **changes, teacher__init_student=init, out=out)
+        run = qpipe.execute(config)
+        assert set(run.results["teacher"]) == {"perplexity", "masked_accuracy"}
+        saved[name], saved[f"{name} teacher"] = weights(run.out), weights(run.out / "teacher")
+    assert close(saved["copy"], saved["copy teacher"]) and close(saved["own teacher"], saved["copy teacher"])
+    assert close(saved["own"], saved["alone"]) and not close(saved["own"], saved["own teacher"])
 
 
 def test_a_student_cannot_start_from_two_models(tmp_path):

@@ -276,6 +276,24 @@ def test_a_non_finite_loss_names_the_module_and_keeps_the_checkpoint(tmp_path, u
     assert qpipe.execute(config, resume=True).results["resumed_step"] == 3
 
 
+class Fragile(Plugin):
+    """Fails too when it is told of a failure."""
+
+    @hookimpl
+    def qpipe_run_error(self, error):
+        raise OSError(f"no disk for {type(error).__name__}")
+
+
+def test_a_plugin_that_fails_at_the_error_is_noted_on_it(tmp_path, use, fast):
+    """The run's own error is what is raised, and the plugins before and behind it are told as well."""
+    before, behind = Recorder(), Recorder()
+    use(Poison(0, "classifier"), before, Fragile(), behind)
+    with pytest.raises(TrainingError, match="the loss is not finite at step 0") as caught:
+        qpipe.execute(tiny_config(tmp_path))
+    assert caught.value.__notes__ == ["qpipe_run_error of plugin 'test-2' failed too: no disk for TrainingError"]
+    assert before.errors == behind.errors == [caught.value]
+
+
 def test_a_non_finite_term_is_named_where_the_model_is_finite(tmp_path, use, fast):
     use(Offer([Loss("broken", lambda step: step.output.logits.sum() * math.nan)]))
     with pytest.raises(TrainingError, match="parts: broken.*every module's output is finite; no checkpoint had been"):

@@ -142,6 +142,23 @@ def test_learned_gradients_are_those_of_the_rounded_formula(bits, groups):
     assert bool((grads[2] != 0).all()), "every group has values outside"
 
 
+@pytest.mark.parametrize(("outside", "far"), [(-20.3, 1), (40.3, -1)])
+def test_a_zero_point_that_left_the_codes_can_come_back(outside, far):
+    """The outermost code stands for it, so that all levels lie on one side of 0; its gradient is that of any other."""
+    quantizer = calibrated(values(2, 3, 12), bits=4, groups=3, learned=True)
+    with torch.no_grad():
+        quantizer.zeros[1] = outside
+    group, step = quantizer.order[4:8], float(quantizer.steps.detach()[1])
+    x, upstream = torch.zeros(2, 3, 12), values(2, 3, 12, seed=1)
+    x[0, :, group] = 100 * far * step  # outside; zeros are levels
+    out = quantizer(x)
+    torch.testing.assert_close(out.detach(), 15 * x / 100)
+    out.backward(upstream)
+    total = float(upstream[0, :, group].sum())
+    assert quantizer.zeros.grad.tolist() == [0, pytest.approx(-step * total, rel=1e-5), 0]
+    assert quantizer.steps.grad.tolist() == [0, pytest.approx(15 * far * total, rel=1e-5), 0]
+
+
 def test_fixed_ranges_have_no_parameters():
     x = values(2, 4, 12)
     assert not list(calibrated(x).parameters())

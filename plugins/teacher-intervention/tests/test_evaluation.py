@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 import qpipe
+from qpipe.data.loader import eval_loader
 from qpipe.testing import tiny_config, tiny_model
 
 EVALUATE = importlib.import_module("qpipe.stages.evaluate")
@@ -47,28 +49,58 @@ def evaluated(run):
     return [line for line in lines if any("accuracy" in key for key in line)]
 
 
+def replaced(kind, student, teacher, batch):
+    """The student's logits with the teacher's attention, by hooks of torch alone: what comes out of it, its context, or
+    its maps, which weigh the student's own values."""
+    said, values, handles = {}, {}, []
+    theirs, ours = ([layer.attention for layer in model.bert.encoder.layer] for model in (teacher, student))
+    for n, attention in enumerate(theirs):
+        handle = attention.output.dense.register_forward_hook(lambda m, args, out, n=n: said.update({n: (*args, out)}))
+        handles.append(handle)
+    maps = teacher(**batch, output_attentions=True).attentions
+
+    def context(n):
+        heads = values[n].unflatten(-1, (4, -1)).transpose(1, 2)
+        return (maps[n] @ heads).transpose(1, 2).flatten(2) if kind == "map" else said[n][0]
+
+    for n, attention in enumerate(ours):
+        dense = attention.output.dense
+        handles.append(attention.self.value.register_forward_hook(lambda m, args, out, n=n: values.update({n: out})))
+        if kind == "output":
+            handles.append(dense.register_forward_hook(lambda m, args, out, n=n: said[n][1]))
+        else:
+            handles.append(dense.register_forward_pre_hook(lambda m, args, n=n: (context(n),)))
+    logits = student(**batch).logits
+    for handle in handles:
+        handle.remove()
+    return logits
+
+
 @pytest.mark.parametrize("schedule", ["output", "context", "map"])
 def test_evaluation_is_of_the_student_with_the_teachers_attention(schedule, logits, tmp_path):
-    whole = tiny_config(tmp_path, train__max_steps=3, **STILL)
-    whole = whole.model_copy(update={"model": whole.model.model_copy(update={"name": str(tmp_path / "teacher")})})
-    qpipe.execute(whole)
-    expected = logits[0]
-    logits.clear()
     config = tiny_config(
         tmp_path,
         {"ti-g": {"schedule": [{"kind": schedule, "fraction": 1}], "steps": 3, "in_evaluation": True}},
         model__name=str(scrambled(tmp_path)),
         teacher__name=str(tmp_path / "teacher"),
         teacher__init_student=False,
-        out=str(tmp_path / "intervened"),
         **STILL,
     )
     run = qpipe.execute(config)
+    student, teacher = (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / name, attn_implementation="eager").eval()
+        for name in ("scrambled", "teacher")
+    )
+    (batch, _), *rest = eval_loader(run.data, batch_size=config.train.eval_batch_size, rank=0, world_size=1)
+    batch.pop("labels")
+    assert not rest, "an evaluation is one batch"
+    with torch.no_grad():
+        alone, expected = student(**batch).logits, replaced(schedule, student, teacher, batch)
+        others = [replaced(kind, student, teacher, batch) for kind in {"output", "context", "map"} - {schedule}]
     during, after, last = logits[0], logits[1], logits[-1]
-    assert not torch.allclose(after, expected, atol=1e-3)
-    if schedule == "output":  # contexts and maps still pass the student's own projections
-        torch.testing.assert_close(during, expected, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(during, after, atol=1e-3)
+    assert not any(torch.allclose(other, expected, atol=1e-3) for other in (alone, *others))
+    torch.testing.assert_close(during, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(after, alone, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(after, last, atol=1e-5, rtol=1e-5)
     assert run.results["best_step"] == 6, "the evaluation at step 3 must not count"
     assert len(evaluated(run)) == 2
