@@ -158,9 +158,27 @@ def _sample(split: Split, labels: np.ndarray[Any, Any], size: int | None) -> tup
     return split.select(positions), labels[positions]
 
 
+def _with_kept_labels(split: Split, config: DataConfig) -> Split:
+    """The rows whose label is wanted, of texts that have one: language models learn from no label, but of some texts.
+
+    Raises:
+        ConfigError: labels are to be kept of no column.
+    """
+    if config.keep_labels is None:
+        return split
+    if config.label_column is None:
+        raise ConfigError(
+            "data.keep_labels drops rows by a label: name its column in data.label_column, or leave keep_labels out"
+        )
+    split.require([config.label_column], f"data.label_column (now {config.label_column!r})")
+    return labelling.keep_rows(split, config.label_column, config.keep_labels)
+
+
 def _language(config: RunConfig, task: Task) -> TaskData:
     train, validation = read_splits(config.data, task)
     (column,) = _input_columns(config.data, task)
+    train = _with_kept_labels(train, config.data)
+    validation = None if validation is None else _with_kept_labels(validation, config.data)
     if validation is None:
         train, validation = train.hold_out(config.data.validation_fraction)
     tokenizer = load_tokenizer(config.model, config.data.max_length)

