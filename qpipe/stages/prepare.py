@@ -28,12 +28,16 @@ from qpipe.stages.gather import STORED
 from qpipe.stages.param_groups import parameter_groups
 from qpipe.stages.phases import make_phases
 from qpipe.stages.recomputing import recompute
-from qpipe.stages.teaching import hold_teacher
+from qpipe.stages.teaching import hold_teacher, wanted_signals
 from qpipe.types import Exporter, Rule, Site
 
 logger = logging.getLogger("qpipe.stages")
 
 SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+OUTPUTS = frozenset({"logits", "hidden_states"})
+"""Signals that are part of a model's output and need no capture within it."""
 
 
 def plan(run: Run) -> None:
@@ -314,14 +318,14 @@ def prepare(run: Run, trained: Mapping[str, Tensor] | None = None) -> None:
     if run.plan.sites and trained is None:  # a finished run may be wanted in another format, and is asked for then
         refuse_unexportable(run)
     attach_weight_losses(run)
-    if run.host.is_used("qpipe_signals"):
-        if run.total_steps:
-            run.instruments.enable_capture()
-        if run.teacher is not None:
-            run.teacher_instruments = instrument(run.host, run.teacher)
-            run.teacher_instruments.enable_capture()
+    if run.host.is_used("qpipe_signals") and run.teacher is not None:
+        run.instruments.enable_capture()
+        run.teacher_instruments = instrument(run.host, run.teacher)
+        run.teacher_instruments.enable_capture()
     run.phases = make_phases(run)
     run.host.hook.qpipe_model_prepared(run=run)
+    if run.total_steps and wanted_signals(run).student - OUTPUTS:  # as a plugin without a teacher may want
+        run.instruments.enable_capture()
 
 
 def wrap(run: Run) -> None:

@@ -69,5 +69,7 @@ def test_row_can_be_prepared(
     recipe = copy.deepcopy(read_yaml(table.recipe(row).read_text(), row))
     source = {**recipe, **inputs(table, recipe["task"]), "engine": {"name": "accelerate", "cpu": True}}
     source["train"] = {**recipe.get("train", {}), "max_steps": 100}
+    if recipe["quantization"].get("ptq"):
+        source["quantization"] = {**recipe["quantization"], "ptq": {**recipe["quantization"]["ptq"], "examples": 32}}
     config = resolve({**source, "out": str(tmp_path / "run")})
     rehearse(config, connect(config.engine), loaded(config))

@@ -34,9 +34,10 @@ def kinds(monkeypatch):
     plugin = importlib.import_module("qpipe_teacher_intervention.plugin").TeacherIntervention
     original = plugin.qpipe_signals
 
-    def watch(self):
-        seen.append(self.kind)
-        return original(self)
+    def watch(self, run):
+        if run.step is not None:
+            seen.append(self.kind)
+        return original(self, run)
 
     monkeypatch.setattr(plugin, "qpipe_signals", qpipe.hookimpl(watch))
     monkeypatch.setattr(EXECUTE, "verify", lambda *_, **__: SimpleNamespace(passed=True, metrics={}, lines=list))
