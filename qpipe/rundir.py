@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -37,12 +38,7 @@ def require_unused(out: Path) -> None:
     Raises:
         ConfigError: there are checkpoints, metrics or results.
     """
-    for name in TRAINED:
-        if (out / name).exists():
-            raise ConfigError(
-                f"run directory {out} is already in use: it holds {name}; "
-                "continue that run with --resume, choose another --out, or delete the directory"
-            )
+    _refuse(out, TRAINED, "continue that run with --resume, ")
 
 
 def require_unquantized(out: Path) -> None:
@@ -52,11 +48,16 @@ def require_unquantized(out: Path) -> None:
         ConfigError: there are checkpoints, metrics or results. Without these, a model or export is what an interrupted
             quantization has left.
     """
-    for name in (CHECKPOINTS_NAME, "metrics.jsonl", "results.json"):
-        if (out / name).exists():
-            raise ConfigError(
-                f"run directory {out} is already in use: it holds {name}; choose another --out, or delete the directory"
-            )
+    _refuse(out, (CHECKPOINTS_NAME, "metrics.jsonl", "results.json"))
+
+
+def _refuse(out: Path, names: Iterable[str], advice: str = "") -> None:
+    held = next((name for name in names if (out / name).exists()), None)
+    if held is not None:
+        raise ConfigError(
+            f"run directory {out} is already in use: it holds {held}; {advice}choose another --out, or delete the "
+            "directory"
+        )
 
 
 def require_resumable(out: Path) -> None:

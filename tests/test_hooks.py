@@ -13,7 +13,7 @@ import pytest
 from qpipe import Loss, Options, Plugin, PluginError, hookimpl
 from qpipe.discovery import PluginInfo
 from qpipe.hookspecs import Specs
-from qpipe.host import build_plugin, load_plugins
+from qpipe.host import ONE_BY_ONE, build_plugin, load_plugins
 
 ROOT = Path(__file__).parents[1]
 HOOKS = {name: function for name, function in vars(Specs).items() if name.startswith("qpipe_")}
@@ -159,6 +159,12 @@ def test_hooks_that_are_called_one_by_one_cannot_be_wrapped():
             return (yield)
 
     load_plugins({}, extra=[("watch", Watch())])
+
+
+def test_it_is_known_which_hooks_are_called_one_by_one():
+    sources = "\n".join(path.read_text() for path in (ROOT / "qpipe").rglob("*.py"))
+    calls = r'(?:collect|collect_list|collect_mappings|implementations)\(\s*"(qpipe_\w+)'
+    assert set(re.findall(calls, sources)) == ONE_BY_ONE
 
 
 def test_unknown_argument_of_a_hook_is_refused():

@@ -217,15 +217,11 @@ def merge_config_file(settings: dict[str, Any], config: EngineConfig) -> dict[st
     """Add the keys of `engine.config_file`.
 
     Raises:
-        ConfigError: the file is missing, is not JSON, or sets a managed key or another ZeRO stage.
+        ConfigError: the file is missing, holds no JSON object, or sets a managed key or another ZeRO stage.
     """
     if config.config_file is None:
         return settings
-    path = Path(config.config_file)
-    try:
-        extra = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"engine.config_file {config.config_file!r} cannot be read: {error}") from error
+    extra = _read(Path(config.config_file))
     clash = [key for key in MANAGED if key in extra and extra[key] != "auto"]
     if clash:
         raise ConfigError(
@@ -241,3 +237,15 @@ def merge_config_file(settings: dict[str, Any], config: EngineConfig) -> dict[st
     merged = {**{k: v for k, v in extra.items() if k not in MANAGED}, **settings}
     merged["zero_optimization"] = {**settings["zero_optimization"], **zero}
     return merged
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"engine.config_file {str(path)!r}: {error.strerror}; give a DeepSpeed JSON file") from error
+    except ValueError as error:
+        raise ConfigError(f"engine.config_file {str(path)!r} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"engine.config_file {str(path)!r} must hold an object, not a {type(value).__name__}")
+    return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -77,7 +76,6 @@ def check(config: RunConfig, processes: int = 0) -> None:
         PluginError: a plugin is missing, does not load, or its options are wrong.
     """
     if config.engine.config_file is not None:
-        _check_json(Path(config.engine.config_file))
         from qpipe.engine.deepspeed import merge_config_file
 
         merge_config_file({"zero_optimization": {}}, config.engine)
@@ -87,17 +85,6 @@ def check(config: RunConfig, processes: int = 0) -> None:
     from qpipe.host import load_plugins
 
     load_plugins(config.plugins, builtins=False)
-
-
-def _check_json(path: Path) -> None:
-    try:
-        value = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"engine.config_file {str(path)!r}: {error.strerror}; give a DeepSpeed JSON file") from error
-    except ValueError as error:
-        raise ConfigError(f"engine.config_file {str(path)!r} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"engine.config_file {str(path)!r} must hold an object, not a {type(value).__name__}")
 
 
 def launch(config: RunConfig, topology: Topology, env: dict[str, str], resume: bool) -> None:

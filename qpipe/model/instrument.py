@@ -16,6 +16,9 @@ from qpipe.quant.quantizer import QuantContext, Quantizer
 from qpipe.quant.sums import EmbeddingSums
 from qpipe.types import ModelMap, SignalKind, Site, Slot, TapStage
 
+OUTPUTS: frozenset[SignalKind] = frozenset({"logits", "hidden_states"})
+"""Signals that are part of a model's output and need no capture within it."""
+
 HostClass = Callable[[nn.Module], "type[nn.Module] | None"]
 
 
@@ -203,8 +206,8 @@ class Instruments:
         Raises:
             ModelError: the model has no attention that could be captured.
         """
-        found = {"attention_output": self.map.attention_output, "logits": True, "hidden_states": True}
-        missing = {kind for kind in kinds if not found.get(kind, self.map.attention)}
+        places = {"attention_output": self.map.attention_output}
+        missing = {kind for kind in kinds - OUTPUTS if not places.get(kind, self.map.attention)}
         if missing:
             raise ModelError(
                 f"{type(self.model).__name__} offers no {', '.join(sorted(missing))}: its attention is not known. "

@@ -14,6 +14,7 @@ from qpipe.config import PtqConfig
 from qpipe.errors import ConfigError, FormatError, ModelError, SiteError, suggest
 from qpipe.export import record as export_record
 from qpipe.export.record import zero_point_kind
+from qpipe.model.instrument import OUTPUTS
 from qpipe.quant.compiled import use_compiled
 from qpipe.quant.estimators import find_estimator
 from qpipe.quant.modules import QuantModule
@@ -34,10 +35,6 @@ from qpipe.types import Exporter, Rule, Site
 logger = logging.getLogger("qpipe.stages")
 
 SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-OUTPUTS = frozenset({"logits", "hidden_states"})
-"""Signals that are part of a model's output and need no capture within it."""
 
 
 def plan(run: Run) -> None:
@@ -289,6 +286,7 @@ def attach_weight_losses(run: Run) -> None:
         paths = [path for path in weights if term.applies(path)]
         if not paths:
             raise SiteError(f"weight loss {term.name!r} applies to no weight of this model")
+        # A tied weight has several paths, and counts once: at the first.
         paths = list({id(run.student.get_parameter(f"{path}.weight")): path for path in reversed(paths)}.values())
         for path in paths:
             module = run.instruments.module(run.instruments.sites[f"{path}:weight"])

@@ -30,12 +30,14 @@ def recompute(run: Run) -> None:
 
 
 def _enable(model: nn.Module) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    advice = f"{type(model).__name__} cannot checkpoint activations; leave train.activation_checkpointing out"
+    if enable is None:
+        raise ConfigError(advice)
     try:
-        model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    except (AttributeError, ValueError) as error:  # transformers says so of classes that do not support it
-        raise ConfigError(
-            f"{type(model).__name__} cannot checkpoint activations ({error}); leave train.activation_checkpointing out"
-        ) from error
+        enable({"use_reentrant": False})
+    except ValueError as error:  # transformers' classes have the method whether or not they support it
+        raise ConfigError(advice) from error
 
 
 def lost_without_graph(run: Run) -> list[str]:

@@ -110,12 +110,12 @@ def content_hash(path: Path, below: bool = False) -> str | None:
     return hashlib.sha256("".join(f"{name}:{digest};" for name, digest in files.items()).encode()).hexdigest()
 
 
-def stand_in(config: RunConfig, data: TaskData) -> str | ModelConfig:
+def stand_in(config: RunConfig, data: TaskData | None) -> str | ModelConfig:
     """The named teacher, checked as far as that goes without loading it; where none is named, the model it will be.
 
     Args:
         config: resolved configuration.
-        data: what the run trains on.
+        data: what the run trains on; None compares no tokens and labels.
 
     Raises:
         ModelError: a named teacher reads other tokens, or numbers its labels in another way.
@@ -124,7 +124,8 @@ def stand_in(config: RunConfig, data: TaskData) -> str | ModelConfig:
     if config.teacher.name is None:
         return config.model
     named = locate(config.teacher.name)
-    require_same_language(config, named, data)
+    if data is not None:
+        require_same_language(config, named, data)
     require_same_architecture(config, named)
     return named
 
@@ -150,8 +151,7 @@ def ensure_teacher(
     if not is_needed(config, host):
         return None, {}
     if config.teacher.name is not None:
-        named = locate(config.teacher.name) if data is None else str(stand_in(config, data))
-        return named, {}
+        return str(stand_in(config, data)), {}
     sub = teacher_config(config, describing(host))
     folder = Path(sub.out)
     mark, before = mark_of(sub), _read(folder / "inputs.json") or {}

@@ -108,10 +108,15 @@ def label_names(model: str, trust_remote_code: bool, revision: str | None = None
     return tuple(str(labels[key]) for key in sorted(labels))
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer's files."""
+    return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
+
+
 def load_tokenizer(teacher: str, trust_remote_code: bool) -> Any:
     """The teacher's tokenizer, None if it has none."""
     folder = Path(teacher)
-    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+    if folder.is_dir() and not has_tokenizer(folder):
         return None  # transformers would make an empty one up
     try:
         return AutoTokenizer.from_pretrained(teacher, trust_remote_code=trust_remote_code)

@@ -20,7 +20,7 @@ from qpipe.stages.build import build
 from qpipe.stages.casting import cast
 from qpipe.stages.gather import float_state, quantizer_state
 from qpipe.stages.prepare import prepare
-from qpipe.stages.teacher_fit import TOKENIZER_FILES
+from qpipe.stages.teacher_fit import has_tokenizer
 
 QUANTIZERS = "quantizers.safetensors"
 DETAILS = "qpipe_model.json"
@@ -64,7 +64,7 @@ def restore(run_dir: Path) -> Run:
     engine = AccelerateEngine(alone(config).engine)
     engine.dtype = getattr(torch, details["dtype"])
     changes = {"name": str(folder), "revision": None, "keep_layers": None, "weights": "pretrained"}
-    if any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+    if has_tokenizer(folder):
         changes["tokenizer"] = None  # the run has kept the one that it was trained with
     trained = config.model.model_copy(update=changes)
     run = build(config.model_copy(update={"model": trained}), load_plugins(config.plugins), engine)

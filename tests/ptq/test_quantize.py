@@ -1,6 +1,5 @@
 """Quantizing without training: what each method promises, on a model of a few kilobytes."""
 
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -24,11 +23,6 @@ from qpipe.testing import check_rules, run_distributed, tiny_config
 from qpipe.testing.gradients import compare, write_traces
 
 QUICK = {"examples": 64, "batch_size": 16, "iterations": 100, "evaluations": 40}
-
-
-def module(name):
-    """A stage's module; the package's attribute of that name is the function."""
-    return importlib.import_module(f"qpipe.stages.{name}")
 
 
 @pytest.fixture(scope="module")
@@ -58,22 +52,6 @@ def config(folder, preset="w3", out="run", learned=None, **ptq):
         quantization__ptq={**QUICK, **ptq},
         out=str(folder / out),
     )
-
-
-def test_too_few_examples_show_before_anything_is_evaluated(folder, monkeypatch):
-    monkeypatch.setattr(module("quantize"), "evaluate", lambda *_: pytest.fail("evaluated"))
-    with pytest.raises(DataError, match="quantization.ptq.examples 300 exceeds the 128 training examples; lower it"):
-        quantize(config(folder, out="few", weights="adaround", examples=300))
-
-
-def test_what_is_wrong_with_the_training_shows_before_weights_are_rounded(folder, monkeypatch):
-    def collide(_):
-        raise ConfigError("no loss is left")
-
-    monkeypatch.setattr(module("execute"), "initialize", lambda _: pytest.fail("rounded"))
-    monkeypatch.setattr(module("execute"), "collect_losses", collide)
-    with pytest.raises(ConfigError, match="no loss is left"):
-        execute(config(folder, out="rounded", weights="adaround"))
 
 
 def prepared(folder, **ptq):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from qpipe import ConfigError, ModelError, Plugin
 from qpipe.analysis import curvature
@@ -18,12 +18,9 @@ from qpipe.analysis.curvature import trained_parameters, validation_batches
 from qpipe.analysis.hessian import hessian_product, norms, top_eigenvalues
 from qpipe.analysis.landscape import moved, normalized, offsets, random_direction
 from qpipe.analysis.ledger import Ledger
-from qpipe.analysis.load import source_of
 from qpipe.analysis.observe import examples
 from qpipe.analysis.session import Session, Source
 from qpipe.analysis.slopes import frozen, twice_differentiable
-from qpipe.config import resolve
-from qpipe.model.reduce import keep_layers
 from qpipe.quant.activation import ActivationOptions, UniformActivation
 from qpipe.quant.grid import GridQuantizer
 from qpipe.quant.quantizer import Quantizer, straight_through
@@ -31,7 +28,6 @@ from qpipe.quant.tensor import QTensor
 from qpipe.report.convergence import convergence, rise, summary_rows
 from qpipe.run import Step
 from qpipe.stages.calibrate import inputs_of
-from qpipe.stages.casting import cast
 from qpipe.stages.sensitivity import load, mean_loss, sample
 from qpipe.stages.train import task_loss
 from qpipe.testing import tiny_model
@@ -406,37 +402,6 @@ def test_heads_are_compared_as_the_run_maps_them(here, tmp_path):
     requests = {given: Request(("ranking",), sequences=1, teacher=deep, layer_map=given) for given in ((1, 2), (2, 4))}
     maps = {given: analyze(here, request)["ranking"]["teacher_maps"] for given, request in requests.items()}
     assert maps[1, 2][1] == maps[2, 4][0] and maps[1, 2][0] != maps[2, 4][0]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_hidden_states_of_decoders_are_what_blocks_return(dtype, tmp_path):
-    """The first half of a model is at no distance from the whole, though only the whole's last layer is normalised.
-
-    In bfloat16 neither, as rotary frequencies stay in float32 in both.
-    """
-    whole = tiny_model(tmp_path / "whole", "llama", num_hidden_layers=4)
-    half = AutoModelForCausalLM.from_pretrained(whole)
-    keep_layers(half, [f"model.layers.{layer}" for layer in range(4)], [0, 1])
-    half.save_pretrained(tmp_path / "half")
-    shutil.copy(whole / "vocab.txt", tmp_path / "half")
-    shutil.copy(whole / "tokenizer_config.json", tmp_path / "half")
-    text = tmp_path / "data.jsonl"
-    text.write_text((json.dumps({"text": "the movie was great " * 16}) + "\n") * 40)
-    config = {
-        "model": {"name": str(tmp_path / "half")},
-        "task": "causal-lm",
-        "data": {"train": str(text), "max_length": 64, "validation_fraction": 0.2},
-        "engine": {"name": "accelerate", "precision": "float32", "cpu": True},
-        "out": str(tmp_path / "out"),
-    }
-    source = source_of(resolve(config))
-    request = Request(("layers",), examples=2, teacher=str(whole), layer_map=(1, 2))
-    session = Session(source, request)
-    session.run.engine.dtype = dtype  # as a run that was trained in it has
-    cast(session.run.student, session.run)
-    found = measure(session)["layers"]
-    assert found["hidden_states"]["mse"] == [0, 0, 0] and found["ffn_input"]["mse"] == [0, 0]
-    assert min(found["hidden_states"]["power"]) > 0
 
 
 def test_several_processes_are_refused(here, monkeypatch):
