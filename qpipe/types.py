@@ -50,7 +50,7 @@ HEADS_FIRST_SLOTS: tuple[Slot, ...] = ("query", "key", "value", *MAP_SLOTS)
 ACTIVATION_SLOTS: frozenset[str] = frozenset(get_args(Slot)) - {"weight"}
 """What a quantizer that can serve any activation gives as its slots."""
 
-SignalKind = Literal["logits", "hidden_states", "scores", "probs", "context", "attention_output"]
+SignalKind = Literal["logits", "hidden_states", "scores", "visible", "probs", "context", "attention_output"]
 """What can be captured of student and teacher; see `Signals`."""
 
 
@@ -193,7 +193,9 @@ class WeightLoss:
 class Signals:
     """What a plugin wants captured in this step; the core takes the union over plugins.
 
-    `scores` are pre-softmax and pre-mask, [batch, heads, queries, keys]; `probs` post-softmax, before dropout;
+    `scores` are pre-softmax and pre-mask, [batch, heads, queries, keys]; `visible` tells which of them the softmax
+    sees, boolean, [batch, 1 or heads, queries, keys]: no padded keys, in decoders no later ones, and none outside a
+    sliding window; `probs` post-softmax, before dropout;
     `context` [batch, tokens, heads, head size]; `attention_output` the output of the attention's output projection,
     [batch, tokens, hidden]; `hidden_states` what the first block receives and what every block returns, the last one
     too before any normalisation that follows the blocks. `scores` and `probs` make the model build attention maps, so

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 NAME = "qpipe"
 SLOTS: tuple[Slot, ...] = ("query", "key", "value", "raw_scores", "scores", "probs", "context")
+VISIBLE = "visible"
+"""What is captured of the mask. No slot: nothing changes it, and no quantizer sits there."""
 NOT_COMPUTED = ("softcap", "s_aux", "sinks", "indices", "block_indices")
 """Arguments of attention functions that change what is computed, and that the fused kernel refuses or overlooks: caps,
 sinks, and the choice of keys in sparse attention."""
@@ -44,7 +46,7 @@ class AttentionSites(nn.Module):
         self.path = path
         self.context = context
         self.quantizers = nn.ModuleDict()
-        self.taps: dict[str, list[Tap]] = {slot: [] for slot in SLOTS}
+        self.taps: dict[str, list[Tap]] = {slot: [] for slot in (*SLOTS, VISIBLE)}
 
     def host(self, slot: str, quantizer: Quantizer) -> None:
         """Put a quantizer at a slot."""
@@ -90,6 +92,10 @@ class AttentionSites(nn.Module):
         """
         refuse_unsupported(f"{self.path} ({type(module).__name__})", kwargs, self.expects_map())
         query, key, value = self.at("query", query), self.at("key", key), self.at("value", value)
+        causal = self._is_causal(module, kwargs)
+        if any(tap.acts(self.context) for tap in self.taps[VISIBLE]):
+            shape = (query.shape[0], query.shape[2], key.shape[2])
+            run_taps(self.taps[VISIBLE], visible_pairs(shape, attention_mask, causal, query.device), self.context)
         if not self.needs_map():
             context, _ = sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -101,7 +107,7 @@ class AttentionSites(nn.Module):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         raw = self.at("raw_scores", torch.matmul(query, key.transpose(-1, -2)))
         scores = self.at("scores", raw * scaling)
-        scores = masked(scores, attention_mask, self._is_causal(module, kwargs))
+        scores = masked(scores, attention_mask, causal)
         probs = self.at("probs", torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype))
         dropped = nn.functional.dropout(probs, dropout, module.training)
         context = torch.matmul(dropped, value).transpose(1, 2).contiguous()
@@ -142,12 +148,38 @@ def masked(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """Scores with masked entries at the smallest value; accepts boolean (True = keep), additive and missing masks."""
     queries, keys = scores.shape[-2:]
     if mask is None and causal and queries > 1:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril(keys - queries)
+        mask = earlier_keys(queries, keys, scores.device)
     if mask is None:
         return scores
     if mask.dtype == torch.bool:
         return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores + mask
+
+
+def earlier_keys(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Boolean `[queries, keys]`: True at keys no later than the query; the last query is at the last key."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def visible_pairs(shape: tuple[int, int, int], mask: Tensor | None, causal: bool, device: torch.device) -> Tensor:
+    """Which pairs of query and key the softmax sees, as `masked` has it.
+
+    Args:
+        shape: batch, queries, keys.
+        mask: boolean (True = seen) or additive, `[batch or 1, heads or 1, queries or 1, keys]`; None: as `causal` says.
+        causal: True if, without a mask, no query sees a later key.
+        device: where the result belongs.
+
+    Returns:
+        Boolean, `[batch, heads or 1, queries, keys]`.
+    """
+    batch, queries, keys = shape
+    if mask is None:
+        seen = earlier_keys(queries, keys, device) if causal else torch.ones(1, 1, dtype=torch.bool, device=device)
+        return seen.expand(batch, 1, queries, keys)
+    # Additive masks hide by the smallest number, which a bias may have moved a little.
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return seen.expand(batch, -1, queries, keys)
 
 
 def dispatch(

@@ -70,39 +70,26 @@ def hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     return example_mean((student.float() - teacher.float()).square().mean(-1), mask)
 
 
-def visible_pairs(scores: Tensor, mask: Tensor | None, causal: bool, queries: bool) -> Tensor | None:
-    """Which pairs of query and key count, broadcastable to `[batch, queries, keys]`; None if all.
-
-    Args:
-        scores: `[batch, heads, queries, keys]`, for size and device.
-        mask: `[batch, tokens]`, non-zero at real tokens, or None.
-        causal: True if a query sees no later key.
-        queries: False if padded queries count too.
-    """
-    visible = None if mask is None else mask[:, None, :].bool()
-    if visible is not None and mask is not None and queries:
-        visible = visible & mask[:, :, None].bool()
-    if causal:
-        lower = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        visible = lower if visible is None else visible & lower
-    return visible
-
-
-def attention_mse(student: Tensor, teacher: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+def attention_mse(student: Tensor, teacher: Tensor, visible: Tensor | None, mask: Tensor | None = None) -> Tensor:
     """Mean squared difference of attention scores over heads and over pairs of real tokens; "TinyBERT", eq. 7.
 
     Args:
         student: scores before the softmax and the mask, `[batch, heads, queries, keys]`.
         teacher: of the same shape.
-        mask: `[batch, tokens]`, non-zero at real tokens, or None.
-        causal: True if a query sees no later key.
+        visible: the pairs that the attention sees, boolean, `[batch, 1, queries, keys]`, as the signal `visible` has
+            them; None: all.
+        mask: `[batch, tokens]`, non-zero at real tokens: as queries, the others do not count; None: all do.
     """
     difference = (student.float() - teacher.float()).square().mean(1)
-    return example_mean(difference, visible_pairs(student, mask, causal, queries=True))
+    counts = None if visible is None else visible[:, 0]
+    if mask is not None:
+        queries = mask[:, :, None].bool()
+        counts = queries if counts is None else counts & queries
+    return example_mean(difference, counts)
 
 
 def all_scores_mse(
-    student: Tensor, teacher: Tensor, mask: Tensor | None, causal: bool = False, floor: float | None = None
+    student: Tensor, teacher: Tensor, visible: Tensor | None = None, floor: float | None = None
 ) -> Tensor:
     """Mean squared difference of attention scores over all elements, as published code has it.
 
@@ -111,13 +98,10 @@ def all_scores_mse(
     Args:
         student: scores `[batch, heads, queries, keys]`.
         teacher: of the same shape; gets no gradient.
-        mask: `[batch, tokens]`, non-zero at real tokens; None: no key counts as masked.
-        causal: True if a query sees no later key; those then count as masked.
+        visible: the pairs that the attention sees, boolean, `[batch, 1 or heads, queries, keys]`: the signal `visible`;
+            None: no pair counts as masked.
         floor: scores down to here count as 0, with no gradient; published code finds masked entries by -100.
     """
-    visible = visible_pairs(student, mask, causal, queries=False)
-    if visible is not None and visible.dim() == 3:
-        visible = visible[:, None]
     value: Tensor = _MeanSquare.apply(student.float(), teacher.float(), None if visible is None else ~visible, floor)
     return value
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qpipe.errors import ModelError, SiteError, suggest
-from qpipe.model.attention import SLOTS, AttentionSites, install
+from qpipe.model.attention import SLOTS, VISIBLE, AttentionSites, install
 from qpipe.model.taps import Tap, add_sorted, always
 from qpipe.quant.hosts import QuantPart, host_class
 from qpipe.quant.modules import QuantEmbedding, QuantModule
@@ -185,6 +185,7 @@ class Instruments:
         for layer, path in enumerate(self.map.attention):
             for kind in ("scores", "probs", "context"):
                 self._capture(f"{path}:{kind}", kind, layer)
+            add_sorted(self.attention(path).taps_at(VISIBLE), self._keeper("visible", layer))
         for layer, path in enumerate(self.map.attention_output):
             self._capture(f"{path}:output", "attention_output", layer)
 
@@ -194,11 +195,16 @@ class Instruments:
         return self._capturing
 
     def _capture(self, site_name: str, kind: SignalKind, layer: int) -> None:
+        self._add_tap(self.site(site_name), self._keeper(kind, layer))
+
+    def _keeper(self, kind: SignalKind, layer: int) -> Tap:
+        """What captures one signal while it is wanted."""
+
         def keep(x: Tensor) -> Tensor:
             self._store[kind, layer] = x
             return x
 
-        self._add_tap(self.site(site_name), Tap(TapStage.OBSERVE, keep, lambda: kind in self._wanted, capture=True))
+        return Tap(TapStage.OBSERVE, keep, lambda: kind in self._wanted, capture=True)
 
     def want(self, kinds: frozenset[SignalKind], store: dict[tuple[str, int], Tensor]) -> None:
         """Capture `kinds` into `store` from the next forward pass on.

@@ -196,13 +196,14 @@ def check_absent(folder: Path, plugin: Any, offered: Mapping[str, set[str]], cha
 
 
 def check_zero3(folder: Path, config: RunConfig) -> None:
-    """Two processes under ZeRO-3 have the gradients of one process, on equal weights."""
+    """Two processes under ZeRO-3 have the gradients of one process in every step, on equal weights."""
     train = config.train.model_copy(update={"learning_rate": 1e-12})
     single = config.model_copy(update={"train": train, "out": str(folder / "compared")})
     sharded = single.model_dump(mode="json")
     sharded["engine"] |= {"name": "deepspeed", "zero": 3, "config_file": str(zero3_settings(folder))}
-    write_traces({"one": single.model_dump(mode="json")}, 2, str(folder))
-    run_distributed("qpipe.testing.gradients:write_traces", cases={"zero3": sharded}, steps=2, folder=str(folder))
+    steps = config.train.max_steps or 2  # all of them, so that every phase of a plugin comes up
+    write_traces({"one": single.model_dump(mode="json")}, steps, str(folder))
+    run_distributed("qpipe.testing.gradients:write_traces", cases={"zero3": sharded}, steps=steps, folder=str(folder))
     compare(load_file(folder / "one.safetensors"), load_file(folder / "zero3.safetensors"))
 
 

@@ -49,6 +49,29 @@ def tiny_slot_data(path: Path, examples: int = 160, seed: int = 0) -> Path:
     return path
 
 
+def tiny_lines(path: Path, examples: int = 80, seed: int = 0) -> Path:
+    """Write JSON lines with `text`, twelve words each, for language models."""
+    rng = random.Random(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": " ".join(rng.choices(OTHER, k=12))}) + "\n" for _ in range(examples)))
+    return path
+
+
+def tiny_images(path: Path, examples: int = 48, side: int = 16, seed: int = 0) -> Path:
+    """Write a parquet file of bright (label 1) and dark images: `image` with raw channels-first bytes, and `label`."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng = np.random.default_rng(seed)
+    labels = [i % 2 for i in range(examples)]
+    shape = (3, side, side)
+    pixels = [rng.integers(100 * y, 100 * y + 150, shape, dtype=np.uint8).tobytes() for y in labels]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"image": pixels, "label": labels}), path)
+    return path
+
+
 def _transformer(family: str, **sizes: Any) -> Any:
     import transformers as hf
 

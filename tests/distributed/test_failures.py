@@ -3,14 +3,12 @@
 import json
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from qpipe.config import resolve
 from qpipe.stages import checkpoint
 from qpipe.testing import run_distributed, tiny_config, tiny_model
+from qpipe.testing.tiny import tiny_images
 
 pytestmark = pytest.mark.distributed
 LIMIT = 150  # seconds; a hang would last until the process group's timeout of 30 minutes
@@ -46,14 +44,10 @@ def test_shards_of_a_model_with_unused_parameters_are_saved_and_loaded(tmp_path)
 
 
 def test_batch_normalization_is_evaluated_with_one_set_of_statistics(tmp_path):
-    rng = np.random.default_rng(0)
-    labels = [int(i % 2) for i in range(48)]
-    pixels = [rng.integers(100 * label, 100 * label + 150, (3, 16, 16), dtype=np.uint8).tobytes() for label in labels]
-    pq.write_table(pa.table({"image": pixels, "label": labels}), tmp_path / "images.parquet")
     config = {
         "model": {"name": str(tiny_model(tmp_path / "model", "resnet"))},
         "task": "image-classification",
-        "data": {"train": str(tmp_path / "images.parquet"), "validation_fraction": 0.2},
+        "data": {"train": str(tiny_images(tmp_path / "images.parquet")), "validation_fraction": 0.2},
         "quantization": {"rules": [{"site": "*convolution:weight", "options": {"bits": 4}}]},
         "train": {"max_steps": 2, "batch_size": 8, "learning_rate": 1e-3},
         "engine": {"name": "deepspeed", "precision": "float32", "cpu": True},

@@ -1,7 +1,7 @@
-"""A run killed with SIGKILL at a random step and resumed ends in the bits of one that was never interrupted.
+"""A run killed with SIGKILL at random steps and resumed ends in the bits of one that was never interrupted.
 
 Among them are ranges of activations that were learned or calibrated on two processes, orders of features, and what
-the export holds of both. The teacher intervenes in a step of its own, so that the kill comes in it or after it.
+the export holds of both. The teacher intervenes in a training of its own; one kill comes in it, one after it.
 """
 
 import json
@@ -20,7 +20,7 @@ from qpipe.config import dump
 from qpipe.testing import tiny_config
 from qpipe.testing.contract import weights_hash
 
-STEPS = 40
+STEPS, INTERVENED = 40, 20
 RANGES = [
     {"site": "{block}.*query:input", "quantizer": "lsq+-activation", "options": {"bits": 4}},
     {
@@ -64,10 +64,14 @@ def kill_at(process, out, step, timeout=240):
 )
 def test_resumed_equals_uninterrupted(tmp_path, engine, zero, precision, teacher):
     seed = random.SystemRandom().randrange(1000)
-    kill_step = random.SystemRandom().randrange(6, STEPS - 3)
+    kills = [random.SystemRandom().randrange(*steps) for steps in ((6, INTERVENED - 2), (INTERVENED + 6, STEPS - 3))]
     config = tiny_config(
         tmp_path,
-        {"kure": {"skip_above": None}, "ti-g": {"two_step": True, "steps": 20}, "peg": {"groups": 4, "learned": True}},
+        {
+            "kure": {"skip_above": None},
+            "ti-g": {"two_step": True, "steps": INTERVENED},
+            "peg": {"groups": 4, "learned": True},
+        },
         quantization__rules=RANGES,
         export__format="native",
         teacher__name=str(tmp_path / "teacher") if teacher == "named" else None,
@@ -87,15 +91,17 @@ def test_resumed_equals_uninterrupted(tmp_path, engine, zero, precision, teacher
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = subprocess.run(command(path, whole), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    process = subprocess.Popen(
-        command(path, killed), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    kill_at(process, killed, kill_step)
-    assert not (killed / "results.json").exists(), "the run ended before it was killed"
+    for number, step in enumerate(kills):
+        words = command(path, killed, *(["--resume"] if number else []))
+        process = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        kill_at(process, killed, step)
+        assert not (killed / "results.json").exists(), "the run ended before it was killed"
     done = subprocess.run(command(path, killed, "--resume"), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "resuming after step" in done.stdout + done.stderr
-    assert weights_hash(killed) == weights_hash(whole), f"seed {seed}, killed at step {kill_step}"
+    assert weights_hash(killed) == weights_hash(whole), f"seed {seed}, killed at steps {kills}"
     state, layout = (load_file(whole / "model" / "quantizers.safetensors"), described(whole))
     again = load_file(killed / "model" / "quantizers.safetensors")
     assert state.keys() == again.keys() and all(torch.equal(state[name], again[name]) for name in state)

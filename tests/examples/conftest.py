@@ -8,11 +8,11 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from qpipe.testing.tiny import tiny_images
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "cifar10"
@@ -72,13 +72,8 @@ def model_folder(prepare: ModuleType, checkpoint: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 dark and bright images of 8 x 8 pixels, raw channels-first bytes, with integer labels."""
-    rng = np.random.default_rng(0)
-    labels = [int(i % 2) for i in range(64)]
-    pixels = [rng.integers(90 * y, 90 * y + 160, (3, SIDE, SIDE), dtype=np.uint8).tobytes() for y in labels]
-    path = tmp_path_factory.mktemp("images") / "images.parquet"
-    pq.write_table(pa.table({"image": pixels, "label": labels}), path)
-    return path
+    """64 dark and bright images."""
+    return tiny_images(tmp_path_factory.mktemp("images") / "images.parquet", 64, SIDE)
 
 
 @pytest.fixture(scope="session")

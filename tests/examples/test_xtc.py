@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import qpipe
 from qpipe.config import read_yaml, resolve
@@ -46,6 +47,14 @@ def test_the_second_step_quantizes_the_reduced_model(name, levels, folder):
         value = quantizer.quantize(weight.detach())
         rows = value if "embeddings" in site else value.reshape(1, -1)
         assert max(len(row.unique()) for row in rows) == levels, site
+    inputs = {site: q for site, q in run.instruments.quantizers().items() if site.endswith(":input")}
+    assert {site.removesuffix(":input") + ":weight" for site in inputs} == {s for s in weights if "embeddings" not in s}
+    for site, quantizer in inputs.items():
+        x = torch.randn(2, 5, run.student.get_submodule(site.rpartition(":")[0]).in_features)
+        x[0, 0] *= 100
+        steps = (x.amax(-1) - x.amin(-1)) / 255
+        error = (quantizer(x) - x).abs().amax(-1)
+        assert bool((error <= steps).all() and (error > steps / 10).all()), f"{site}: 8 bits for each token"
     assert {"distillation/logits", "distillation/hidden", "distillation/attention"} <= {
         loss.name for loss in run.host.collect("qpipe_losses", run=run).values()
     }

@@ -70,6 +70,12 @@ def test_hidden_mse():
     torch.testing.assert_close(distances.hidden_mse(student, teacher, None), nn.MSELoss()(student, teacher))
 
 
+def seen_pairs(mask, causal, tokens):
+    """The signal `visible`: real keys, and no later ones."""
+    seen = mask[:, None, None, :].bool().expand(-1, 1, tokens, -1)
+    return seen & torch.ones(tokens, tokens, dtype=torch.bool).tril() if causal else seen
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_counts_pairs_of_real_tokens(causal):
     student, teacher = pair(2, 3, 4, 4)
@@ -78,7 +84,17 @@ def test_attention_counts_pairs_of_real_tokens(causal):
         seen = [(i, j) for i in range(4) for j in range(4) if mask[i] and mask[j] and not (causal and j > i)]
         squares = [(student[row, :, i, j] - teacher[row, :, i, j]).square().mean() for i, j in seen]
         expected.append(sum(squares) / len(squares))
-    torch.testing.assert_close(distances.attention_mse(student, teacher, MASK, causal), sum(expected) / 2)
+    visible = seen_pairs(MASK, causal, 4)
+    torch.testing.assert_close(distances.attention_mse(student, teacher, visible, MASK), sum(expected) / 2)
+
+
+def test_attention_without_padding():
+    student, teacher = pair(2, 3, 4, 4)
+    torch.testing.assert_close(distances.attention_mse(student, teacher, None), nn.MSELoss()(student, teacher))
+    unpadded = torch.ones(2, 4)
+    torch.testing.assert_close(
+        distances.attention_mse(student, teacher, None, unpadded), nn.MSELoss()(student, teacher)
+    )
 
 
 def test_sharing_out_a_batch_changes_nothing():
@@ -91,17 +107,13 @@ def test_sharing_out_a_batch_changes_nothing():
     torch.testing.assert_close(halves[1], short)
 
 
-def scores_by_autograd(student, teacher, mask, causal, floor):
+def scores_by_autograd(student, teacher, visible, floor):
     """Mean squared difference of scores, written out."""
     ours, theirs = student, teacher
     if floor is not None:
         ours, theirs = torch.where(ours > floor, ours, 0.0), torch.where(theirs > floor, theirs, 0.0)
-    counts = torch.ones_like(student, dtype=torch.bool)
-    if mask is not None:
-        counts &= mask[:, None, None, :].bool()
-    if causal:
-        counts &= torch.ones(student.shape[-2:], dtype=torch.bool).tril()
-    return (torch.where(counts, ours - theirs, 0.0) ** 2).sum() / student.numel()
+    difference = ours - theirs if visible is None else torch.where(visible, ours - theirs, 0.0)
+    return (difference**2).sum() / student.numel()
 
 
 @pytest.mark.parametrize("floor", [None, -1.0])
@@ -110,11 +122,12 @@ def scores_by_autograd(student, teacher, mask, causal, floor):
 def test_all_scores_mse_and_its_gradient(masked, causal, floor):
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(3, 2, 5, 5, generator=generator) for _ in range(2))
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]) if masked else None
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]])
+    visible = seen_pairs(mask if masked else torch.ones(3, 5), causal, 5) if masked or causal else None
     student[0, 0, 0, 0] = -1.0  # at the floor itself
     found, expected = student.clone().requires_grad_(), student.clone().requires_grad_()
-    ours = 3 * distances.all_scores_mse(found, teacher, mask, causal, floor)
-    theirs = 3 * scores_by_autograd(expected, teacher, mask, causal, floor)
+    ours = 3 * distances.all_scores_mse(found, teacher, visible, floor)
+    theirs = 3 * scores_by_autograd(expected, teacher, visible, floor)
     torch.testing.assert_close(ours, theirs)
     ours.backward()
     theirs.backward()

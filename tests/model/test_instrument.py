@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 from qpipe import ModelError, ModelMap, QuantModule, SiteError, TapStage
 from qpipe.builtin.models import Models
@@ -189,7 +190,7 @@ def test_inactive_taps_are_passed_over():
 
 # --- signals ----------------------------------------------------------------------------------------------------------
 
-ALL = frozenset({"logits", "hidden_states", "scores", "probs", "context", "attention_output"})
+ALL = frozenset({"logits", "hidden_states", "scores", "visible", "probs", "context", "attention_output"})
 
 
 def watched_blocks(model, batch):
@@ -222,12 +223,14 @@ def test_signals_of_every_layer(family, family_model, instrumented, batch_of):
     found.context.taps_active = True
     output = model(**batch, output_hidden_states=True)
     found.take_outputs(output, ALL, store)
-    layers = [(kind, layer) for kind in ("scores", "probs", "context", "attention_output") for layer in (0, 1)]
+    kinds = ("scores", "visible", "probs", "context", "attention_output")
+    layers = [(kind, layer) for kind in kinds for layer in (0, 1)]
     assert set(store) == {*layers, ("logits", 0), *(("hidden_states", i) for i in range(3))}
     tokens = maps[0].shape[-1]
     for layer in (0, 1):
         torch.testing.assert_close(store["probs", layer], maps[layer])
         assert store["scores", layer].shape == (2, 4, tokens, tokens)
+        assert torch.equal(store["visible", layer].expand(2, 4, -1, -1), maps[layer] > 0)
         assert store["context", layer].shape == (2, tokens, 4, 8)
         assert store["attention_output", layer].shape == (2, tokens, 32)
         projection = model.get_submodule(found.map.attention_output[layer])
@@ -236,6 +239,48 @@ def test_signals_of_every_layer(family, family_model, instrumented, batch_of):
     torch.testing.assert_close(store["logits", 0], expected.logits, rtol=1e-4, atol=1e-5)
     for layer, hidden in enumerate(passed):
         torch.testing.assert_close(store["hidden_states", layer], hidden, rtol=1e-4, atol=1e-5)
+
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 40,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WINDOWED = {
+    "qwen3": lambda: transformers.Qwen3Config(
+        **SIZES, num_key_value_heads=2, head_dim=8, use_sliding_window=True, sliding_window=3, max_window_layers=1
+    ),
+    "mistral": lambda: transformers.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=3),
+    "modernbert": lambda: transformers.ModernBertConfig(
+        **SIZES, local_attention=4, global_attn_every_n_layers=2, cls_token_id=3, sep_token_id=4
+    ),
+}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("family", WINDOWED)
+def test_visible_pairs_are_those_that_the_softmax_sees(family, padded, fused, instrumented, batch_of):
+    """As transformers' own eager attention has them with sliding windows; without maps too."""
+    model = transformers.AutoModelForSequenceClassification.from_config(WINDOWED[family]()).eval()
+    batch = batch_of("llama", padded)
+    model.set_attn_implementation("eager")
+    maps = model(**batch, output_attentions=True).attentions
+    found, store = instrumented(model), {}
+    found.enable_capture()
+    found.want(frozenset({"visible"} if fused else {"visible", "probs"}), store)
+    found.context.taps_active = True
+    model(**batch)
+    real = batch["attention_mask"].bool()[:, None, :, None] if padded else torch.tensor(True)
+    for layer, expected in enumerate(maps):
+        seen = store["visible", layer].expand_as(expected)
+        assert torch.equal(seen & real, (expected > 0) & real), layer
+    assert any(not store["visible", layer][0, 0, -1, 0] for layer in (0, 1)), "a window is at work"
 
 
 @pytest.mark.parametrize("family", ["bert", "vit", "llama", "qwen3"])

@@ -2,12 +2,8 @@
 
 import json
 import math
-import random
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,7 +22,7 @@ from qpipe.stages.sensitivity import load
 from qpipe.stages.sizes import fixed_size
 from qpipe.stages.trained import restore
 from qpipe.testing import tiny_model, tiny_text_data
-from qpipe.testing.tiny import FAMILIES, OTHER
+from qpipe.testing.tiny import FAMILIES, tiny_images, tiny_lines
 
 from .conftest import EXECUTE, no_verification
 
@@ -35,28 +31,13 @@ MODELS = (*FAMILIES, "llama-tied", "qwen3-tied")
 """Families, and those whose output head shares the embedding's weight."""
 
 
-def images(path: Path) -> Path:
-    """Bright and dark images of 16 x 16 pixels, raw channels-first bytes."""
-    rng = np.random.default_rng(0)
-    labels = [int(i % 2) for i in range(48)]
-    pixels = [rng.integers(100 * label, 100 * label + 150, (3, 16, 16), dtype=np.uint8).tobytes() for label in labels]
-    pq.write_table(pa.table({"image": pixels, "label": labels}), path)
-    return path
-
-
-def lines(path: Path) -> Path:
-    rng = random.Random(0)
-    path.write_text("".join(json.dumps({"text": " ".join(rng.choices(OTHER, k=12))}) + "\n" for _ in range(80)))
-    return path
-
-
 def config_of(name: str, folder: Path, **sizes):
     family, _, tied = name.partition("-")
     model = tiny_model(folder / name, family, **sizes, **({"tie_word_embeddings": True} if tied else {}))
     if family in ("vit", "resnet"):
-        task, data = "image-classification", {"train": str(images(folder / f"{family}.parquet"))}
+        task, data = "image-classification", {"train": str(tiny_images(folder / f"{family}.parquet"))}
     elif family in ("llama", "qwen3"):
-        task, data = "causal-lm", {"train": str(lines(folder / f"{family}.jsonl")), "max_length": 16}
+        task, data = "causal-lm", {"train": str(tiny_lines(folder / f"{family}.jsonl")), "max_length": 16}
     else:
         data = {"train": str(tiny_text_data(folder / f"{family}.jsonl", 60)), "max_length": 16}
         task = "sst2"

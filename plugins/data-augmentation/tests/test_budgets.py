@@ -1,6 +1,7 @@
 """Table 2 of the Teacher Intervention paper, from tables 6 and 7: iterations by budget and task."""
 
 import pytest
+from qpipe_data_augmentation import AugmentationOptions
 from qpipe_data_augmentation.budgets import BUDGETS, trials_of
 
 PAPER = {
@@ -31,6 +32,15 @@ def test_other_epochs():
     """C is as many passes as O4; A is always one."""
     assert [BUDGETS[name].steps(320, 0.5, 32) for name in ("O", "O2", "O4", "A", "C")] == [5, 10, 20, 10, 20]
     assert BUDGETS["O"].steps(3, 0.5, 32) == 1
+
+
+def test_the_defaults_are_those_of_tinybert():
+    """M, p, and N of every task of GLUE; Jiao et al. (2020), section 4.2 and the published code."""
+    options = AugmentationOptions()
+    assert (options.candidates, options.probability, options.trials) == (15, 0.4, None)
+    few = {"sst2": 20, "qnli": 20, "mnli": 10, "qqp": 10}
+    for task in ("cola", "mrpc", "rte", "stsb", *few):
+        assert trials_of(task, None) == few.get(task, 30), task
 
 
 def test_trials_of_the_tasks():

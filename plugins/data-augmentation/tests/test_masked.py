@@ -93,6 +93,49 @@ def test_byte_level_tokens_become_words(tmp_path):
     assert words.candidates[1] == ["not bad"] and words.candidates[2] == ["not Movie"]
 
 
+def albert(folder, scheme):
+    """A tiny ALBERT with the tokens of SentencePiece, of which those with ▁ begin words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import AlbertConfig, AlbertForMaskedLM, PreTrainedTokenizerFast
+
+    special = ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = ["▁movie", "▁a", "▁good", "▁b", "▁", "ad", "movie", *"abdegimnouv"]
+    backend = Tokenizer(models.Unigram([(t, 0.0) for t in special] + [(p, -float(len(p) < 3)) for p in pieces], 1))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    backend.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]
+    )
+    roles = {"pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, mask_token="[MASK]", **roles)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = AlbertConfig(
+        vocab_size=len(special) + len(pieces), embedding_size=8, max_position_embeddings=32, pad_token_id=0, **sizes
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AlbertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_tokens_of_sentencepiece_become_words(scheme, tmp_path):
+    """Words in the middle of a sentence too, whether or not its tokenizer would put ▁ before the first alone."""
+    model = load(albert(tmp_path, scheme))
+    found = Candidates(Splitter.like(model.tokenizer), lambda word, count: [f"not {word}"], model, 23)
+    words = found.find(["good bad movie"])["good bad movie"]
+    assert words.words == ["good", "bad", "movie"]
+    for place in (0, 2):
+        assert sorted(words.candidates[place]) == ["a", "b", "good", "movie"], "tokens that begin words, without ▁"
+    assert words.candidates[1] == ["not bad"], "two tokens"
+
+
+def test_a_tokenizer_without_the_places_of_words_is_refused():
+    with pytest.raises(ModelError, match=r"the tokenizer object is not a fast one, .* a tokenizer.json"):
+        Splitter.like(object())
+
+
 def test_a_model_that_a_run_trained_for_masked_words(tmp_path):
     """The README's way to a masked language model."""
     text = tmp_path / "text.txt"

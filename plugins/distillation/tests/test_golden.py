@@ -20,7 +20,7 @@ TERMS = {"cls": "logits", "att": "attention", "rep": "hidden", "output": "output
 
 
 def signals(case, side, grad):
-    """One side's captured signals, and by name in the file."""
+    """One side's captured signals, by kind and layer."""
     found = {}
     for name in case["tensors"]:
         if name.startswith(f"{side}_"):
@@ -37,7 +37,10 @@ def terms(case, student, teacher, batch, **options):
     depth = case["params"]["layers"]
     plugin._hidden = hidden_pairs(depth, 1, "uniform")
     plugin._attention = plugin._output = attention_pairs(depth, 1, "uniform")
-    step = Step(0, True, batch, student=student, teacher=teacher)
+    tokens = student["scores", 0].shape[-1]
+    keys = batch.get("attention_mask", torch.ones(len(student["scores", 0]), tokens)).bool()
+    visible = {("visible", layer): keys[:, None, None].expand(-1, 1, tokens, -1) for layer in range(depth)}
+    step = Step(0, True, batch, student={**student, **visible}, teacher=teacher)
     return {loss.name.split("/")[1]: loss.fn(step) for loss in plugin.qpipe_losses(run=SimpleNamespace(total_steps=1))}
 
 

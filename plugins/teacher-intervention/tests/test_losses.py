@@ -20,22 +20,15 @@ KINDS = {"att": "scores", "rep": "hidden_states", "out": "attention_output"}
 TERMS = {"ti/logits": "cls", "ti/hidden": "rep", "ti/scores": "att", "ti/output": "output"}
 
 
-def terms(layers, kind="classification", causal=False, **options):
+def terms(layers, kind="classification", **options):
     """The loss terms by name."""
-    attention = torch.nn.Module()
-    attention.is_causal = causal
-    run = SimpleNamespace(
-        student=torch.nn.ModuleDict({"attention": attention}),
-        instruments=SimpleNamespace(map=SimpleNamespace(attention=("attention",))),
-        task=SimpleNamespace(kind=kind),
-        total_steps=10,
-    )
+    run = SimpleNamespace(task=SimpleNamespace(kind=kind), total_steps=10)
     return {loss.name: loss for loss in distillation_losses(run, InterventionOptions(**options), layers)}
 
 
-def losses(layers, kind="classification", causal=False, **options):
+def losses(layers, kind="classification", **options):
     """The loss functions by name."""
-    return {name: loss.fn for name, loss in terms(layers, kind, causal, **options).items()}
+    return {name: loss.fn for name, loss in terms(layers, kind, **options).items()}
 
 
 def signals(case, side):
@@ -59,6 +52,9 @@ def test_losses_equal_the_reference(case):
     step = Step(0, True, {"attention_mask": (~masked).long()}, student=signals(case, "s"), teacher=signals(case, "t"))
     for value in step.student.values():
         value.requires_grad_()
+    tokens = masked.shape[-1]
+    for layer in range(case["params"]["layers"]):
+        step.student["visible", layer] = (~masked)[:, None, None].expand(-1, 1, tokens, -1)
     regression = case["params"]["output_mode"] == "regression"
     found = losses(range(case["params"]["layers"]), "regression" if regression else "classification")
     parts = {name: fn(step) for name, fn in found.items()}
@@ -83,12 +79,14 @@ def test_the_golden_cases_have_padding_and_extreme_scores():
     assert any(((s <= -100) & (s > -5000)).any() for s in scores)
 
 
-def test_causal_scores_ignore_later_keys():
-    student, teacher = {("scores", 0): torch.zeros(1, 1, 3, 3)}, {("scores", 0): torch.ones(1, 1, 3, 3)}
-    fn = losses([0], causal=True)["ti/scores"]
-    assert float(fn(Step(0, True, {}, student=student, teacher=teacher))) == pytest.approx(6 / 9)
-    batch = {"attention_mask": torch.tensor([[1, 1, 0]])}
-    assert float(fn(Step(0, True, batch, student=student, teacher=teacher))) == pytest.approx(5 / 9)
+def test_scores_that_the_attention_does_not_see_count_as_equal():
+    """By the student's mask of each layer: those of later keys, say, or outside a sliding window."""
+    later = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+    student = {("scores", i): torch.zeros(1, 1, 3, 3) for i in range(2)}
+    student |= {("visible", 0): later, ("visible", 1): later & later.triu(-1)}
+    teacher = {("scores", i): torch.ones(1, 1, 3, 3) for i in range(2)}
+    fn = losses([0, 1])["ti/scores"]
+    assert float(fn(Step(0, True, {}, student=student, teacher=teacher))) == pytest.approx(6 / 9 + 5 / 9)
 
 
 def test_layers_are_compared_by_the_map():

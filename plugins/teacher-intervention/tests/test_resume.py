@@ -13,12 +13,20 @@ from qpipe.testing.contract import weights_hash
 
 EXECUTE = importlib.import_module("qpipe.stages.execute")
 CASES = {
-    # Outputs in step 0, contexts in step 1, maps in steps 2 to 5, none in 6 to 8, each with its own schedule.
-    "reference": ("ti-g", {"preset": "reference", "learning_rate": 2e-3}, (1, 2, 4, 6, 7)),
+    # Outputs in steps 0 and 1, contexts in 2 and 3, maps in 4 to 11, none in 12 to 14, each with its own schedule.
+    "reference": ("ti-g", {"preset": "reference", "learning_rate": 2e-3, "steps": 12}, (1, 2, 3, 4, 7, 12, 13)),
     # Outputs in steps 0 to 2, maps in 3 to 5, none in 6 to 8.
-    "paper": ("ti-g", {"preset": "paper", "learning_rate": 2e-3}, (1, 4, 7)),
+    "paper": ("ti-g", {"preset": "paper", "learning_rate": 2e-3}, (1, 3, 4, 6, 7)),
     "drawn": ("ti-g", {"schedule": "reference-stochastic", "two_step": True}, (3,)),
-    "inverted": ("ti-g", {"schedule": "paper-inverted", "two_step": True}, (2, 4)),
+    "drawn-paper": ("ti-g", {"schedule": "paper-stochastic", "two_step": True}, (3,)),
+    # Maps in steps 0 to 2, outputs in 3 to 5.
+    "inverted": ("ti-g", {"schedule": "paper-inverted", "two_step": True}, (2, 3, 4)),
+    # Maps in steps 0 to 7, contexts in 8 and 9, outputs in 10 and 11.
+    "inverted-reference": (
+        "ti-g",
+        {"schedule": "reference-inverted", "two_step": True, "steps": 12},
+        (5, 8, 9, 10, 11),
+    ),
     # One kind of intervention in steps 0 to 5.
     "ti-o": ("ti-o", {"preset": "paper"}, (3, 7)),
     "ti-m": ("ti-m", {"preset": "paper"}, (3, 7)),
@@ -47,18 +55,20 @@ def kinds(monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_resume(case, kinds, tmp_path):
     plugin, options, interrupted = CASES[case]
+    steps = options.get("steps", 6)
     config = tiny_config(
         tmp_path,
-        {plugin: {**options, "steps": 6}},
+        {plugin: {**options, "steps": steps}},
         teacher__name=str(tmp_path / "teacher"),
-        train__max_steps=9,
+        train__max_steps=steps + 3,
         train__save_every=1,
+        train__keep_checkpoints=steps + 3,
     )
     run = qpipe.execute(config)
     whole, straight = weights_hash(run.out), list(kinds)
-    assert straight[6:] == [None] * 3 and None not in straight[:6]
-    assert (len({*straight[:6]}) > 1) == (plugin == "ti-g")
-    assert [(p.name, p.stop) for p in run.phases] == [("teacher-intervention", 6), ("train", 9)]
+    assert straight[steps:] == [None] * 3 and None not in straight[:steps]
+    assert (len({*straight[:steps]}) > 1) == (plugin == "ti-g")
+    assert [(p.name, p.stop) for p in run.phases] == [("teacher-intervention", steps), ("train", steps + 3)]
     metadata = json.loads((run.out / "export" / "qpipe.json").read_text())["plugins"][plugin]
     assert "phases" in json.dumps(metadata)
     for step in interrupted:

@@ -1,13 +1,7 @@
 """Tiny models of every family with data, for runs and for single steps."""
 
-import json
-import random
 from itertools import islice
-from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import transformers as hf
 
@@ -22,7 +16,7 @@ from qpipe.stages.phases import enter_phase
 from qpipe.stages.train import collect_losses, micro_step, steps_from
 from qpipe.testing import tiny_model, tiny_text_data
 from qpipe.testing.gradients import write_traces
-from qpipe.testing.tiny import OTHER, VOCABULARY
+from qpipe.testing.tiny import VOCABULARY, tiny_images, tiny_lines
 
 FAMILIES = ("bert", "roberta", "ernie", "distilbert", "vit", "llama", "qwen3")
 DECODERS = ("llama", "qwen3")
@@ -49,27 +43,12 @@ def batch(family):
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
-def images(path: Path) -> Path:
-    """Bright and dark images of 16 x 16 pixels, raw channels-first bytes."""
-    rng = np.random.default_rng(0)
-    labels = [int(i % 2) for i in range(48)]
-    pixels = [rng.integers(100 * label, 100 * label + 150, (3, 16, 16), dtype=np.uint8).tobytes() for label in labels]
-    pq.write_table(pa.table({"image": pixels, "label": labels}), path)
-    return path
-
-
-def lines(path: Path) -> Path:
-    rng = random.Random(0)
-    path.write_text("".join(json.dumps({"text": " ".join(rng.choices(OTHER, k=12))}) + "\n" for _ in range(80)))
-    return path
-
-
 def run_config(folder, family, options, **train):
     """A short run with `ti-g` under Accelerate on one process; another model of the family is the teacher."""
     if family == "vit":
-        task, data = "image-classification", {"train": str(images(folder / "vit.parquet"))}
+        task, data = "image-classification", {"train": str(tiny_images(folder / "vit.parquet"))}
     elif family in DECODERS:
-        task, data = "causal-lm", {"train": str(lines(folder / f"{family}.jsonl")), "max_length": 16}
+        task, data = "causal-lm", {"train": str(tiny_lines(folder / f"{family}.jsonl")), "max_length": 16}
     else:
         task, data = "sst2", {"train": str(tiny_text_data(folder / f"{family}.jsonl", 60)), "max_length": 16}
         # The losses count padding, and processes pad their parts of a batch to different lengths.

@@ -58,7 +58,6 @@ class Distillation(Plugin):
         self._hidden: list[Pair] = []
         self._attention: list[Pair] = []
         self._output: list[Pair] = []
-        self._causal = False
 
     @hookimpl
     def qpipe_training_phases(self, run: Run) -> Iterable[TrainingPhase]:
@@ -96,8 +95,6 @@ class Distillation(Plugin):
         if options.attention != "none":
             require_equal(run.student, run.teacher, "num_attention_heads", "attention heads")
             _, self._attention = self._pairs(run, ours.attention, theirs.attention, "attention")
-            self._causal = bool(getattr(run.student.get_submodule(ours.attention[0]), "is_causal", False))
-
         if options.output != "none":
             require_equal(run.student, run.teacher, "hidden_size", "hidden units")
             _, self._output = self._pairs(run, ours.attention_output, theirs.attention_output, "output")
@@ -121,7 +118,8 @@ class Distillation(Plugin):
             "attention_output": self.options.output,
         }
         wanted = frozenset(kind for kind, how in kinds.items() if how != "none")
-        return Signals(teacher=wanted, student=wanted)
+        masks: frozenset[SignalKind] = frozenset({"visible"}) if "scores" in wanted else frozenset()
+        return Signals(teacher=wanted, student=wanted | masks)
 
     @hookimpl
     def qpipe_losses(self, run: Run) -> Iterable[Loss]:
@@ -167,14 +165,14 @@ class Distillation(Plugin):
         return torch.stack([distance(student, teacher, mask) for student, teacher in pairs]).sum()
 
     def _attention_loss(self, step: Step) -> Tensor:
-        mask, options = step.batch.get("attention_mask"), self.options
-        pairs = [(step.student["scores", i], step.teacher["scores", j]) for i, j in self._attention]
+        options, student = self.options, step.student
+        triples = [(student["scores", i], step.teacher["scores", j], student["visible", i]) for i, j in self._attention]
         if options.padding == "include":
             hides, floor = options.masked_keys == "equal", options.score_floor
-            seen, causal = (mask, self._causal) if hides else (None, False)
-            found = [all_scores_mse(ours, theirs, seen, causal, floor) for ours, theirs in pairs]
+            found = [all_scores_mse(ours, theirs, seen if hides else None, floor) for ours, theirs, seen in triples]
         else:
-            found = [attention_mse(ours, theirs, mask, self._causal) for ours, theirs in pairs]
+            mask = step.batch.get("attention_mask")
+            found = [attention_mse(ours, theirs, seen, mask) for ours, theirs, seen in triples]
         return torch.stack(found).sum()
 
     @hookimpl

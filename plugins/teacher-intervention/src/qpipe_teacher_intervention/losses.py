@@ -28,8 +28,6 @@ def distillation_losses(run: Run, options: InterventionOptions, layers: Sequence
         options: the weights.
         layers: the teacher's layer for each layer of the student, from 0.
     """
-    attention = [run.student.get_submodule(path) for path in run.instruments.map.attention[:1]]
-    causal = any(bool(getattr(module, "is_causal", False)) for module in attention)
     output = FFN_INPUT if options.output_loss_on == "norm" else "attention_output"
 
     def logits(step: Step) -> Tensor:
@@ -44,8 +42,10 @@ def distillation_losses(run: Run, options: InterventionOptions, layers: Sequence
         return total(hidden_mse(*pair, None) for pair in pairs(step, "hidden_states", states))
 
     def scores(step: Step) -> Tensor:
-        mask = step.batch.get("attention_mask")
-        return total(all_scores_mse(*pair, mask, causal, LOWEST) for pair in pairs(step, "scores", layers))
+        return total(
+            all_scores_mse(*pair, step.student["visible", ours], LOWEST)
+            for ours, pair in enumerate(pairs(step, "scores", layers))
+        )
 
     def outputs(step: Step) -> Tensor:
         return total(hidden_mse(*pair, None) for pair in pairs(step, output, layers))

@@ -121,7 +121,8 @@ class TeacherIntervention(Plugin):
         # The teacher's taps need its forward pass, which a signal of its attention asks for.
         seen: frozenset[SignalKind] = frozenset({"attention_output"}) if self._compares_norms() else frozenset()
         evaluation = replaced if self.options.in_evaluation else frozenset()
-        return Signals(teacher=compared | replaced | seen, student=compared, evaluation=evaluation)
+        masks: frozenset[SignalKind] = frozenset({"visible"}) if "scores" in compared else frozenset()
+        return Signals(teacher=compared | replaced | seen, student=compared | masks, evaluation=evaluation)
 
     @hookimpl
     def qpipe_losses(self, run: Run) -> Iterable[Loss]:
