@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from benchmarks.results.__main__ import with_starts
 from benchmarks.results.cell import Cell, filled
 from benchmarks.results.figures import FIGURES, draw
-from benchmarks.results.fill import fill, run_cell
+from benchmarks.results.fill import fill, refuse_other_inputs, run_cell
 from benchmarks.results.record import Measured, differences, is_done, measure, read_expected, write_expected
 from benchmarks.results.render import DOCUMENT, STALE, is_stale, render, start_marker, write
 from benchmarks.results.table import Table, read_table, tables
@@ -210,6 +210,35 @@ def test_cells_run_once_and_after_what_they_start_from(small_table, tmp_path, mo
     assert "what it starts from is missing" in failures[1]
     fill(cells, tmp_path, {}, 1, lambda cell: None)
     assert sorted(ran)[:3] == [("first", 0), ("first", 1), ("first", 1)]
+
+
+def test_interrupted_runs_go_on_with_their_number_of_processes(small_table, tmp_path, monkeypatch):
+    """One process each where several run at a time; but a run that began with two goes on with two."""
+    called = []
+    monkeypatch.setattr("benchmarks.results.fill._call", lambda words, log, jobs: called.append(words))
+    cell = Cell(small_table, "first", "here", 0)
+    run_cell(cell, tmp_path, {}, 1)
+    run_cell(cell, tmp_path, {}, 2)
+    assert "--cpus" not in called[0] and called[1][-2:] == ["--cpus", "1"]
+    monkeypatch.setattr("benchmarks.results.fill.saved_processes", lambda out, nodes: 2)
+    run_cell(cell, tmp_path, {}, 2)
+    assert "--cpus" not in called[2]
+
+
+def test_runs_on_another_model_or_other_data_are_not_taken_for_these(small_table, tmp_path):
+    setting = small_table.settings["here"].model_copy(update={"overrides": ("model.name={small}", "train.epochs=2")})
+    cells = [Cell(small_table.model_copy(update={"settings": {"here": setting}}), "first", "here", 0)]
+    models = [tmp_path / name for name in ("one", "copy", "two")]
+    for model in models:
+        model.mkdir()
+        (model / "weights").write_text("other" if model.name == "two" else "same")
+    refuse_other_inputs(cells, tmp_path, {"small": models[0]})
+    refuse_other_inputs(cells, tmp_path, {"small": models[2]})  # nothing was run yet
+    refuse_other_inputs(cells, tmp_path, {"small": models[0]})
+    finish(cells[0], tmp_path, 0.5)
+    refuse_other_inputs(cells, tmp_path, {"small": models[1]})
+    with pytest.raises(SystemExit, match=r"was run with another model.name; name another folder for runs \(--runs\)"):
+        refuse_other_inputs(cells, tmp_path, {"small": models[2]})
 
 
 def test_commands_say_what_the_row_says(small_table, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.results.cell import Cell
 from benchmarks.results.figures import draw
-from benchmarks.results.fill import fill
+from benchmarks.results.fill import fill, refuse_other_inputs
 from benchmarks.results.record import differences, measure, read_expected, write_expected
 from benchmarks.results.render import write
 from benchmarks.results.table import Table, tables
@@ -126,6 +126,7 @@ def main() -> None:
             write([cell.table])
 
         cells = with_starts([cell for entry in asked for cell in cells_of(*entry)])
+        refuse_other_inputs(cells, options.runs, folders)
         failures = fill(cells, options.runs, folders, options.jobs, told)
         for entry in asked:
             differs |= dict.fromkeys(take(*entry, options))

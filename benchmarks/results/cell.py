@@ -46,7 +46,7 @@ class Cell:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of all that decides the cell's numbers, but for the code and the machine."""
+        """Hash of all that decides the cell's numbers, but for code, machine and what placeholders stand for."""
         row = self.table.rows[self.row]
         recipe = read_yaml(self.table.recipe(self.row).read_text(), self.row)
         parts: list[object] = [recipe, self.overrides, row.command, self.sweep and self.sweep.arguments()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shlex
 import subprocess
@@ -9,10 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from benchmarks.results.cell import Cell
+from benchmarks.results.cell import Cell, filled
 from benchmarks.results.record import is_done
 from benchmarks.results.table import ROOT
+from qpipe.files import sha256, write_json
 from qpipe.launching.topology import cpu_cores
+from qpipe.report.inputs import read_json
+from qpipe.resuming import saved_processes
 
 
 def run_cell(cell: Cell, runs: Path, folders: Mapping[str, Path], jobs: int) -> None:
@@ -24,7 +29,10 @@ def run_cell(cell: Cell, runs: Path, folders: Mapping[str, Path], jobs: int) -> 
     folder = cell.folder(runs)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not (folder / "results.json").is_file():
-        _call(cell.command(runs, folders), folder.with_suffix(".log"), jobs)
+        words = cell.command(runs, folders)
+        if jobs > 1 and "launch" in words and saved_processes(folder, 1) is None:  # else it goes on with as many
+            words += ["--cpus", "1"]
+        _call(words, folder.with_suffix(".log"), jobs)
     transform = cell.transform_command(runs)
     if transform is not None and not cell.model(runs).is_dir():
         _call(transform, folder.with_suffix(".log"), jobs)
@@ -33,10 +41,41 @@ def run_cell(cell: Cell, runs: Path, folders: Mapping[str, Path], jobs: int) -> 
         _call(sweep, folder.with_suffix(".log"), jobs)
 
 
+def content_hash(path: Path) -> str:
+    """Hash of a file, or of the names and contents of all files in a folder."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    contents = [(str(file.relative_to(path)), sha256(file)) for file in files if file.is_file()]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+
+def refuse_other_inputs(cells: Sequence[Cell], runs: Path, folders: Mapping[str, Path]) -> None:
+    """Note what the placeholders of cells stand for beside their runs, and refuse runs that had something else.
+
+    Raises:
+        SystemExit: a model or a file is another than when a kept run was begun.
+    """
+    hashes: dict[str, str] = {}
+    for cell in cells:
+        now = {}
+        for override in cell.overrides:
+            key, _, value = filled(override, folders).partition("=")
+            if value != override.partition("=")[2]:
+                now[key] = hashes.get(value) or hashes.setdefault(value, content_hash(Path(value)))
+        note = cell.folder(runs).with_suffix(".inputs.json")
+        before = read_json(note)
+        if before is None or not cell.folder(runs).exists():
+            note.parent.mkdir(parents=True, exist_ok=True)
+            write_json(note, now)
+        elif before != now:
+            changed = ", ".join(sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key)))
+            raise SystemExit(
+                f"{cell}: {cell.folder(runs)} was run with another {changed}; name another folder for runs (--runs), "
+                "or remove that one to run it again"
+            )
+
+
 def _call(words: list[str], log: Path, jobs: int) -> None:
     one_thread = {"OMP_NUM_THREADS": str(max(1, cpu_cores() // jobs))}
-    if jobs > 1 and "launch" in words:
-        words = [*words, "--cpus", "1"]
     with log.open("a") as file:
         done = subprocess.run(
             words,

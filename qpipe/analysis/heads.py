@@ -54,8 +54,8 @@ def ranking(session: Session) -> dict[str, Json]:
     """Ranking loss and cover length of every head, means over examples; and maps of one example, the teacher's beside.
 
     Returns:
-        `loss` and `cover`, by layer and head; `layers`, the names of the attention modules; `tokens`, `maps` and
-        `teacher_maps` of the shown example, by layer and head.
+        `loss` and `cover`, by layer and head; `layers`, the names of the attention modules; `teacher_layers`, the
+        teacher's block, from 1, for each; `tokens`, `maps` and `teacher_maps` of the shown example, by layer and head.
 
     Raises:
         ModelError: student and teacher have other numbers of heads, or depths that do not fit.
@@ -84,6 +84,7 @@ def ranking(session: Session) -> dict[str, Json]:
         "loss": list(loss),
         "cover": list(cover),
         "layers": list(run.instruments.map.attention),
+        "teacher_layers": [block + 1 for block in session.pairing.blocks],
         "tokens": shown.tokens[:SHOWN],
         "maps": attention_maps([layer[:1] for layer in ours], [[]], SHOWN)["maps"],
         "teacher_maps": attention_maps([layer[:1] for layer in theirs], [[]], SHOWN)["maps"],

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qpipe.analysis.observe import Example, See, examples, observing
+from qpipe.analysis.observe import Example, See, example_of, observing
 from qpipe.analysis.session import Session
 from qpipe.errors import ModelError
 from qpipe.run import Run
@@ -32,14 +32,14 @@ KEPT_EVERY = 64
 
 @dataclass
 class Distances:
-    """Sums of squares over examples, by layer, and the number of elements in each."""
+    """Sums of squares over examples and numbers of elements, by layer."""
 
     errors: list[float] = field(default_factory=list)
     powers: list[float] = field(default_factory=list)
-    count: int = 0
+    counts: list[int] = field(default_factory=list)
 
     def add(self, student: list[Tensor], teacher: list[Tensor]) -> None:
-        """Add one example's tensors, by layer; all of one shape.
+        """Add one example's tensors, by layer; layers may differ in shape.
 
         Raises:
             ModelError: student and teacher differ in shape.
@@ -51,16 +51,17 @@ class Distances:
                     f"the quantized model gives {tuple(ours.shape)} where its teacher gives {tuple(theirs.shape)}; "
                     "compare models of one width"
                 )
-        self.count += pairs[0][0].numel() if pairs else 0
+        none = [0] * len(pairs)
         errors = [float((a.double() - b.double()).square().sum()) for a, b in pairs]
         powers = [float(b.double().square().sum()) for _, b in pairs]
-        self.errors = [x + y for x, y in zip(self.errors or [0.0] * len(pairs), errors, strict=True)]
-        self.powers = [x + y for x, y in zip(self.powers or [0.0] * len(pairs), powers, strict=True)]
+        self.errors = [x + y for x, y in zip(self.errors or none, errors, strict=True)]
+        self.powers = [x + y for x, y in zip(self.powers or none, powers, strict=True)]
+        self.counts = [x + a.numel() for x, (a, _) in zip(self.counts or none, pairs, strict=True)]
 
     def means(self) -> dict[str, Json]:
         """`mse` by layer, and `power`, the mean square of the teacher."""
         sums = (("mse", self.errors), ("power", self.powers))
-        return {name: [value / self.count for value in values] for name, values in sums}
+        return {name: [total / n for total, n in zip(totals, self.counts, strict=True)] for name, totals in sums}
 
 
 def layers(session: Session) -> dict[str, Json]:
@@ -79,14 +80,15 @@ def layers(session: Session) -> dict[str, Json]:
         ModelError: width does not fit.
     """
     run, wanted, pairing, ledger = session.run, session.request.examples, session.pairing, session.ledger("layers")
-    sample = examples(run, len(run.data.validation) if wanted is None else wanted)
+    count = len(run.data.validation) if wanted is None else min(wanted, len(run.data.validation))
     kinds = ("hidden_states", *AFTER_ATTENTION)
     before: dict[str, Any] = ledger["sums"] if "sums" in ledger else {"examples": 0, **{kind: {} for kind in kinds}}
     distances = {kind: Distances(**before[kind]) for kind in kinds}
     theirs_of = dict.fromkeys(AFTER_ATTENTION, pairing.blocks) | {"hidden_states": list(pairing.states)}
-    for number, example in enumerate(session.track(sample, "layers, examples")):
+    for number in session.track(range(count), "layers, examples"):
         if number < before["examples"]:
             continue
+        example = example_of(run, number)
         ours, theirs = _outputs(run, example), _outputs(session.teacher, example)
         for kind, total in distances.items():
             if ours[kind] and theirs[kind]:
@@ -96,7 +98,7 @@ def layers(session: Session) -> dict[str, Json]:
     ledger.close()
     means = {kind: total.means() for kind, total in distances.items()}
     where = {"states": list(pairing.states), "layers": [block + 1 for block in pairing.blocks]}
-    return {"examples": len(sample), **means, **where}
+    return {"examples": count, **means, **where}
 
 
 def _outputs(run: Run, example: Example) -> Outputs:

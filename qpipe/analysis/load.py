@@ -7,9 +7,9 @@ from pathlib import Path
 
 from qpipe.analysis.request import NEEDS_TEACHER, Request
 from qpipe.analysis.session import Source
-from qpipe.analysis.teacher import reference_name
+from qpipe.analysis.teacher import reference_model
 from qpipe.analysis.weights import Role
-from qpipe.config import RunConfig, resolve
+from qpipe.config import ModelConfig, RunConfig, resolve
 from qpipe.data.locate import locate
 from qpipe.errors import ConfigError
 from qpipe.run import Run
@@ -51,7 +51,7 @@ def check(given: Sequence[Path | RunConfig], request: Request) -> None:
         if set(request.parts) - {"curves"}:
             require_trained(out)
         if set(request.parts) & set(NEEDS_TEACHER):
-            reference_name(out, read_config(out), True, request.teacher)
+            reference_model(out, read_config(out), True, request.teacher)
 
 
 def source_of(given: Path | RunConfig) -> Source:
@@ -77,13 +77,17 @@ def _of_model(config: RunConfig, role: Role, teacher: str | None) -> str | None:
     """Where a model is that is quantized for the analysis, or its teacher."""
     if role == "teacher":
         return _teacher(Path(config.out), config, False, teacher)
-    name = locate(config.model.name)
-    return name if config.model.revision is None or Path(name).is_dir() else None
+    return _where(config.model.model_copy(update={"name": locate(config.model.name)}))
 
 
 def _teacher(out: Path, config: RunConfig, trained: bool, given: str | None) -> str | None:
-    """See `reference_name`; None where it fails, so that loading the teacher says what is wrong."""
+    """See `reference_model`; None where it fails, so that loading the teacher says what is wrong."""
     try:
-        return reference_name(out, config, trained, given)
+        return _where(reference_model(out, config, trained, given))
     except ConfigError:
         return None
+
+
+def _where(model: ModelConfig) -> str | None:
+    """Its folder or name on the hub; None for a revision there, whose files cannot be told from others."""
+    return model.name if model.revision is None or Path(model.name).is_dir() else None

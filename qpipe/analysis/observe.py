@@ -35,12 +35,14 @@ class Example:
 
 def examples(run: Run, count: int) -> list[Example]:
     """The first examples of the validation split, each by itself, so that none is padded."""
+    return [example_of(run, number) for number in range(min(count, len(run.data.validation)))]
+
+
+def example_of(run: Run, number: int) -> Example:
+    """An example of the validation split, from 0."""
     rows: Any = run.data.validation
-    found = []
-    for index in range(min(count, len(rows))):
-        batch = inputs_of(to_device(run.data.collate([rows[index]]), run))
-        found.append(Example(_unpadded(batch), _tokens(run, _unpadded(batch))))
-    return found
+    batch = _unpadded(inputs_of(to_device(run.data.collate([rows[number]]), run)))
+    return Example(batch, _tokens(run, batch))
 
 
 def _unpadded(batch: dict[str, Tensor]) -> dict[str, Tensor]:

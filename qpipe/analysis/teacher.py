@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from qpipe.config import RunConfig
+from qpipe.config import ModelConfig, RunConfig
 from qpipe.data.locate import locate
 from qpipe.errors import ConfigError, ModelError
 from qpipe.model.reduce import chosen_layers
@@ -17,8 +17,8 @@ from qpipe.stages.casting import cast
 from qpipe.stages.execute import read_results
 
 
-def reference_name(out: Path, config: RunConfig, trained: bool, given: str | None) -> str:
-    """Where the full-precision model is.
+def reference_model(out: Path, config: RunConfig, trained: bool, given: str | None) -> ModelConfig:
+    """What the full-precision model is.
 
     That is the one given; else the one that the run names or has fine-tuned as its teacher; else, where nothing was
     trained, the model that was quantized.
@@ -33,15 +33,20 @@ def reference_name(out: Path, config: RunConfig, trained: bool, given: str | Non
         ConfigError: there is none.
     """
     own = out / "teacher" / "model"
+
+    def named(name: str) -> ModelConfig:
+        return ModelConfig(name=name, trust_remote_code=config.model.trust_remote_code)
+
     if given is not None:
         path = Path(locate(given))
-        return str(path / "model") if (path / "model" / "config.json").is_file() else str(path)
+        return named(str(path / "model") if (path / "model" / "config.json").is_file() else str(path))
     if config.teacher.name is not None:
-        return locate(config.teacher.name)
+        return named(locate(config.teacher.name))
     if own.is_dir():
-        return str(own)
+        return named(str(own))
     if not trained or read_results(out).get("steps") == 0:
-        return locate(config.model.name)
+        as_it_was = {"name": locate(config.model.name), "keep_layers": None, "weights": "pretrained"}
+        return config.model.model_copy(update=as_it_was)
     raise ConfigError(
         f"{out} was trained without a teacher; name the full-precision model to compare with: --teacher MODEL, a "
         "folder or hub name, or the run that made it"
@@ -53,20 +58,20 @@ def load_reference(run: Run, given: str | None) -> Run:
 
     Args:
         run: what is compared with it.
-        given: its name; None: see `reference_name`.
+        given: its name; None: see `reference_model`.
 
     Raises:
         ConfigError: there is none, or it reads other tokens.
         ModelError: it is no model that was fine-tuned for this task.
     """
-    name = reference_name(run.out, run.config, run.trained, given)
-    teacher = load_teacher(run, name)
+    model = reference_model(run.out, run.config, run.trained, given)
+    teacher = load_teacher(run, model, strict=True)
     cast(teacher, run)
     tokens = [getattr(model.config, "vocab_size", None) for model in (run.student, teacher)]
     if tokens[0] != tokens[1]:
         raise ConfigError(
-            f"{name} has a vocabulary of {tokens[1]} tokens, and the quantized model one of {tokens[0]}; compare it "
-            "with a model of the same tokenizer"
+            f"{model.name} has a vocabulary of {tokens[1]} tokens, and the quantized model one of {tokens[0]}; compare "
+            "it with a model of the same tokenizer"
         )
     return replace(run, student=teacher, instruments=instrument(run.host, teacher), teacher=None)
 

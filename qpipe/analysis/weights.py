@@ -105,7 +105,9 @@ class Weights:
             return None
         now = self.place(role)
         same = (now["model"], now["files"]) == (before["model"], before["files"])
-        gone = now["files"] is None and now["model"] in (None, before["model"])
+        # A relative name was kept as the folder that it was then.
+        named = (None, before["model"]) if now["model"] is None else (now["model"], str(Path(now["model"]).resolve()))
+        gone = now["files"] is None and (now["model"] is None or before["model"] in named)
         if before["files"] is not None and (same or (gone and not Path(before["model"]).exists())):
             return dict(before)
         return self.mark(role) if self.digest(role) == before["digest"] else None

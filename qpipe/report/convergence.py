@@ -127,15 +127,17 @@ def convergence(run_dir: Path) -> str | None:
         return None
     curves, layers, ranking = _of(runs, "curves"), _of(runs, "layers"), _of(runs, "ranking")
     hessian, landscape = _of(runs, "hessian"), _of(runs, "landscape")
-    alike = {name: r for name, r in ranking.items() if _heads(r) == _heads(next(iter(ranking.values())))}
+    alike = {name: r for name, r in ranking.items() if _maps(r) == _maps(next(iter(ranking.values())))}
+    others = [name for name in ranking if name not in alike]
     columns, rows = summary_rows(runs)
     return render(
         "convergence.html.j2",
         columns=columns,
         rows=rows,
-        left_out=left_out + [f"ranking of {name}, whose heads are others" for name in ranking if name not in alike],
+        left_out=left_out + [f"ranking of {name}, whose heads or layers of the teacher are others" for name in others],
         curves_plot=plots.curves(curves) if curves else "",
         layers=next(iter(layers.values()), None),
+        layer_maps={name: found["layers"] for name, found in layers.items() if _skips(found.get("layers"))},
         layers_plot=plots.layer_errors(layers) if layers else "",
         ranking=next(iter(ranking.values()), None),
         ranking_plot=plots.ranking_losses(alike) if alike else "",
@@ -147,5 +149,11 @@ def convergence(run_dir: Path) -> str | None:
     )
 
 
-def _heads(ranking: Mapping[str, Any]) -> list[int]:
-    return [len(layer) for layer in ranking["loss"]]
+def _maps(ranking: Mapping[str, Any]) -> tuple[list[int], list[int] | None]:
+    """Heads of each layer, and the teacher's layer beside each: what maps in one figure have in common."""
+    return [len(layer) for layer in ranking["loss"]], ranking.get("teacher_layers")
+
+
+def _skips(layers: list[int] | None) -> bool:
+    """True if layers are compared with others than those of the same number."""
+    return layers is not None and layers != list(range(1, len(layers) + 1))

@@ -114,15 +114,21 @@ def build(
     return run
 
 
-def load_teacher(run: Run, teacher: str | ModelConfig) -> nn.Module:
+def load_teacher(run: Run, teacher: str | ModelConfig, strict: bool | None = None) -> nn.Module:
     """The teacher, frozen.
+
+    Args:
+        run: for which task, and on which data.
+        teacher: its name, or all that decides what is loaded.
+        strict: its checkpoint has to be whole; default: where it is named.
 
     Raises:
         ModelError: it is no model that was fine-tuned for this task.
     """
     remote = run.config.model.trust_remote_code
     spec = ModelConfig(name=teacher, trust_remote_code=remote) if isinstance(teacher, str) else teacher
-    model = load_model(run.host, spec, run.task, run.data.num_labels, strict=isinstance(teacher, str))
+    whole = isinstance(teacher, str) if strict is None else strict
+    model = load_model(run.host, spec, run.task, run.data.num_labels, strict=whole)
     fit_to_texts(model, run.task, run.data, run.config.data.max_length)
     return model.eval().requires_grad_(False)
 

@@ -21,6 +21,9 @@ from qpipe.analysis.ledger import Ledger
 from qpipe.analysis.observe import examples
 from qpipe.analysis.session import Session, Source
 from qpipe.analysis.slopes import frozen, twice_differentiable
+from qpipe.analysis.teacher import reference_model
+from qpipe.analysis.weights import Weights
+from qpipe.config import resolve
 from qpipe.quant.activation import ActivationOptions, UniformActivation
 from qpipe.quant.grid import GridQuantizer
 from qpipe.quant.quantizer import Quantizer, straight_through
@@ -458,6 +461,11 @@ def test_runs_are_shown_together(here, finished, teacher, tmp_path):
     noted["models"]["teacher"]["digest"] = "another"
     (second / "analysis" / "ranking.json").write_text(json.dumps(noted))
     assert "ranking of other, whose teacher is another" in convergence(first)
+    noted["models"]["teacher"]["digest"] = json.loads((first / "analysis" / "ranking.json").read_text())["models"][
+        "teacher"
+    ]["digest"]
+    (second / "analysis" / "ranking.json").write_text(json.dumps({**noted, "teacher_layers": [1, 3]}))
+    assert "ranking of other, whose heads or layers of the teacher are others" in convergence(first)
     assert convergence(tmp_path) is None
 
 
@@ -468,9 +476,49 @@ def test_the_report_says_which_layers_were_compared(tmp_path):
     path = tmp_path / "analysis" / "layers.json"
     path.parent.mkdir()
     path.write_text(json.dumps({**layers, "layers": [1, 2]}))
-    assert "Layers are compared with" not in convergence(tmp_path)
+    assert "are compared with" not in convergence(tmp_path)
     path.write_text(json.dumps({**layers, "ffn_input": layers["attention_output"], "layers": [2, 4]}))
-    assert "Layers are compared with the teacher&#39;s 2, 4." in convergence(tmp_path).replace("'", "&#39;")
+    said = f"Layers of {tmp_path.name} are compared with the teacher&#39;s 2, 4."
+    assert said in convergence(tmp_path).replace("'", "&#39;")
+
+
+def test_layers_of_other_shapes_count_their_own_elements():
+    """As those of the stages of a ResNet: an error of 1 everywhere is one of 1 in every layer."""
+    shapes = [(1, 4, 8, 8), (1, 8, 4, 4), (1, 16, 2, 2)]
+    teacher = [torch.full(shape, 2.0) for shape in shapes]
+    found = layers_module.Distances()
+    for _ in range(3):
+        found.add([value + 1 for value in teacher], teacher)
+    assert found.means() == {"mse": [1.0] * 3, "power": [4.0] * 3}
+
+
+def test_examples_are_read_one_by_one(here, teacher, monkeypatch):
+    """A whole validation split of images would not fit beside the models."""
+    at_once, real = [], layers_module.example_of
+    monkeypatch.setattr(layers_module, "example_of", lambda *words: at_once.append("read") or real(*words))
+    outputs = layers_module._outputs
+    monkeypatch.setattr(layers_module, "_outputs", lambda *words: at_once.append("ran") or outputs(*words))
+    assert analyze(here, Request(("layers",), examples=3, teacher=teacher))["layers"]["examples"] == 3
+    assert at_once == ["read", "ran", "ran"] * 3
+
+
+def test_the_model_before_quantization_is_that_of_its_revision_and_configuration(tmp_path):
+    model = {"name": "hub/model", "revision": "v1", "config": {"num_labels": 2}, "keep_layers": [0]}
+    config = resolve({"model": model, "task": "sst2", "data": {"train": "t"}, "out": str(tmp_path)})
+    found = reference_model(tmp_path, config, False, None)
+    assert (found.name, found.revision, found.config, found.keep_layers) == ("hub/model", "v1", {"num_labels": 2}, None)
+    assert reference_model(tmp_path, config, False, "other").revision is None
+
+
+def test_results_outlive_a_teacher_that_was_named_by_a_relative_path(here, teacher, tmp_path, monkeypatch):
+    shutil.copytree(teacher, tmp_path / "runs" / "teacher")
+    monkeypatch.chdir(tmp_path)
+    where = {"student": str(tmp_path / "runs" / "teacher"), "teacher": "runs/teacher"}
+    weights = Weights(where.__getitem__, lambda role: here.student)
+    before = weights.mark("teacher")
+    shutil.rmtree(tmp_path / "runs")
+    later = Weights(where.__getitem__, lambda role: pytest.fail("loaded"))
+    assert later.matching("teacher", before) == before
 
 
 def test_quantizers_come_back_as_they_were(here):

@@ -63,6 +63,8 @@ def test_limit_header_and_words_with_spaces(write):
         ("good one two\nbad 1 2\n", "line 1: could not convert string to float: .*expected a word and 2 numbers"),
         ("good 1 nan\nbad 1 2\n", "line 1: the vector of 'good' is not finite"),
         ("good\nbad\n", "line 1: 0 numbers where 1 are expected"),
+        (TABLE + "late 0.5 0.9 1\n", "line 5: more than 2 numbers; the file is damaged, or several were joined"),
+        ("2 2\ngood 1 0 1\nbad 1 2 1\n", "line 2: more than 2 numbers"),
     ],
 )
 def test_damaged_vectors_are_refused(write, text, message):

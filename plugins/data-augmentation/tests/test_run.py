@@ -1,15 +1,19 @@
 """Whole runs: budgets, labels, the folder, other tasks; and what is refused."""
 
+import json
 import logging
+import shutil
 from itertools import groupby
+from pathlib import Path
 
+import datasets
 import pyarrow.parquet as pq
 import pytest
 from qpipe_data_augmentation import DataAugmentation, DataAugmentationOptions
 from qpipe_data_augmentation.blocks import EXAMPLE
 
 import qpipe
-from qpipe import CheckpointError, ConfigError, ModelError, PluginError, resolve
+from qpipe import CheckpointError, ConfigError, DataError, ModelError, PluginError, resolve
 from qpipe.data.loading import find_task, load_data
 from qpipe.engine import connect
 from qpipe.host import build_plugin, load_plugins
@@ -96,6 +100,56 @@ def test_rows_are_made_once_and_by_what_decides_them(change, tmp_path, monkeypat
     assert again.steps == 12 * len(first.train) // 16
     with pytest.raises(TypeError):
         change(folder=str(tmp_path / "kept"), seed=1)
+
+
+def test_a_folder_whose_name_is_a_pattern(tmp_path, change):
+    """Brackets in a path are brackets."""
+    config = tiny_config(tmp_path, train__max_steps=None, out=str(tmp_path / "run[1]*"))
+    changed, data = change(config)
+    assert len(changed.train) > len(data.train) and (tmp_path / "run[1]*" / "augmented").is_dir()
+
+
+def test_a_disk_that_is_full_when_the_rows_are_there_costs_none_of_them(tmp_path, change, monkeypatch):
+    real = datasets.load_dataset
+
+    def full(*words, **options):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise datasets.exceptions.DatasetGenerationError("An error occurred") from error
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *w, **o: full() if w[0] == "parquet" else real(*w, **o))
+    with pytest.raises(DataError, match=r"are whole, but no copy .* No space left on device.* no row is made anew"):
+        change()
+    before = {path: path.stat().st_mtime_ns for path in files_of(tmp_path)}
+    monkeypatch.setattr(datasets, "load_dataset", real)
+    change()
+    assert before and {path: path.stat().st_mtime_ns for path in files_of(tmp_path)} == before
+
+
+def test_a_damaged_file_of_rows_is_named_and_made_again(tmp_path, change):
+    changed, _ = change()
+    whole = changed.train.to_dict()
+    first, *others = files_of(tmp_path)
+    shutil.rmtree(first.parent / "cache")
+    first.write_bytes(first.read_bytes()[:-9])
+    with pytest.raises(DataError, match=rf"{first.name} cannot be read .*delete it, and only its rows are made again"):
+        change()
+    before = {path: path.stat().st_mtime_ns for path in others}
+    first.unlink()
+    again, _ = change()
+    assert again.train.to_dict() == whole
+    assert {path: path.stat().st_mtime_ns for path in others} == before
+
+
+def test_texts_without_a_word_to_replace_are_refused(tmp_path, change):
+    config = tiny_config(tmp_path, train__max_steps=None)
+    path = Path(config.data.train)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**row, "sentence": "Привет, мир! the 7"}) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"the first 128 examples have no word that could be replaced"):
+        change(config)
+    assert not files_of(tmp_path), "which shows before any are written"
 
 
 def test_a_seed_gives_other_rows(change, tmp_path):

@@ -14,14 +14,17 @@ from typing import Any, Protocol
 
 import torch
 
+from qpipe import DataError
 from qpipe_data_augmentation.blocks import Blocks, share
 from qpipe_data_augmentation.loading import content, load_masked_lm, load_neighbours, load_tokenizer
 from qpipe_data_augmentation.options import AugmentationOptions
 from qpipe_data_augmentation.sentences import Candidates, augmented
-from qpipe_data_augmentation.words import Splitter
+from qpipe_data_augmentation.words import Splitter, replaceable
 
 logger = logging.getLogger("qpipe.data-augmentation")
 
+LOOKED_AT = 1000
+"""Examples among which there has to be a word that can be replaced."""
 FORMAT = 2
 """Goes up when the same options give other rows or columns."""
 
@@ -108,6 +111,7 @@ def augment(source: Source, folder: Path, processes: Processes) -> Blocks:
     missing: list[int] = processes.broadcast_object(blocks.missing() if processes.rank == 0 else None)
     if missing:
         candidates = source.candidates(processes.device)
+        require_words(source, candidates.splitter)
         if processes.rank == 0:
             blocks.describe(about)
             kept = len(blocks.paths) - len(missing)
@@ -120,6 +124,20 @@ def augment(source: Source, folder: Path, processes: Processes) -> Blocks:
                 advance()
     processes.barrier()
     return blocks
+
+
+def require_words(source: Source, splitter: Splitter) -> None:
+    """Refuse texts without words that could be replaced: all that they would give is themselves.
+
+    Raises:
+        DataError: none of the first examples has any.
+    """
+    some = source.texts(range(min(source.examples, LOOKED_AT)))
+    if not any(replaceable(word) for row in some for text in row for word in splitter.words(text)):
+        raise DataError(
+            f"data-augmentation: the first {len(some)} examples have no word that could be replaced, that is, one of "
+            "the letters a to z that is no English stop word; use a budget on the original data (O, O2, O4)"
+        )
 
 
 def rows_of(source: Source, candidates: Candidates, examples: range) -> Iterator[tuple[int, list[str]]]:

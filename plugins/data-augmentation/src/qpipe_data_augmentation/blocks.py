@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -69,22 +70,38 @@ class Blocks:
         """Every row in order, mapped into memory from a copy that `datasets` keeps in the folder.
 
         Raises:
-            DataError: a file is damaged.
+            DataError: a file is damaged, or the copy cannot be written.
         """
         was_disabled = datasets.are_progress_bars_disabled()
         datasets.disable_progress_bars()
-        files = [str(path) for path in self.paths]
+        files = [glob.escape(str(path)) for path in self.paths]
         try:
             found = datasets.load_dataset(
                 "parquet", data_files=files, split="train", cache_dir=str(self.folder / "cache")
             )
         except Exception as error:  # the reader raises whatever its parser raises
-            raise DataError(f"augmented rows in {self.folder} cannot be read ({error}); delete the folder") from error
+            raise DataError(self._unreadable(error)) from error
         finally:
             if not was_disabled:
                 datasets.enable_progress_bars()
         assert isinstance(found, datasets.Dataset)
         return found
+
+    def _unreadable(self, error: BaseException) -> str:
+        """What is wrong with the rows: a damaged file, or only the copy of them."""
+        for path in self.paths:
+            try:
+                pq.read_metadata(path)
+            except (OSError, pa.ArrowException) as damage:
+                return f"{path} cannot be read ({damage}); delete it, and only its rows are made again"
+        causes = [error]
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+            causes.append(cause)
+        why = next((cause for cause in causes if isinstance(cause, OSError)), error)
+        return (
+            f"the augmented rows in {self.folder} are whole, but no copy of them could be made in its folder `cache` "
+            f"({why}); make room there, or delete that copy, and start again: no row is made anew"
+        )
 
     def tables(self) -> Iterator[pa.Table]:
         """The files one after another."""

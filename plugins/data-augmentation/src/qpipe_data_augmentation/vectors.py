@@ -93,16 +93,17 @@ def read_vectors(name: str, limit: int) -> Vectors:
     path = find_file(name, "the vectors file")
     words: list[str] = []
     rows: list[np.ndarray[Any, Any]] = []
-    announced = 0
+    announced, size = 0, None
     try:
         with open_text(path) as handle:
             for number, line in enumerate(handle, 1):
                 if number == 1 and (fields := line.split()) and len(fields) == 2 and all(map(str.isdigit, fields)):
-                    announced = int(fields[0])
+                    announced, size = int(fields[0]), int(fields[1])
                     continue
                 if len(rows) == limit:
                     break
-                word, row = _parse(line, number, name, len(rows[0]) if rows else None)
+                word, row = _parse(line, number, name, size)
+                size = len(row)
                 words.append(word)
                 rows.append(row)
     except DAMAGES as error:
@@ -125,6 +126,8 @@ def _parse(line: str, number: int, name: str, size: int | None) -> tuple[str, np
     size = len(fields) - 1 if size is None else size
     if size < 1 or len(fields) < size + 1:
         raise DataError(f"{where}: {len(fields) - 1} numbers where {max(size, 1)} are expected; the file is damaged")
+    if len(fields) > size + 1 and _is_number(fields[-size - 1]):
+        raise DataError(f"{where}: more than {size} numbers; the file is damaged, or several were joined")
     try:
         row = np.array(fields[-size:], dtype=np.float32)
     except ValueError as error:
@@ -132,3 +135,11 @@ def _parse(line: str, number: int, name: str, size: int | None) -> tuple[str, np
     if not np.isfinite(row).all():
         raise DataError(f"{where}: the vector of {' '.join(fields[:-size])!r} is not finite; the file is damaged")
     return " ".join(fields[:-size]), row
+
+
+def _is_number(field: str) -> bool:
+    try:
+        float(field)
+    except ValueError:
+        return False
+    return True
