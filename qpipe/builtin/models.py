@@ -24,8 +24,12 @@ PROJECTIONS = (
     (("query", "key", "value"), ("../output/dense",)),
     (("q_lin", "k_lin", "v_lin"), ("out_lin",)),
     (("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj")),
+    (("qkv_proj",) * 3, ("o_proj",)),
+    (("query_key_value",) * 3, ("dense",)),
+    (("Wqkv",) * 3, ("Wo",)),
 )
-"""Names of the query, key and value projections in an attention module, and of its output projection."""
+"""Names of the query, key and value projections in an attention module, and of its output projection. One name three
+times is one module for all."""
 
 IMAGE_STATISTICS = frozenset({"image_mean", "image_std"})
 """Keys of `model.config` that are for the image processor: transformers' own models take no such arguments."""

@@ -46,6 +46,7 @@ class AttentionSites(nn.Module):
         self.path = path
         self.context = context
         self.quantizers = nn.ModuleDict()
+        self.called = False
         self.taps: dict[str, list[Tap]] = {slot: [] for slot in (*SLOTS, VISIBLE)}
 
     def host(self, slot: str, quantizer: Quantizer) -> None:
@@ -90,6 +91,7 @@ class AttentionSites(nn.Module):
             ModelError: the attention has what is not computed here, or not in maps while something needs maps. It is
                 raised in the first forward pass, also where maps are needed only in a later step of the training.
         """
+        self.called = True
         refuse_unsupported(f"{self.path} ({type(module).__name__})", kwargs, self.expects_map())
         query, key, value = self.at("query", query), self.at("key", key), self.at("value", value)
         causal = self._is_causal(module, kwargs)

@@ -130,6 +130,10 @@ class Instruments:
             self._attention = install(self.model, self.map.attention, self.context)
         return self._attention[path]
 
+    def silent_attention(self) -> str | None:
+        """Path of the first attention module that has not run, though the model has been called; None without one."""
+        return next((path for path, sites in self._attention.items() if not sites.called), None)
+
     @property
     def computes_attention(self) -> bool:
         """True if the model has been switched to qpipe's attention function."""
@@ -189,11 +193,6 @@ class Instruments:
         for layer, path in enumerate(self.map.attention_output):
             self._capture(f"{path}:output", "attention_output", layer)
 
-    @property
-    def captures(self) -> bool:
-        """True if signals of the model may be taken."""
-        return self._capturing
-
     def _capture(self, site_name: str, kind: SignalKind, layer: int) -> None:
         self._add_tap(self.site(site_name), self._keeper(kind, layer))
 
@@ -210,7 +209,7 @@ class Instruments:
         """Capture `kinds` into `store` from the next forward pass on.
 
         Raises:
-            ModelError: the model has no attention that could be captured.
+            ModelError: the model has no attention that could be captured, or captures were not enabled.
         """
         places = {"attention_output": self.map.attention_output}
         missing = {kind for kind in kinds - OUTPUTS if not places.get(kind, self.map.attention)}
@@ -220,6 +219,11 @@ class Instruments:
                 "Use a model of a known family, or implement qpipe_model_map"
             )
         self._refuse_repeated(kinds - {"logits"})
+        if kinds - OUTPUTS and not self._capturing:
+            raise ModelError(
+                f"{', '.join(sorted(kinds - OUTPUTS))} of {type(self.model).__name__} were not announced: before any "
+                "step, while run.step is None, qpipe_signals has to say what any step will need"
+            )
         if "hidden_states" in kinds:
             self._watch_last_block()
         self._wanted, self._store = kinds, store
@@ -253,9 +257,22 @@ class Instruments:
         self.model.get_submodule(self.map.blocks[-1]).register_forward_hook(keep)
 
     def take_outputs(self, output: Any, kinds: frozenset[SignalKind], store: dict[tuple[str, int], Tensor]) -> None:
-        """Add the signals that are part of the model's output to those captured on the way to it."""
+        """Add the signals that are part of the model's output to those captured on the way to it.
+
+        Raises:
+            ModelError: one was not captured in every layer.
+        """
         if "logits" in kinds:
             store["logits", 0] = output.logits
+        for kind in sorted(kinds - OUTPUTS):
+            paths = self.map.attention_output if kind == "attention_output" else self.map.attention
+            missing = [path for layer, path in enumerate(paths) if (kind, layer) not in store]
+            if missing:
+                raise ModelError(
+                    f"{type(self.model).__name__} gave no {kind} of {missing[0]}: that module ran no attention of its "
+                    "own in this forward pass, or was left out. Use signals of logits and hidden states alone, or "
+                    "implement qpipe_model_map"
+                )
         if "hidden_states" in kinds:
             states = list(output.hidden_states)
             last = store.pop(("hidden_states", len(self.map.blocks)), None)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from qpipe.errors import ConfigError, ModelError
+
+logger = logging.getLogger(__name__)
+PLAIN = (bool, int, float, str)
+"""Types of attributes that decide what a module computes. Rates of dropout act in training alone."""
 
 
 def chosen_layers(wanted: Literal["every-other"] | Sequence[int], depth: int) -> list[int]:
@@ -41,7 +47,7 @@ def keep_layers(model: nn.Module, blocks: Sequence[str], wanted: Literal["every-
         wanted: see `chosen_layers`.
 
     Raises:
-        ModelError: the blocks of the model are not known, or are not in one list.
+        ModelError: the blocks of the model are not known, are not in one list, or depend on their place.
         ConfigError: `wanted` does not fit.
     """
     parents = {path.rpartition(".")[0] for path in blocks}
@@ -66,3 +72,41 @@ def keep_layers(model: nn.Module, blocks: Sequence[str], wanted: Literal["every-
     config.num_hidden_layers = len(kept)
     if types is not None:
         config.layer_types = [types[layer] for layer in layers]
+    _require_same_when_loaded(model, [f"{holder}.{position}" for position in range(len(kept))])
+
+
+def _require_same_when_loaded(model: nn.Module, blocks: Sequence[str]) -> None:
+    """Refuse blocks that depend on their place: loaded from a checkpoint, the model would be another.
+
+    Raises:
+        ModelError: a module or a number in a block would differ.
+    """
+    try:
+        with torch.device("meta"):
+            again = type(model)(model.config)
+    except Exception as error:  # whatever a class outside transformers raises
+        logger.warning("whether %s is the same when it is loaded again cannot be told: %s", type(model).__name__, error)
+        return
+    for path in blocks:
+        here, there = _described(model.get_submodule(path)), _described(again.get_submodule(path))
+        differ = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+        if differ:
+            name = differ[0]
+            raise ModelError(
+                f"model.keep_layers: {path} of {type(model).__name__} depends on its place: {name} is "
+                f"{here.get(name)}, and would be {there.get(name)} when the saved model is loaded; keep other layers, "
+                "or leave it out"
+            )
+
+
+def _described(block: nn.Module) -> dict[str, object]:
+    """Classes and plain attributes of the modules in a block, and the shapes of its parameters, by name."""
+    found: dict[str, object] = {name: tuple(p.shape) for name, p in block.named_parameters()}
+    for path, module in block.named_modules():
+        if "drop" in path.rpartition(".")[2]:
+            continue
+        found[path or "the block"] = type(module).__name__
+        for name, value in vars(module).items():
+            if not name.startswith("_") and "drop" not in name and name != "training" and isinstance(value, PLAIN):
+                found[f"{path}.{name}".lstrip(".")] = value
+    return found

@@ -7,7 +7,7 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from qpipe.errors import QpipeError
+from qpipe.errors import ModelError, QpipeError
 from qpipe.model.instrument import Instruments
 from qpipe.run import Run
 from qpipe.stages.calibrate import inputs_of
@@ -27,7 +27,7 @@ def require_attention(run: Run, wanted: Signals) -> None:
 
     Raises:
         ModelError: the attention of a model has what qpipe's function does not compute, or not in the maps that
-            something needs.
+            something needs; or a module that was taken for attention computes none.
     """
     models = [(run.student, run.instruments, wanted.student)]
     if run.teacher is not None and run.teacher_instruments is not None:
@@ -50,6 +50,12 @@ def try_forward(model: nn.Module, instruments: Instruments, inputs: dict[str, Te
     try:
         with torch.no_grad():
             model(**placed)
+        silent = instruments.silent_attention()
+        if silent is not None:
+            raise ModelError(
+                f"{silent} of {type(model).__name__} computes no attention itself, so that nothing can be put there or "
+                "taken from it; leave out rules and plugins for sites within attention, or implement qpipe_model_map"
+            )
     except QpipeError:
         raise
     except Exception as error:

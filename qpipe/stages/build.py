@@ -48,8 +48,8 @@ def override_dropout(model: nn.Module, rate: float | None) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = rate
-        for name in ("dropout_prob", "attention_dropout"):
-            if isinstance(getattr(module, name, None), float):
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
                 setattr(module, name, rate)
     for name, value in vars(getattr(model, "config", object())).items() if hasattr(model, "config") else ():
         if "dropout" in name and isinstance(value, float):

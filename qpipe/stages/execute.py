@@ -38,7 +38,7 @@ from qpipe.stages.recomputing import recompute
 from qpipe.stages.self_check import self_check
 from qpipe.stages.signal_cache import require_folder
 from qpipe.stages.teacher import ensure_teacher, is_needed, require_fine_tunable, stand_in
-from qpipe.stages.teaching import require_cacheable, wanted_signals
+from qpipe.stages.teaching import placement, require_cacheable, wanted_signals
 from qpipe.stages.train import collect_losses, total_steps, train
 from qpipe.stages.trained import alone, restore, save_float
 from qpipe.types import Site
@@ -101,7 +101,7 @@ def assemble(config: RunConfig, host: Host, seconds: dict[str, float], resume: b
         engine = connect(begun.engine)
         refuse_used(config, engine, resume)
         if config.teacher.cache is not None:
-            require_folder(Path(config.teacher.cache))
+            require_folder(Path(config.teacher.cache).expanduser())
         original = load_data(config, find_task(host.collect("qpipe_tasks"), config.task))
     data = original
     if host.is_used("qpipe_training_data"):
@@ -198,6 +198,8 @@ def rehearse(config: RunConfig, engine: Engine, data: TaskData, steps: int | Non
         wanted = wanted_signals(run)
         if config.teacher.cache is not None:
             require_cacheable(run, wanted.teacher)
+        if run.teacher is not None:
+            placement(run)
         require_attention(run, wanted)
         collect_losses(run)
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -317,13 +317,32 @@ def prepare(run: Run, trained: Mapping[str, Tensor] | None = None) -> None:
         refuse_unexportable(run)
     attach_weight_losses(run)
     if run.host.is_used("qpipe_signals") and run.teacher is not None:
-        run.instruments.enable_capture()
         run.teacher_instruments = instrument(run.host, run.teacher)
-        run.teacher_instruments.enable_capture()
     run.phases = make_phases(run)
     run.host.hook.qpipe_model_prepared(run=run)
-    if run.total_steps and wanted_signals(run).student - OUTPUTS:  # as a plugin without a teacher may want
-        run.instruments.enable_capture()
+    if run.total_steps:
+        wanted = wanted_signals(run)
+        if wanted.student - OUTPUTS:
+            refuse_layerdrop(run.student, wanted.student)
+            run.instruments.enable_capture()
+        if run.teacher_instruments is not None and (wanted.teacher | wanted.evaluation) - OUTPUTS:
+            run.teacher_instruments.enable_capture()
+
+
+def refuse_layerdrop(model: nn.Module, kinds: Collection[str]) -> None:
+    """Refuse signals of layers of a model that leaves out layers at random, and with them their signals.
+
+    Raises:
+        ModelError: it does so in training.
+    """
+    config = getattr(model, "config", None)
+    for key in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+        rate = getattr(config, key, 0)
+        if isinstance(rate, float) and rate > 0 and set(kinds) - {"logits"}:
+            raise ModelError(
+                f"{type(model).__name__} leaves out layers at random in training ({key} {rate:g}), so that plugins "
+                f"cannot have its {', '.join(sorted(set(kinds) - {'logits'}))}; set model.config: {{{key}: 0}}"
+            )
 
 
 def wrap(run: Run) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from qpipe.errors import ConfigError, ModelError
 from qpipe.run import Run
+from qpipe.stages.teaching import wanted_signals
 
 
 def recompute(run: Run) -> None:
@@ -43,7 +44,7 @@ def _enable(model: nn.Module) -> None:
 def lost_without_graph(run: Run) -> list[str]:
     """What would be lost, silently, because the reentrant kind runs blocks without a graph first."""
     lost = []
-    if run.instruments.captures:
+    if run.total_steps and wanted_signals(run).student - {"logits"}:
         lost.append("no gradient to attention maps and other captured tensors")
     if run.weight_losses:
         names = ", ".join(term.name for term in run.weight_losses)

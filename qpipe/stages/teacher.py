@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from qpipe.config import INDIFFERENT, ModelConfig, QuantizationConfig, RunConfig
 from qpipe.data.loading import TaskData
 from qpipe.data.locate import locate
 from qpipe.engine import connect
+from qpipe.engine.base import choose_device, resolve_precision
 from qpipe.errors import ConfigError
 from qpipe.files import sha256, write_json
 from qpipe.host import Host, describing, load_plugins, only_describing
@@ -24,8 +26,21 @@ from qpipe.stages.teacher_fit import require_same_architecture, require_same_lan
 from qpipe.stages.train import total_steps, train
 from qpipe.stages.trained import save_float
 
-LEFT_OUT = ("model.keep_layers", "teacher.precision")
-"""Keys that do not decide the teacher's weights: it keeps all layers, and is fine-tuned in the run's type."""
+logger = logging.getLogger(__name__)
+
+LEFT_OUT = (
+    "model.keep_layers",
+    "teacher.precision",
+    "teacher.init_student",
+    "train.activation_checkpointing",
+    "engine.name",
+    "engine.zero",
+    "engine.offload",
+    "engine.fsdp",
+    "engine.cpu",
+)
+"""Keys that do not decide the teacher's weights: it keeps all layers, and is fine-tuned in the run's type, which stands
+in the place of `engine.precision`."""
 
 
 def is_needed(config: RunConfig, host: Host) -> bool:
@@ -81,18 +96,22 @@ def mark_of(config: RunConfig) -> dict[str, Any]:
     """What decides the teacher's weights.
 
     Returns:
-        `fingerprint`: a hash of the configuration and the files that it names; `files`: the hash of each of these.
+        `fingerprint`: a hash of the configuration and the files that it names; `files`: the hash of each of these;
+        `engine`: what decides besides whether one interrupted half-way can go on.
     """
     left_out = {"out", "quantization", "export", *(() if config.plugins else ("plugins",))}
     decisive = config.model_dump(mode="json", exclude=left_out)
     for key in (*INDIFFERENT, *LEFT_OUT):
         section, _, name = key.partition(".")
         decisive.get(section, {}).pop(name, None)
+    recomputed = config.train.activation_checkpointing
+    decisive["engine"]["precision"] = str(resolve_precision(config.engine, choose_device(config.engine)))
     models, data = (config.model.name, config.model.tokenizer), (config.data.train, config.data.validation)
     files = {name: content_hash(Path(locate(name))) for name in models if name is not None}
     files |= {name: content_hash(Path(locate(name)), below=True) for name in data if name is not None}
     text = json.dumps([decisive, files], sort_keys=True)
-    return {"fingerprint": hashlib.sha256(text.encode()).hexdigest(), "files": files}
+    engine = {**config.engine.model_dump(mode="json", exclude={"precision", "cpu"}), "checkpointing": recomputed}
+    return {"fingerprint": hashlib.sha256(text.encode()).hexdigest(), "files": files, "engine": engine}
 
 
 def content_hash(path: Path, below: bool = False) -> str | None:
@@ -162,7 +181,12 @@ def ensure_teacher(
             return str(model), json.loads(results.read_text())["evaluation"]
         _refuse_another(config, before.get("files", {}), mark["files"])
     rehearse()
-    run = _fine_tune(sub, mark, unchanged, data)
+    if model.is_dir() and results.is_file() and not unchanged:
+        logger.warning(
+            "the teacher in %s was fine-tuned with other options or files: another takes its place, and it goes to %s",
+            folder, _before(folder),
+        )  # fmt: skip
+    run = _fine_tune(sub, mark, unchanged and before.get("engine") == mark["engine"], data)
     metrics: dict[str, float] = run.results["evaluation"]
     run.engine.close()
     return str(model), metrics
@@ -181,6 +205,11 @@ def _refuse_another(config: RunConfig, before: Mapping[str, Any], now: Mapping[s
     )
 
 
+def _before(folder: Path) -> Path:
+    """Where a finished teacher goes when another takes its place."""
+    return folder.with_name(f"{folder.name}-before")
+
+
 def _read(path: Path) -> Any:
     return json.loads(path.read_text()) if path.is_file() else None
 
@@ -193,7 +222,10 @@ def _fine_tune(config: RunConfig, mark: dict[str, Any], resume: bool, data: Task
     # Every rank has read the mark by now; only then may it change.
     engine.barrier()
     if engine.rank == 0:
-        if not resume:
+        if not resume and (folder / "results.json").is_file():  # hours of work, perhaps
+            shutil.rmtree(_before(folder), ignore_errors=True)
+            folder.rename(_before(folder))
+        elif not resume:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "inputs.json", mark)

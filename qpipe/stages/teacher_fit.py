@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from qpipe.config import RunConfig
+from qpipe.data.images import PROCESSOR_FILES
 from qpipe.data.loading import TaskData
 from qpipe.data.locate import locate
 from qpipe.errors import ConfigError, ModelError
@@ -90,8 +91,11 @@ def require_same_language(config: RunConfig, teacher: str, data: TaskData) -> No
     remote = config.model.trust_remote_code
     theirs = load_tokenizer(teacher, remote) if hasattr(data.tokenizer, "get_vocab") else None
     if theirs is not None:
-        texts = () if data.text is None else data.text.split.data[data.text.columns[0]][:EXAMPLES]
-        compare_tokenizers(data.tokenizer, theirs, teacher, texts)
+        columns = () if data.text is None else (data.text.split.data[name][:EXAMPLES] for name in data.text.columns)
+        compare_tokenizers(data.tokenizer, theirs, teacher, list(zip(*columns, strict=True)))
+    processor = load_own_processor(teacher) if hasattr(data.tokenizer, "image_mean") else None
+    if processor is not None:
+        compare_processors(data.tokenizer, processor, teacher)
     theirs_named = label_names(teacher, remote)
     if theirs_named and _unnamed(data.label_names) and config.model.weights == "pretrained":
         own = label_names(locate(config.model.name), remote, config.model.revision)
@@ -124,8 +128,14 @@ def load_tokenizer(teacher: str, trust_remote_code: bool) -> Any:
         return None
 
 
-def compare_tokenizers(ours: Any, theirs: Any, teacher: str, texts: Sequence[str] = ()) -> None:
-    """Every token of ours must have the same id in theirs, and texts must become the same ids.
+def compare_tokenizers(ours: Any, theirs: Any, teacher: str, rows: Sequence[Sequence[str]] = ()) -> None:
+    """Every token of ours must have the same id in theirs, and texts must become the same inputs.
+
+    Args:
+        ours: the run's tokenizer.
+        theirs: the teacher's.
+        teacher: what messages call it.
+        rows: texts, or pairs of them.
 
     Raises:
         ModelError: they differ.
@@ -138,9 +148,42 @@ def compare_tokenizers(ours: Any, theirs: Any, teacher: str, texts: Sequence[str
             raise ModelError(
                 f"token {token!r} has id {number} in this run, and the tokenizer of teacher {teacher} {has}; {advice}"
             )
-    for text in texts:
-        if ours(text)["input_ids"] != theirs(text)["input_ids"]:
-            raise ModelError(f"the tokenizer of teacher {teacher} cuts {text[:60]!r} into other tokens; {advice}")
+    for row in rows:
+        here, there = ours(*row), theirs(*row)
+        if here["input_ids"] != there["input_ids"]:
+            raise ModelError(f"the tokenizer of teacher {teacher} cuts {row[0][:60]!r} into other tokens; {advice}")
+        for name in there.keys() - {"input_ids", "attention_mask"}:
+            if any(there[name]) and here.get(name) != there[name]:
+                raise ModelError(
+                    f"teacher {teacher} is used to {name}, which the tokenizer of this run does not give for "
+                    f"{row[0][:60]!r}, so that it would read something else; {advice}"
+                )
+
+
+def load_own_processor(teacher: str) -> Any:
+    """The image processor in the teacher's folder, None if it has none."""
+    if not any((Path(teacher) / file).is_file() for file in PROCESSOR_FILES):
+        return None
+    try:
+        return AutoImageProcessor.from_pretrained(teacher)
+    except (OSError, ValueError):
+        return None
+
+
+def compare_processors(ours: Any, theirs: Any, teacher: str) -> None:
+    """Both models must see the same pixels.
+
+    Raises:
+        ModelError: sizes, scale or statistics differ.
+    """
+    for key in ("do_resize", "size", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"):
+        here, there = getattr(ours, key, None), getattr(theirs, key, None)
+        alike = list(here) == list(there) if isinstance(here, list | tuple) and there is not None else here == there
+        if not alike:
+            raise ModelError(
+                f"images have {key} {here} in this run, and {there} for teacher {teacher}, which would see something "
+                "else; name a teacher with the image processor of model.name, or set model.tokenizer to the teacher"
+            )
 
 
 def compare_labels(ours: Sequence[str], theirs: Sequence[str], teacher: str, numbers: Sequence[int] = ()) -> None:

@@ -45,8 +45,17 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def placement(run: Run) -> Placement:
-    """Where the teacher's weights go: `teacher.placement`, or as the student's."""
+    """Where the teacher's weights go: `teacher.placement`, or as the student's.
+
+    Raises:
+        ConfigError: one process alone is to keep them in CPU memory, and the engine cannot.
+    """
     configured, engine = run.config.teacher.placement, run.config.engine
+    if configured == "cpu" and run.engine.name == "accelerate" and run.engine.world_size == 1:
+        raise ConfigError(
+            "teacher.placement: cpu needs several processes with Accelerate, since FSDP shards among them; use "
+            "engine.name: deepspeed, or teacher.placement: whole"
+        )
     if configured != "auto":
         return configured
     if engine.offload == "all":
@@ -68,7 +77,7 @@ def open_cache(run: Run, folder: str) -> SignalCache:
     digest = run.engine.broadcast_object(model_digest(run.teacher, extra) if run.engine.rank == 0 else None)
     examples = min(len(run.data.train), run.total_steps * run.config.train.batch_size)
     begun = bool(checkpoint.steps(run.out))
-    return SignalCache(Path(folder) / digest[:32], run.engine, examples, begun)
+    return SignalCache(Path(folder).expanduser() / digest[:32], run.engine, examples, begun)
 
 
 def require_cacheable(run: Run, kinds: frozenset[SignalKind]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -50,6 +51,10 @@ def save_float(run: Run, folder: Path) -> None:
     run.engine.barrier()
 
 
+DEPTH = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "layer_types")
+"""Keys of `model.config` that say how many layers there were before `model.keep_layers`."""
+
+
 def restore(run_dir: Path) -> Run:
     """A trained run on one process, ready to evaluate and export.
 
@@ -63,7 +68,9 @@ def restore(run_dir: Path) -> Run:
     details = json.loads((folder / DETAILS).read_text())
     engine = AccelerateEngine(alone(config).engine)
     engine.dtype = getattr(torch, details["dtype"])
-    changes = {"name": str(folder), "revision": None, "keep_layers": None, "weights": "pretrained"}
+    changes: dict[str, Any] = {"name": str(folder), "revision": None, "keep_layers": None, "weights": "pretrained"}
+    if config.model.keep_layers is not None:  # how many there are, the saved configuration knows
+        changes["config"] = {key: value for key, value in config.model.config.items() if key not in DEPTH}
     if has_tokenizer(folder):
         changes["tokenizer"] = None  # the run has kept the one that it was trained with
     trained = config.model.model_copy(update=changes)

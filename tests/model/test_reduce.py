@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import transformers as hf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 from transformers import AutoModelForSequenceClassification as Classifier
 
@@ -68,3 +69,34 @@ def test_a_model_without_a_list_of_blocks(tmp_path):
     model = AutoModelForImageClassification.from_pretrained(tiny_model(tmp_path / "resnet", "resnet"))
     with pytest.raises(ModelError, match="the blocks of ResNetForImageClassification are not known as one list"):
         keep_layers(model, (), "every-other")
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 40}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+PLACED = {
+    # Its first block has no normalisation before the attention; every other one has.
+    "modernbert": lambda: hf.ModernBertConfig(**SIZES, **TOKENS, cls_token_id=3, sep_token_id=4),
+    # One layer in three has no rotary positions, by number.
+    "smollm3": lambda: hf.SmolLM3Config(**SIZES, **TOKENS, num_key_value_heads=2, no_rope_layer_interval=3),
+    "gpt2": lambda: hf.GPT2Config(
+        vocab_size=40, n_embd=32, n_layer=6, n_head=4, scale_attn_by_inverse_layer_idx=True, **TOKENS
+    ),
+}
+
+
+@pytest.mark.parametrize("family", PLACED)
+def test_blocks_that_depend_on_their_place_are_refused(family):
+    """Loaded again, the model would be another than the one that was trained."""
+    config = PLACED[family]()
+    loader = Classifier if family == "modernbert" else AutoModelForCausalLM
+    model = loader.from_config(config)
+    with pytest.raises(ModelError, match=r"model.keep_layers: .* depends on its place: .* when the saved model is"):
+        keep_layers(model, blocks(model), [2, 4, 5])
+
+
+def test_rates_of_dropout_by_layer_are_no_reason_to_refuse():
+    sizes = {key: value for key, value in SIZES.items() if key != "vocab_size"}
+    config = hf.BeitConfig(**sizes, image_size=16, patch_size=4, drop_path_rate=0.1)
+    model = AutoModelForImageClassification.from_config(config)
+    keep_layers(model, blocks(model), [1, 3, 5])
+    assert model.config.num_hidden_layers == 3

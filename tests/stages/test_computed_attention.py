@@ -1,17 +1,29 @@
 """A model whose attention qpipe cannot compute, or not in maps, is refused before anything long begins."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForSequenceClassification
+from transformers import (
+    BertForSequenceClassification,
+    Gemma2Config,
+    Gemma2ForSequenceClassification,
+    SwinConfig,
+    SwinForImageClassification,
+)
 
 import qpipe
 from qpipe import Loss, ModelError, Plugin, Signals, TapStage, hookimpl
+from qpipe.builtin.models import Models
+from qpipe.builtin.modules import QuantModules
 from qpipe.data.loading import find_task, load_data
 from qpipe.engine import connect
 from qpipe.host import load_plugins
+from qpipe.model.instrument import OUTPUTS, Instruments
+from qpipe.stages.attention import try_forward
 from qpipe.stages.execute import rehearse
+from qpipe.stages.prepare import refuse_layerdrop
 from qpipe.testing import tiny_config, tiny_model
 from qpipe.testing.tiny import VOCABULARY
 
@@ -41,7 +53,7 @@ class Look(Plugin):
         for path in run.instruments.map.attention:
             if self.slot is not None:
                 run.instruments.add_tap(f"{path}:{self.slot}", TapStage.OBSERVE, lambda x: x, lambda: self.step >= 3)
-            if run.instruments.computes_attention:
+            if self.kinds - OUTPUTS or run.instruments.computes_attention:
                 run.instruments.attention(path).register_forward_pre_hook(
                     lambda module, args, kwargs: (args, kwargs | {"position_bias": torch.zeros(1)}), with_kwargs=True
                 )
@@ -69,6 +81,10 @@ def gemma2(tmp_path):
     Gemma2ForSequenceClassification(config).save_pretrained(folder)
     changes = {"quantization__preset": None, "quantization__rules": [{"site": "{block}.*:weight"}]}
     return tiny_config(tmp_path, model__name=str(folder), export__format="native", **changes)
+
+
+def instrumented(model):
+    return Instruments(model, Models().qpipe_model_map(model=model), lambda m: QuantModules().qpipe_quantize_module(m))
 
 
 def rehearsed(config):
@@ -106,8 +122,15 @@ def test_without_need_of_maps_it_is_tried_with_one_example(tmp_path, use):
     assert look.seen == [1]
 
 
+def test_signals_that_need_no_attention_leave_it_as_it_is(gemma2, use):
+    """Any model can learn from a teacher's logits and hidden states."""
+    use(look := Look("logits", "hidden_states"))
+    rehearsed(gemma2)
+    assert look.seen == []
+
+
 def test_what_no_attention_of_qpipe_computes_is_refused(gemma2, tmp_path, use):
-    use(Look("logits"))
+    use(Look("logits", "context"))
     with pytest.raises(ModelError, match=r"\(Gemma2Attention\) uses 'softcap' .*attention function does not compute"):
         qpipe.execute(gemma2)
     assert not (tmp_path / "run" / "teacher").exists()
@@ -120,9 +143,42 @@ def test_a_model_that_keeps_its_own_attention_is_not_tried(gemma2, use, monkeypa
     assert look.seen == []
 
 
+def test_attention_that_other_modules_compute_is_refused():
+    """transformers records Swin's stages as its attentions, which their blocks compute."""
+    sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4]}
+    model = SwinForImageClassification(SwinConfig(**sizes, window_size=4))
+    found = instrumented(model)
+    found.enable_capture()
+    inputs = {"pixel_values": torch.randn(1, 3, 32, 32)}
+    with pytest.raises(ModelError, match=r"swin.encoder.layers.0 of Swin.* computes no attention itself"):
+        try_forward(model, found, inputs)
+    found.want(frozenset({"scores"}), store := {})
+    found.context.taps_active = True
+    output = model(**inputs)
+    with pytest.raises(ModelError, match=r"gave no scores of swin.encoder.layers.0"):
+        found.take_outputs(output, frozenset({"scores"}), store)
+
+
+def test_signals_of_layers_that_may_be_left_out_are_refused():
+    model = SimpleNamespace(config=SimpleNamespace(layerdrop=0.1))
+    refuse_layerdrop(model, {"logits"})
+    with pytest.raises(ModelError, match=r"\(layerdrop 0.1\), .* its scores; set model.config: {layerdrop: 0}"):
+        refuse_layerdrop(model, {"logits", "scores"})
+    model.config.layerdrop = 0.0
+    refuse_layerdrop(model, {"scores"})
+
+
+def test_signals_that_were_not_announced_are_refused(tmp_path):
+    model = BertForSequenceClassification.from_pretrained(tiny_model(tmp_path / "model"))
+    found = instrumented(model)
+    found.want(frozenset({"logits"}), {})
+    with pytest.raises(ModelError, match=r"scores of Bert.* were not announced: before any step"):
+        found.want(frozenset({"scores"}), {})
+
+
 def test_a_model_that_cannot_be_tried_is_not_refused(tmp_path, use, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("qpipe"), "propagate", True)
-    use(look := Look("logits", broken=True))
+    use(look := Look("context", broken=True))
     rehearsed(tiny_config(tmp_path))
     assert look.seen == [1]
     (record,) = caplog.records

@@ -106,6 +106,7 @@ def test_outputs_of_attention_whose_projection_is_not_known_are_refused():
     assert found.map.attention and not found.map.attention_output
     with pytest.raises(ModelError, match="offers no attention_output: its attention is not known"):
         found.want(frozenset({"attention_output"}), {})
+    found.enable_capture()
     found.want(frozenset({"scores"}), {})
 
 

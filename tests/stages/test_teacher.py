@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BloomConfig, OPTConfig
 
 import qpipe
 from qpipe import ConfigError, Loss, ModelError, Plugin, PluginError, Signals, SiteError, hookimpl
 from qpipe.config import resolve
 from qpipe.host import load_plugins
+from qpipe.stages.build import override_dropout
 from qpipe.stages.execute import evaluate_run
 from qpipe.stages.teacher import ensure_teacher
+from qpipe.stages.trained import restore
 from qpipe.testing import tiny_config, tiny_model
 from qpipe.testing.tiny import tiny_text_data
 
@@ -87,11 +89,17 @@ def test_it_is_trained_once_and_again_when_what_decides_it_changes(tmp_path, tra
     assert not (tmp_path / "run" / "teacher" / "checkpoints").exists(), "finished checkpoints only take up room"
 
     saving = {"train": {**config.train.model_dump(), "save_every": 2, "keep_checkpoints": 1}}
+    recomputing = {"train": {**config.train.model_dump(), "activation_checkpointing": True}}
+    engine = config.engine.model_dump()
     for same in (
         config,
         changed(config, quantization={"preset": "w2"}),
         changed(config, export={"format": "native"}),
         changed(config, **saving),
+        changed(config, **recomputing),
+        changed(config, teacher={"epochs": 1, "init_student": False}),
+        changed(config, engine={**engine, "name": "deepspeed", "zero": 3}),
+        changed(config, engine={**engine, "precision": "auto", "cpu": not torch.cuda.is_available()}),
     ):
         assert ensure_teacher(same, host()) == (path, metrics)
     assert trainings == [False], "nothing that decides the teacher has changed"
@@ -100,6 +108,8 @@ def test_it_is_trained_once_and_again_when_what_decides_it_changes(tmp_path, tra
     assert trainings == [False, False]
     second = load_file(f"{path}/model.safetensors")
     assert not torch.equal(first["classifier.weight"], second["classifier.weight"])
+    kept = load_file(tmp_path / "run" / "teacher-before" / "model" / "model.safetensors")
+    assert torch.equal(kept["classifier.weight"], first["classifier.weight"]), "hours of work are not thrown away"
     ensure_teacher(changed(config, teacher={"epochs": 1, "learning_rate": 1e-2}, seed=1), host())
     assert len(trainings) == 3
 
@@ -304,3 +314,44 @@ def test_a_student_with_fewer_layers_starts_from_the_teachers_and_is_read_back(t
     (run.out / "results.json").unlink()
     qpipe.execute(config, resume=True)
     assert trainings == [False], "the same teacher serves"
+
+
+def test_a_model_of_a_given_depth_with_fewer_layers_is_read_back(tmp_path):
+    """Restored, it has the layers that were kept, not as many as `model.config` gave it before."""
+    config = tiny_config(
+        tmp_path, model__config={"num_hidden_layers": 4}, model__weights="random", model__keep_layers="every-other"
+    )
+    run = qpipe.execute(config)
+    again = restore(run.out)
+    assert len(again.student.bert.encoder.layer) == 2
+    assert evaluate_run(run.out) == run.results["evaluation"]
+
+
+def test_one_process_of_accelerate_cannot_keep_a_teacher_in_cpu_memory(tmp_path, use, trainings):
+    use(Distil())
+    config = tiny_config(tmp_path, teacher__epochs=1, teacher__placement="cpu", engine__fsdp=True)
+    with pytest.raises(ConfigError, match="teacher.placement: cpu needs several processes with Accelerate"):
+        qpipe.execute(config)
+    assert trainings == [], "which shows before it is fine-tuned"
+
+
+def test_a_cache_below_the_home_directory(tmp_path, use, fast, monkeypatch):
+    use(Distil())
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    qpipe.execute(tiny_config(tmp_path, teacher__name=str(tmp_path / "teacher"), teacher__cache="~/cache"))
+    assert list((tmp_path / "home" / "cache").iterdir()) and not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("family", ["opt", "bloom"])
+def test_dropout_is_that_of_the_configuration_in_every_module(family):
+    sizes = {"vocab_size": 40, "hidden_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    opt = {"num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 64, "word_embed_proj_dim": 32}
+    config = OPTConfig(**sizes, **opt) if family == "opt" else BloomConfig(**sizes, n_layer=2, n_head=4)
+    config.dropout = config.hidden_dropout = 0.5
+    model = AutoModelForCausalLM.from_config(config).train()
+    ids = torch.arange(5, 12)[None]
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    override_dropout(model, 0.0)
+    assert torch.equal(model(ids).logits, model(ids).logits)

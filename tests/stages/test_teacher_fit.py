@@ -3,12 +3,18 @@
 import json
 
 import pytest
-from transformers import AutoConfig, BertTokenizer
+from transformers import AutoConfig, AutoTokenizer, BertTokenizer, ViTImageProcessorPil
 
 import qpipe
 from qpipe import ConfigError, ModelError, Plugin, Signals, WeightLoss, hookimpl
 from qpipe.stages.recomputing import reentrant_module
-from qpipe.stages.teacher_fit import compare_labels, compare_tokenizers, load_tokenizer
+from qpipe.stages.teacher_fit import (
+    compare_labels,
+    compare_processors,
+    compare_tokenizers,
+    load_own_processor,
+    load_tokenizer,
+)
 from qpipe.testing import tiny_config, tiny_model
 from qpipe.testing.tiny import VOCABULARY
 
@@ -32,9 +38,34 @@ def test_tokens_with_other_ids_are_refused(tmp_path):
 def test_a_tokenizer_that_cuts_otherwise_is_refused(tmp_path):
     words = (*VOCABULARY, "Good")
     ours, theirs = tokenizer(tmp_path / "lower", words), tokenizer(tmp_path / "cased", words, do_lower_case=False)
-    compare_tokenizers(ours, theirs, "T", ["good movie"])
+    compare_tokenizers(ours, theirs, "T", [("good movie",)])
     with pytest.raises(ModelError, match="teacher T cuts 'Good movie' into other tokens"):
-        compare_tokenizers(ours, theirs, "T", ["good movie", "Good movie"])
+        compare_tokenizers(ours, theirs, "T", [("good movie",), ("Good movie",)])
+
+
+def test_a_teacher_that_is_used_to_segments_is_refused_where_there_are_none(tmp_path):
+    """As a BERT beside a student whose tokenizer is DistilBERT's: it would take both sentences for one."""
+    with_segments = AutoTokenizer.from_pretrained(tiny_model(tmp_path / "model"))
+    without = AutoTokenizer.from_pretrained(tmp_path / "model", model_input_names=["input_ids", "attention_mask"])
+    single, pairs = [("the movie",)], [("the movie", "a film")]
+    compare_tokenizers(without, with_segments, "teacher", single)
+    compare_tokenizers(with_segments, with_segments, "teacher", pairs)
+    compare_tokenizers(with_segments, without, "teacher", pairs)
+    with pytest.raises(ModelError, match="used to token_type_ids, which the tokenizer of this run does not give"):
+        compare_tokenizers(without, with_segments, "teacher", pairs)
+
+
+def test_a_teacher_of_other_pixels_is_refused(tmp_path):
+    ours = ViTImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"height": 16, "width": 16})
+    ours.save_pretrained(tmp_path / "same")
+    compare_processors(ours, load_own_processor(str(tmp_path / "same")), "teacher")
+    other = ViTImageProcessorPil(image_mean=[0.4] * 3, image_std=[0.5] * 3, size={"height": 16, "width": 16})
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(
+        ModelError, match=r"images have image_mean .0.5, 0.5, 0.5. in this run, and .0.4, 0.4, 0.4. for"
+    ):
+        compare_processors(ours, load_own_processor(str(tmp_path / "other")), "teacher")
+    assert load_own_processor(str(tmp_path)) is None
 
 
 def test_labels():

@@ -8,13 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from pydantic import ValidationError
 from qpipe_distillation import Distillation, DistillationOptions
 from qpipe_distillation.layers import attention_pairs, depth_ratio, hidden_pairs, mapped_pairs, require_one_map
 
 import qpipe
-from qpipe import ConfigError, ModelError, TrainingPhase, WeightSchedule
+from qpipe import ConfigError, ModelError, Step, TrainingPhase, WeightSchedule
 from qpipe.analysis.analyze import Request, analyze
 from qpipe.stages import evaluate_run, plan_run
 from qpipe.stages.trained import restore
@@ -177,6 +178,16 @@ def test_only_what_is_compared_is_captured():
         ("distillation/logits", 1.0, ("task",)),
         ("distillation/attention", 3.0, ()),
     ]
+
+
+def test_cosines_of_images_are_refused():
+    """Their states may have no axis of features at the end."""
+    plugin = Distillation(DistillationOptions(logits="none", hidden="cosine"))
+    plugin._hidden = [(0, 0)]
+    states = {("hidden_states", 0): torch.ones(2, 3, 4, 4)}
+    (loss,) = plugin.qpipe_losses(run=TEN_STEPS)
+    with pytest.raises(ModelError, match=r"cosine compares .* are \[2, 3, 4, 4\]; set distillation.hidden: mse"):
+        loss.fn(Step(0, True, {}, student=states, teacher=states))
 
 
 def logged(folder):

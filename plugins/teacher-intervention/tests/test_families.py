@@ -2,14 +2,26 @@
 
 import pytest
 import torch
+import transformers as hf
 from qpipe_teacher_intervention import InterventionOptions, TeacherIntervention
 from ti_families import DECODERS, FAMILIES, batch, load
 from ti_steps import make_run, micro_step
 
+from qpipe import ModelError
 from qpipe.builtin.models import Models
 from qpipe.model.reduce import keep_layers
+from qpipe.testing.tiny import VOCABULARY
 
 KINDS = ("output", "context", "map")
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+TOKENS = {"vocab_size": len(VOCABULARY), "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+FUSED = {
+    "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**SIZES, **TOKENS, num_key_value_heads=2)),
+    "gpt-neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**SIZES, **TOKENS)),
+    "modernbert": lambda: hf.ModernBertForMaskedLM(
+        hf.ModernBertConfig(**SIZES, **TOKENS, cls_token_id=2, sep_token_id=3)
+    ),
+}
 
 
 def prepared(folder, family, student_seed=0, **options):
@@ -136,3 +148,20 @@ def test_states_of_a_layer_in_the_middle_are_those_of_a_last_one(family, tmp_pat
     plugin.qpipe_model_prepared(run)
     _, parts = micro_step(plugin, run, 1, batch(family))
     assert float(parts["ti/hidden"].detach()) == 0 and float(parts["ti/logits"].detach()) > 0
+
+
+@pytest.mark.parametrize("kind", ["output", "context"])
+@pytest.mark.parametrize("family", FUSED)
+def test_one_projection_for_query_key_and_value(family, kind, tmp_path):
+    """Outputs and contexts can stand in; a map cannot, as no gradient could be stopped at query and key alone."""
+    student, teacher = (FUSED[family]() for _ in range(2))
+    teacher.load_state_dict(student.state_dict())
+    run = make_run(tmp_path, student.train(), teacher.eval(), kind="causal-lm")
+    plugin = TeacherIntervention(InterventionOptions(steps=1, schedule=kind))
+    plugin.qpipe_model_prepared(run)
+    step, parts = micro_step(plugin, run, 0, batch("llama"))
+    torch.testing.assert_close(step.output.logits, teacher(**batch("llama")).logits, rtol=1e-5, atol=1e-5)
+    for name in ("ti/hidden", "ti/scores", "ti/output"):
+        assert float(parts[name].detach()) < 1e-8, name
+    with pytest.raises(ModelError, match="one projection"):
+        TeacherIntervention(InterventionOptions(steps=1, schedule="map")).qpipe_model_prepared(run)

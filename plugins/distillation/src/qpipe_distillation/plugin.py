@@ -155,8 +155,15 @@ class Distillation(Plugin):
         return loss / student.shape[-1] if options.classes == "mean" else loss
 
     def _hidden_loss(self, step: Step) -> Tensor:
-        distance, mask = STATES[self.options.hidden], self._mask(step)
+        options, mask = self.options, self._mask(step)
+        distance = STATES[options.hidden]
         pairs = [(step.student["hidden_states", i], step.teacher["hidden_states", j]) for i, j in self._hidden]
+        shape = tuple(pairs[0][0].shape)
+        if options.hidden == "cosine" and len(shape) != 3:
+            raise ModelError(
+                "distillation.hidden: cosine compares features of tokens, [batch, tokens, hidden], and the states of "
+                f"this model are {list(shape)}; set distillation.hidden: mse"
+            )
         return torch.stack([distance(student, teacher, mask) for student, teacher in pairs]).sum()
 
     def _output_loss(self, step: Step) -> Tensor:
