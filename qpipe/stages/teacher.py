@@ -38,9 +38,10 @@ LEFT_OUT = (
     "engine.offload",
     "engine.fsdp",
     "engine.cpu",
+    "engine.precision",
 )
-"""Keys that do not decide the teacher's weights: it keeps all layers, and is fine-tuned in the run's type, which stands
-in the place of `engine.precision`."""
+"""Keys that do not decide the teacher's weights: it keeps all layers. Its type is compared by itself: `auto` stands for
+whatever it was fine-tuned in."""
 
 
 def is_needed(config: RunConfig, host: Host) -> bool:
@@ -97,7 +98,8 @@ def mark_of(config: RunConfig) -> dict[str, Any]:
 
     Returns:
         `fingerprint`: a hash of the configuration and the files that it names; `files`: the hash of each of these;
-        `engine`: what decides besides whether one interrupted half-way can go on.
+        `precision`: the type that it is fine-tuned in; `engine`: what decides besides whether one interrupted half-way
+        can go on.
     """
     left_out = {"out", "quantization", "export", *(() if config.plugins else ("plugins",))}
     decisive = config.model_dump(mode="json", exclude=left_out)
@@ -105,13 +107,18 @@ def mark_of(config: RunConfig) -> dict[str, Any]:
         section, _, name = key.partition(".")
         decisive.get(section, {}).pop(name, None)
     recomputed = config.train.activation_checkpointing
-    decisive["engine"]["precision"] = str(resolve_precision(config.engine, choose_device(config.engine)))
+    precision = str(resolve_precision(config.engine, choose_device(config.engine)))
     models, data = (config.model.name, config.model.tokenizer), (config.data.train, config.data.validation)
     files = {name: content_hash(Path(locate(name))) for name in models if name is not None}
     files |= {name: content_hash(Path(locate(name)), below=True) for name in data if name is not None}
     text = json.dumps([decisive, files], sort_keys=True)
     engine = {**config.engine.model_dump(mode="json", exclude={"precision", "cpu"}), "checkpointing": recomputed}
-    return {"fingerprint": hashlib.sha256(text.encode()).hexdigest(), "files": files, "engine": engine}
+    return {
+        "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
+        "files": files,
+        "precision": precision,
+        "engine": engine,
+    }
 
 
 def content_hash(path: Path, below: bool = False) -> str | None:
@@ -175,7 +182,8 @@ def ensure_teacher(
     folder = Path(sub.out)
     mark, before = mark_of(sub), _read(folder / "inputs.json") or {}
     model, results = folder / "model", folder / "results.json"
-    unchanged = before.get("fingerprint") == mark["fingerprint"]
+    fits = sub.engine.precision == "auto" or before.get("precision") == mark["precision"]
+    unchanged = fits and before.get("fingerprint") == mark["fingerprint"]
     if model.is_dir() and results.is_file():
         if unchanged:
             return str(model), json.loads(results.read_text())["evaluation"]

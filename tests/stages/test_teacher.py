@@ -112,6 +112,9 @@ def test_it_is_trained_once_and_again_when_what_decides_it_changes(tmp_path, tra
     assert torch.equal(kept["classifier.weight"], first["classifier.weight"]), "hours of work are not thrown away"
     ensure_teacher(changed(config, teacher={"epochs": 1, "learning_rate": 1e-2}, seed=1), host())
     assert len(trainings) == 3
+    half = {"engine": {**engine, "precision": "bfloat16"}, "teacher": {"epochs": 1, "learning_rate": 1e-2}, "seed": 1}
+    ensure_teacher(changed(config, **half), host())
+    assert len(trainings) == 4, "another type decides its weights too"
 
 
 def test_an_interrupted_one_goes_on(tmp_path, trainings, monkeypatch):
