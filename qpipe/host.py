@@ -309,3 +309,14 @@ def load_plugins(
     for name, plugin, version in reversed(built):
         host.register(name, plugin, version)
     return host
+
+
+def report_error(host: Host, run: Any, error: BaseException) -> None:
+    """Tell plugins that the run failed; what they raise is noted on the error, not raised."""
+    if run is None:
+        return
+    for plugin, call in host.implementations("qpipe_run_error"):
+        try:
+            call(run=run, error=error)
+        except Exception as secondary:
+            error.add_note(f"qpipe_run_error of plugin {plugin!r} failed too: {secondary}")

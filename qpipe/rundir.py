@@ -64,11 +64,26 @@ def require_resumable(out: Path) -> None:
     """Refuse to resume where there is no run.
 
     Raises:
-        ConfigError: the directory holds neither a configuration nor a checkpoint.
+        ConfigError: the directory holds neither a configuration nor a checkpoint; or see `require_checkpoint`.
     """
     if not (out / CONFIG_NAME).exists() and not (out / CHECKPOINTS_NAME).exists():
         raise ConfigError(
             f"nothing to resume in {out}: no {CONFIG_NAME} and no checkpoints; leave --resume out to start"
+        )
+    require_checkpoint(out)
+
+
+def require_checkpoint(out: Path) -> None:
+    """Refuse to resume what has no checkpoint to go on from, if that would train a finished model's run anew.
+
+    Raises:
+        ConfigError: the directory holds a trained or quantized model, and no checkpoint.
+    """
+    held = next((name for name in ("model", "export", "results.json") if (out / name).exists()), None)
+    if held is not None and next((out / CHECKPOINTS_NAME).glob("step-*"), None) is None:
+        raise ConfigError(
+            f"nothing to resume in {out}: it holds {held} and no checkpoint, and would be trained from the beginning; "
+            "`qpipe export` writes a finished model again, and another --out starts another run"
         )
 
 

@@ -371,6 +371,8 @@ class Exporter:
         summary: one line for the docs and error messages.
         stored_bytes: takes a parameter name, a `PackedWeight` and the export's dtype, and returns the bytes that the
             weight takes in the file with its scales; None where that is what codes and scales need without padding.
+        loads_with_transformers: the folder is a transformers model, so that only what one of transformers' auto classes
+            makes can be written; known before training.
     """
 
     name: str
@@ -378,6 +380,7 @@ class Exporter:
     check: Callable[[Any], Iterable[str]]
     summary: str = ""
     stored_bytes: Callable[[str, Any, torch.dtype], int] | None = None
+    loads_with_transformers: bool = False
 
 
 @dataclass(frozen=True)

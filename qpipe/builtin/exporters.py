@@ -58,6 +58,7 @@ class Exporters(Plugin):
             _check_compressed,
             "Linear and Embedding weights of 1 to 8 bits; loads in stock transformers",
             _bytes_compressed,
+            loads_with_transformers=True,
         )
         yield Exporter(
             "native",
@@ -65,4 +66,5 @@ class Exporters(Plugin):
             _check_native,
             "any module, packed embeddings, codes -1, 0, 1 at 1.6 bits; read by qpipe, or numpy (docs/format.md)",
             _bytes_native,
+            loads_with_transformers=True,
         )

@@ -40,7 +40,7 @@ def resolve(
         if not path.is_file():
             raise ConfigError(f"configuration {str(path)!r} does not exist; give a YAML file, or none for the default")
         data = read_yaml(path.read_text(), str(path))
-    data["plugins"] = {**(data.get("plugins") or {})}
+    data["plugins"] = {**_plugins(data.get("plugins"))}
     for name in plugins:
         data["plugins"].setdefault(name, {})
     data["plugins"] = {k: v or {} for k, v in data["plugins"].items()}
@@ -49,6 +49,19 @@ def resolve(
         return RunConfig(**data)
     except ValidationError as error:
         raise ConfigError(f"configuration: {_describe_nested(error)}") from error
+
+
+def _plugins(section: Any) -> Mapping[str, Any]:
+    """The section `plugins` as a mapping.
+
+    Raises:
+        ConfigError: it is none, such as a list of names.
+    """
+    if section is None or isinstance(section, Mapping):
+        return section or {}
+    names = section if isinstance(section, list | tuple) else str(section).split(",")
+    written = ", ".join(f"{name}: {{}}" for name in names)
+    raise ConfigError(f"configuration: plugins maps names to options; in place of {section!r} write {{{written}}}")
 
 
 def with_plan(data: dict[str, Any]) -> dict[str, Any]:

@@ -42,8 +42,8 @@ class TeacherConfig(Section):
     """
 
     name: str | None = Field(None, description="a fine-tuned model; same forms as `model.name`")
-    epochs: float = Field(2.0, gt=0, description="length of the fine-tuning, where there is one")
-    learning_rate: float = Field(5e-5, gt=0)
+    epochs: float = Field(2.0, gt=0, allow_inf_nan=False, description="length of the fine-tuning, where there is one")
+    learning_rate: float = Field(5e-5, gt=0, allow_inf_nan=False)
     init_student: bool = Field(True, description="start the student from the teacher's weights")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="type in which the teacher computes and is kept; auto: the run's compute type"
@@ -84,6 +84,14 @@ class DataConfig(Section):
         None, gt=0, description="use a sample of this size, the same for every `seed`"
     )
     max_eval_examples: int | None = Field(None, gt=0)
+
+    @field_validator("labels", "keep_labels", mode="before")
+    @classmethod
+    def _no_booleans(cls, value: Any) -> Any:
+        found = next((label for label in value or () if isinstance(label, bool)), None)
+        if found is not None:
+            raise ValueError(f"YAML reads yes, no, on, off, true and false as {found}; put labels in quotes")
+        return value
 
 
 class RuleConfig(Section):
@@ -177,12 +185,12 @@ class QuantizationConfig(Section):
 class TrainConfig(Section):
     """The loop."""
 
-    epochs: float = Field(3.0, gt=0)
+    epochs: float = Field(3.0, gt=0, allow_inf_nan=False)
     max_steps: int | None = Field(None, gt=0, description="optimizer steps; overrides `epochs`")
     batch_size: int = Field(32, gt=0, description="examples per optimizer step over all processes")
     accumulation: int = Field(1, gt=0, description="micro-batches per optimizer step")
     eval_batch_size: int = Field(64, gt=0, description="examples per evaluation batch and process")
-    learning_rate: float = Field(5e-5, gt=0)
+    learning_rate: float = Field(5e-5, gt=0, allow_inf_nan=False)
     weight_decay: float = Field(0.01, ge=0)
     warmup: float = Field(0.1, ge=0, lt=1, description="part of all steps")
     optimizer: Literal["adamw", "bert-adam"] = Field(
@@ -292,7 +300,7 @@ class RunConfig(Section):
     engine: EngineConfig = EngineConfig()
     export: ExportConfig = ExportConfig()
     plugins: dict[str, dict[str, Any]] = Field(default_factory=dict, description="options by plugin name, in order")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     out: str = Field("runs/default", description="the run directory")
 
     @model_validator(mode="after")

@@ -12,7 +12,20 @@ from qpipe.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads `1e-4` as a number, as YAML 1.2 does; the library follows YAML 1.1, where it is text."""
+    """YAML that reads `1e-4` as a number, as YAML 1.2 does; the library follows YAML 1.1, where it is text.
+
+    A key that a mapping has twice is an error, where the library takes the last.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping each of whose keys is written once."""
+        written = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        repeated = next((key for key in written if written.count(key) > 1), None)
+        if repeated is not None:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {repeated!r} is written twice; put what belongs to it into one place", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -49,6 +62,11 @@ def read_yaml(text: str, source: str) -> dict[str, Any]:
         raise ConfigError(f"{source} is not valid YAML: {error}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{source} must hold a mapping of sections, not a {type(value).__name__}")
+    odd = next((key for key in value if not isinstance(key, str)), None)
+    if odd is not None:
+        raise ConfigError(
+            f"{source}: key {odd!r} is no text; YAML reads on, off, yes, no and numbers so: put it in quotes"
+        )
     return value
 
 

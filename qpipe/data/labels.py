@@ -28,8 +28,13 @@ def _spellings(value: Any, names: Sequence[str] = ()) -> tuple[str, ...]:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, int) and 0 <= value < len(names):
-        return (str(value), names[value])
+        return (names[value],) if _are_numbers(names) else (str(value), names[value])
     return (str(value),)
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    """True if a class has a number for a name, so that a number means the name and never the position."""
+    return any(_is_number(name) for name in names)
 
 
 def _class_names(split: Split, column: str) -> tuple[str, ...]:
@@ -143,7 +148,7 @@ def encode_classes(split: Split, column: str, names: Sequence[str]) -> np.ndarra
     """
     ids: Mapping[str, int] = {name: i for i, name in enumerate(names)}
     own = _class_names(split, column)
-    if own == tuple(names) or all(name == f"LABEL_{i}" for i, name in enumerate(names)):
+    if (own == tuple(names) and not _are_numbers(own)) or all(name == f"LABEL_{i}" for i, name in enumerate(names)):
         ids = {**ids, **{str(i): i for i in range(len(names))}}
     result = np.empty(len(split.data), dtype=np.int64)
     for position, value in enumerate(_values(split, column)):

@@ -79,6 +79,10 @@ def load_data(config: RunConfig, task: Task) -> TaskData:
         ConfigError: a data set, tokenizer or label list cannot be what the configuration says.
         DataError: a file, column, label or text is wrong, or a split is empty.
     """
+    if config.data.labels is not None and task.kind not in ("classification", "image-classification"):
+        raise ConfigError(
+            f"data.labels is for classes, and task {task.name!r} ({task.kind}) has none of these; leave it out"
+        )
     if task.kind in ("causal-lm", "masked-lm"):
         return _language(config, task)
     if task.kind == "intent-slot":

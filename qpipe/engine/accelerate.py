@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from qpipe.config import EngineConfig, TrainConfig
-from qpipe.engine.base import Placement, Processes, choose_device, resolve_precision
+from qpipe.engine.base import PATIENCE, Placement, Processes, choose_device, resolve_precision
 from qpipe.engine.clipping import clip_each, plain_fragments
 from qpipe.engine.sharding import Shards, shard_frozen, whole_tensor
-from qpipe.errors import ConfigError
+from qpipe.errors import ConfigError, TrainingError
 
 
 class AccelerateEngine(Processes):
@@ -25,10 +25,14 @@ class AccelerateEngine(Processes):
     name = "accelerate"
 
     def __init__(self, config: EngineConfig) -> None:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, InitProcessGroupKwargs
 
         # `accelerate launch` may set a mixed precision of its own; `engine.precision` decides.
-        self._accelerator = Accelerator(cpu=choose_device(config).type == "cpu", mixed_precision="no")
+        self._accelerator = Accelerator(
+            cpu=choose_device(config).type == "cpu",
+            mixed_precision="no",
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
         found = self._accelerator.device
         # Accelerate calls the CPU `cpu:0`, which torch.load does not know.
         self.device = torch.device("cpu") if found.type == "cpu" else found
@@ -89,8 +93,16 @@ class AccelerateEngine(Processes):
         """Call the wrapped model; autocast in training only, so that evaluation computes as the export does."""
         if not self._module.training:
             return self._module(**inputs)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
-            return self._model(**inputs)
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+                return self._model(**inputs)
+        except RuntimeError as error:
+            if "finished reduction in the prior iteration" not in str(error):
+                raise
+            raise TrainingError(
+                "parameters of the model take no part in the loss, which DDP does not allow; use engine.name: "
+                "deepspeed, or engine.fsdp: true"
+            ) from error
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate."""

@@ -130,7 +130,25 @@ def stock(job: dict[str, Any]) -> dict[str, Any]:
     problems = [f"{key}: {sorted(map(str, info[key]))}" for key in ("missing_keys", "unexpected_keys") if info[key]]
     run(model.eval(), job)
     state = model.state_dict()
-    return {"hashes": {n: digest(state[n]) for n in job["names"] if n in state}, "problems": problems}
+    hashes = {n: digest(state[n]) for n in job["names"] if n in state}
+    return {"hashes": hashes, "problems": problems, "ranges": ranges_of(model)}
+
+
+def ranges_of(model: Any) -> dict[str, dict[str, Any]]:
+    """How compressed-tensors quantizes the activations of a loaded model, by `module:slot`."""
+    found = {}
+    for name, module in model.named_modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        for slot in ("input", "output"):
+            how = getattr(scheme, f"{slot}_activations", None)
+            if how is not None:
+                entry = {"bits": how.num_bits, "symmetric": how.symmetric, "dynamic": bool(how.dynamic)}
+                found[f"{name}:{slot}"] = {**entry, "granularity": getattr(how.strategy, "value", how.strategy)}
+            if how is not None and not how.dynamic:
+                scale, zero = (getattr(module, f"{slot}_{part}", None) for part in ("scale", "zero_point"))
+                zero = 0.0 if zero is None else float(zero)
+                found[f"{name}:{slot}"] |= {"scale": None if scale is None else float(scale), "zero_point": zero}
+    return found
 
 
 def read_weight(directory: Path, name: str, layout: dict[str, Any], files: dict[str, str]) -> np.ndarray[Any, Any]:
@@ -141,10 +159,13 @@ def read_weight(directory: Path, name: str, layout: dict[str, Any], files: dict[
     with safe_open(directory / files.get(name + "_scale", "model.safetensors"), "numpy") as f:
         s = f.get_tensor(name + "_scale")
     if w["packer"] == "trits":
-        q = (rows[..., None] // 3 ** np.arange(5) % 3).reshape(len(rows), -1)[:, :n] - 1.0
+        powers = np.array([1, 3, 9, 27, 81], np.uint8)
+        q = (rows[..., None] // powers % 3).reshape(len(rows), -1)[:, :n].astype(np.float32) - 1
     else:
-        planes = np.unpackbits(rows, axis=1, count=n * b, bitorder="little").reshape(len(rows), n, b)
-        q = planes @ 2.0 ** np.arange(b) - 2.0 ** (b - 1)
+        q = np.full((len(rows), n), -(2.0 ** (b - 1)), np.float32)
+        for row, packed in zip(q, rows, strict=True):  # one at a time: the bits alone take 8 bytes per weight
+            bits = np.unpackbits(packed, count=n * b, bitorder="little").reshape(n, b)
+            row += np.packbits(bits, axis=1, bitorder="little")[:, 0]
     z = np.zeros((1, 1))
     with safe_open(directory / files.get(name + "_zero_point", "model.safetensors"), "numpy") as f:
         if name + "_zero_point" in f.keys():

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +36,7 @@ class Check:
     """One line of a verification.
 
     Attributes:
-        name: what was checked: `files`, `weights`, `logits`, `metric` or `program`.
+        name: what was checked: `files`, `weights`, `activations`, `logits`, `metric` or `program`.
         status: `pass`, `fail`, or `skip` if it could not be checked.
         detail: what was compared and found.
     """
@@ -106,11 +106,11 @@ def verify_all(
     """Check packed checkpoints in one fresh process in which qpipe cannot be imported.
 
     Compared are the checksums of all files; every decoded weight and every other tensor, whose difference must be
-    exactly 0; the logits of the reference examples, exactly in an unchanged environment, else within `ROUNDING`; and
-    the metrics, if the data of the run can be loaded. Of native checkpoints with quantized activations, which no other
-    program computes, logits and metrics come from a plain model in this process, whose activations qpipe quantizes.
-    Where a program lies beside the weights, its tensors are compared too, and its logits and metrics within rounding,
-    since it forms sums in another order.
+    exactly 0; likewise the ranges of activations in compressed-tensors; the logits of the reference examples, exactly
+    in an unchanged environment, else within `ROUNDING`; and the metrics, if the data of the run can be loaded. Of
+    native checkpoints with quantized activations, which no other program computes, logits and metrics come from a plain
+    model in this process, whose activations qpipe quantizes. Where a program lies beside the weights, its tensors are
+    compared too, and its logits and metrics within rounding, since it forms sums in another order.
 
     Args:
         directories: packed checkpoints.
@@ -238,6 +238,13 @@ def _judge(case: _Case, found: Mapping[str, Any]) -> None:
         result.add(
             "weights", "pass", f"{count} quantized and {len(about['tensors'])} other tensors, difference exactly 0"
         )
+    if about["format"] == "compressed-tensors":
+        differing = differing_ranges(about["activations"], found["ranges"])
+        count = len(about["activations"])
+        if differing:
+            result.add("activations", "fail", f"{len(differing)} of {count} ranges differ: {'; '.join(differing[:3])}")
+        elif count:
+            result.add("activations", "pass", f"{count} ranges, difference exactly 0")
     try:
         outputs = _outputs(case)
     except QpipeError as error:
@@ -249,7 +256,7 @@ def _judge(case: _Case, found: Mapping[str, Any]) -> None:
         result.add("metric", "skip", case.prepared.reason)
     else:
         ok, detail, result.metrics = compare_metrics(
-            about, case.prepared, outputs["predictions"], outputs["references"]
+            about, case.prepared, outputs["predictions"], outputs["references"], bool(changed_environment(about))
         )
         result.add("metric", "pass" if ok else "fail", detail)
     if "program" in about and not case.runs_program:
@@ -259,6 +266,27 @@ def _judge(case: _Case, found: Mapping[str, Any]) -> None:
             f"{PROGRAM} can do what any code can, so it only runs if you trust whom it comes from: "
             "qpipe verify --trust-remote-code",
         )
+
+
+def differing_ranges(expected: Iterable[Mapping[str, Any]], found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """In words, where the activations of a loaded model are quantized otherwise than recorded.
+
+    Args:
+        expected: `activations` of `qpipe.json`.
+        found: by `module:slot`, the same keys.
+    """
+    recorded = {f"{entry['module']}:{entry['slot']}": entry for entry in expected}
+    differing = [f"{site} is quantized, and was not" for site in sorted(found.keys() - recorded.keys())]
+    for site, entry in recorded.items():
+        if site not in found:
+            differing.append(f"{site} is not quantized")
+            continue
+        wanted = {key: entry[key] for key in found[site]}
+        if not entry["dynamic"]:
+            wanted["zero_point"] = float(entry["zero_point"] or 0)
+        wrong = [key for key, value in found[site].items() if value != wanted[key]]
+        differing += [f"{site} has {key} {found[site][key]} instead of {wanted[key]}" for key in wrong]
+    return differing
 
 
 def _judge_program(case: _Case, found: Mapping[str, Any]) -> None:
@@ -277,7 +305,9 @@ def _judge_program(case: _Case, found: Mapping[str, Any]) -> None:
     ok, detail = compare_rounded(case.about, logits, outputs["logits"], "sums are formed in another order")
     parts = [f"{len(expected)} tensors, difference exactly 0", detail]
     if case.prepared.batches is not None:
-        agrees, detail, _ = compare_metrics(case.about, case.prepared, outputs["predictions"], outputs["references"])
+        agrees, detail, _ = compare_metrics(
+            case.about, case.prepared, outputs["predictions"], outputs["references"], rounded=True
+        )
         ok = ok and agrees
         parts.append(detail)
     case.result.add("program", "pass" if ok else "fail", "; ".join(parts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,10 @@ def configuration(
         )
     folder = model_folder(Path(model))
     recipe = _mapping(source, folder)
-    section = {**(recipe.get("model") or {}), "name": str(folder) if folder else model}
+    given = recipe.get("model") or {}
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"configuration: model is a section; in place of {given!r} write {{name: {given}}}")
+    section = {**given, "name": str(folder) if folder else model}
     section.pop("revision", None)
     for key in ("weights", "keep_layers"):  # of the training that made the model: it is quantized as it is
         section.pop(key, None)

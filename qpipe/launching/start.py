@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -91,17 +92,23 @@ def hosts(hostfile: Path) -> dict[str, int]:
 
 def _deepspeed(topology: Topology, env: Mapping[str, str], config: Path, resume: bool) -> None:
     assert topology.hostfile is not None
-    if len(hosts(topology.hostfile)) > 1 and shutil.which("pdsh") is None:
+    several = len(hosts(topology.hostfile)) > 1
+    if several and shutil.which("pdsh") is None:
         raise ConfigError(
             "a hostfile with several machines needs `pdsh` and ssh without a password; install pdsh, or run "
             "`qpipe launch --nodes M --node-rank R --rendezvous HOST:PORT` on each machine"
         )
     received: list[int] = []
-    process = subprocess.Popen([*command.command(topology, config, resume), "--held"], env={**os.environ, **env})
+    words = [*command.command(topology, config, resume), "--held"]
+    # DeepSpeed's launcher passes signals on to other machines, but not to what it starts on this one alone.
+    process = subprocess.Popen(words, env={**os.environ, **env}, process_group=None if several else 0)
 
     def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        process.send_signal(number)
+        if several:
+            process.send_signal(number)
+        else:
+            os.killpg(process.pid, number)
 
     previous: dict[int, Any] = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -109,7 +116,30 @@ def _deepspeed(topology: Topology, env: Mapping[str, str], config: Path, resume:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+        if not several:
+            _end_group(process.pid)
     if received:
         raise Interrupted(received[0])
-    if code:
+    if code or not (config.parent / "results.json").is_file():  # its launcher ends with 0 where a signal killed workers
         raise failures.summarize(config.parent, {})
+
+
+GRACE = 30.0
+"""Seconds that workers have to end once their launcher has, before they are killed."""
+
+
+def _end_group(group: int) -> None:
+    """Wait until every process of a group has ended, and see to it: none may go on in a run directory that is free."""
+    deadline = time.monotonic() + GRACE
+    while _exists(group) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if _exists(group):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -18,7 +18,7 @@ from qpipe.config import RunConfig
 from qpipe.engine.base import resolve_precision
 from qpipe.errors import CheckpointError, PluginError
 from qpipe.files import disk_errors, sha256, sync_folder, write_json
-from qpipe.resuming import as_run
+from qpipe.resuming import as_run, input_files
 from qpipe.run import Run
 from qpipe.stages.gather import share_buffers
 
@@ -115,6 +115,8 @@ def _write(run: Run, temporary: Path, progress: dict[str, Any]) -> None:
         kept = {name: run.results[name] for name in KEPT if name in run.results}
         record = {**progress, "world_size": run.engine.world_size, "precision": precision, "results": kept}
         record["config"] = as_run(run.config, run.engine.device.type, precision)
+        run.input_files = run.input_files or input_files(run.config)  # a hash of them all takes a while
+        record["inputs"] = run.input_files
         write_json(temporary / "progress.json", record)
 
 
@@ -187,8 +189,8 @@ def best_known(path: Path) -> int | None:
 def read_progress(path: Path) -> dict[str, Any]:
     """Where training stood when a checkpoint was written.
 
-    `step`, `best_step`, `best_metric`, `world_size`, `precision`, `config` (see `resuming.as_run`), `results` (those of
-    `KEPT`).
+    `step`, `best_step`, `best_metric`, `world_size`, `precision`, `config` (see `resuming.as_run`), `inputs` (see
+    `resuming.input_files`), `results` (those of `KEPT`).
     """
     progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
     return progress

@@ -13,6 +13,7 @@ from torch import Tensor
 from qpipe.data.joint import predict_joint
 from qpipe.data.loader import eval_loader
 from qpipe.data.metrics import IGNORED, masked_losses, token_losses
+from qpipe.errors import TrainingError
 from qpipe.run import Run, Step
 from qpipe.stages.calibrate import inference, inputs_of, to_device
 from qpipe.stages.gather import share_buffers
@@ -80,10 +81,18 @@ def predict(kind: str, logits: Tensor, labels: Tensor, names: Sequence[str] = ()
         logits: `[batch, labels]`, or `[batch, tokens, labels]` where tokens are predicted.
         labels: `[batch]`, or `[batch, tokens]`.
         names: of the classes.
+
+    Raises:
+        TrainingError: logits of classes are NaN or infinite, of which the largest would be a class like any other.
     """
     if kind == "masked-lm":
         values, counts = masked_losses(logits, labels)
         return values.cpu().numpy(), counts.cpu().numpy()
+    if kind != "causal-lm" and not bool(torch.isfinite(logits).all()):
+        raise TrainingError(
+            "the model's predictions contain NaN or infinity: training has diverged, or its numbers do not fit its "
+            "type; lower train.learning_rate, or set engine.precision: float32"
+        )
     if kind == "intent-slot":
         predicted, expected = predict_joint(logits, labels, names)
         return predicted.cpu().numpy(), expected.cpu().numpy()

@@ -21,10 +21,10 @@ from qpipe.export.folder import refuse_foreign
 from qpipe.export.inspect import sizes
 from qpipe.export.verify import verify
 from qpipe.files import write_json, write_text
-from qpipe.host import Host, load_plugins
-from qpipe.resuming import changes_since_checkpoint, refuse_changes
+from qpipe.host import Host, load_plugins, report_error
+from qpipe.resuming import changes_since_checkpoint, refuse_changed_files, refuse_changes
 from qpipe.run import Run
-from qpipe.rundir import require_unused
+from qpipe.rundir import require_checkpoint, require_unused
 from qpipe.stages import checkpoint
 from qpipe.stages.attention import require_attention
 from qpipe.stages.build import build
@@ -47,6 +47,9 @@ logger = logging.getLogger("qpipe.stages")
 
 ABOUT_EXPORT = {"reloaded", "verified", "size"}
 """Results of a run that are about the files of its export."""
+
+UNVERIFIED = "results-unverified.json"
+"""What a run has measured whose export could not be verified."""
 
 UNDECIDED = 10**9
 """Optimizer steps of a training whose length nobody knows yet: more than any has, so that every phase fits."""
@@ -160,7 +163,9 @@ def refuse_used(config: RunConfig, engine: Engine, resume: bool) -> None:
     if engine.rank == 0:
         try:
             if resume:
+                require_checkpoint(out)
                 refuse_changes(out, changes_since_checkpoint(out, config, engine.device.type))
+                refuse_changed_files(out, config)
             else:
                 require_unused(out)
         except (ConfigError, OSError, ValueError) as error:  # the other processes wait for the answer
@@ -244,21 +249,15 @@ def conclude(run: Run, seconds: dict[str, float]) -> None:
         run.results["reloaded"] = result.metrics
         run.results["verified"] = result.passed
         run.results["size"] = sizes(folder)
-        if not result.passed:
-            raise CheckpointError("the export does not verify:\n" + "\n".join(result.lines()))
     run.results["seconds"] = seconds
+    doubtful = run.out / UNVERIFIED
+    if folder is not None and not result.passed:
+        write_json(doubtful, run.results)  # `results.json` would say that the run is complete
+        raise CheckpointError(
+            "\n".join(["the export does not verify:", *result.lines(), f"what was measured is kept in {doubtful}"])
+        )
     write_json(run.out / "results.json", run.results)
-
-
-def report_error(host: Host, run: Run | None, error: BaseException) -> None:
-    """Tell plugins that the run failed; what they raise is noted on the error, not raised."""
-    if run is None:
-        return
-    for plugin, call in host.implementations("qpipe_run_error"):
-        try:
-            call(run=run, error=error)
-        except Exception as secondary:
-            error.add_note(f"qpipe_run_error of plugin {plugin!r} failed too: {secondary}")
+    doubtful.unlink(missing_ok=True)
 
 
 def plan_run(config: RunConfig) -> Run:

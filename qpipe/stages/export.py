@@ -11,16 +11,14 @@ from torch import Tensor
 
 import qpipe
 from qpipe.data.locate import locate
-from qpipe.errors import FormatError
 from qpipe.export.record import ActivationSite, ExportRecord, PackedWeight, tensor_sha256
 from qpipe.files import write_json
-from qpipe.quant.affine import AffineActivation
 from qpipe.quant.tensor import QTensor
 from qpipe.report.statistics import weight_statistics
 from qpipe.run import Run
 from qpipe.stages.calibrate import inference, inputs_of, to_device
 from qpipe.stages.gather import model_tensors, ties
-from qpipe.stages.prepare import checked_lattice, find_exporter
+from qpipe.stages.prepare import checked_lattice, find_exporter, require_describable
 from qpipe.types import Json
 
 REFERENCE_TOKENS = 8
@@ -120,10 +118,9 @@ def activation_sites(run: Run) -> list[ActivationSite]:
         path, _, slot = site.rpartition(":")
         if slot == "weight":
             continue
-        if not isinstance(quantizer, AffineActivation):
-            raise FormatError(f"{site}: no exporter can describe activations of {type(quantizer).__name__}")
-        with run.engine.gathered(quantizer.parameters()), torch.no_grad():
-            found.append(ActivationSite(path, slot, quantizer.describe()))
+        affine = require_describable(site, quantizer)
+        with run.engine.gathered(affine.parameters()), torch.no_grad():
+            found.append(ActivationSite(path, slot, affine.describe()))
     return found
 
 

@@ -32,7 +32,7 @@ from qpipe.stages.layers import (
     weights_only,
     weights_with_grids,
 )
-from qpipe.stages.train import task_loss
+from qpipe.stages.train import steps_per_epoch, task_loss
 
 logger = logging.getLogger("qpipe.stages")
 
@@ -82,6 +82,7 @@ def require_data(run: Run, decided: bool = True) -> None:
     """
     require_targets(run)
     if decided:
+        steps_per_epoch(run)  # the self-check takes a batch of training
         require_batch(run)
         if needs_data(run.config.quantization.ptq):
             require_examples(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qpipe.data.loader import train_loader
-from qpipe.errors import DataError
+from qpipe.errors import ConfigError, DataError
 from qpipe.quant.quantizer import QuantContext, Quantizer
 from qpipe.quant.settable import SettableGrid
 from qpipe.run import Run
@@ -133,14 +134,21 @@ def layers_with_grids(run: Run) -> dict[str, Layer]:
 
 
 def layers_in_order(run: Run, batches: Batches) -> list[Layer]:
-    """The same in the order in which the forward pass reaches them."""
+    """The same in the order in which the forward pass reaches them.
+
+    Left out are those that it reaches several times, such as the layers of ALBERT's one block: what fits one of their
+    inputs need not fit the others.
+
+    Raises:
+        ConfigError: none is left.
+    """
     layers = layers_with_grids(run)
     for path in sorted(weights_with_grids(run).keys() - layers.keys()):
         if isinstance(run.student.get_submodule(path), nn.Linear | nn.Conv2d):
             logger.info("%s shares its weight with another module, and keeps its rounding", path)
-    order: dict[str, None] = {}
+    calls: Counter[str] = Counter()
     handles = [
-        layer.module.register_forward_pre_hook(lambda *_, path=path: order.setdefault(path, None))
+        layer.module.register_forward_pre_hook(lambda *_, path=path: calls.update([path]))
         for path, layer in layers.items()
     ]
     try:
@@ -149,7 +157,15 @@ def layers_in_order(run: Run, batches: Batches) -> list[Layer]:
     finally:
         for handle in handles:
             handle.remove()
-    return [layers[path] for path in order]
+    for path in (path for path, count in calls.items() if count > 1):
+        logger.info("%s runs %d times in a forward pass, and keeps its rounding and its bias", path, calls[path])
+    found = [layers[path] for path, count in calls.items() if count == 1]
+    if not found:
+        raise ConfigError(
+            "quantization.ptq: every layer runs several times in a forward pass, so that no rounding or bias can be "
+            "fitted to what reaches it; use weights: lapq or none, without bias_correction"
+        )
+    return found
 
 
 def inputs_to(model: nn.Module, path: str, batches: Batches) -> Tensor:

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from qpipe.config import PtqConfig
 from qpipe.errors import ConfigError, FormatError, ModelError, SiteError, suggest
 from qpipe.export import record as export_record
+from qpipe.export.companions import auto_class
 from qpipe.export.record import zero_point_kind
 from qpipe.model.instrument import OUTPUTS
+from qpipe.quant.affine import AffineActivation
 from qpipe.quant.compiled import use_compiled
 from qpipe.quant.estimators import find_estimator
 from qpipe.quant.modules import QuantModule
@@ -218,6 +220,20 @@ def tied_sites(run: Run, site: Site) -> list[Site]:
     return [other for other in found if other is not None]
 
 
+def require_savable(run: Run) -> None:
+    """Refuse a model that could not be saved once it is trained.
+
+    Raises:
+        ModelError: it is no transformers model.
+    """
+    if not hasattr(run.student, "save_pretrained") or not hasattr(run.student, "config"):
+        raise ModelError(
+            f"model {run.config.model.name!r} is a {type(run.student).__name__} without `save_pretrained` or `config`, "
+            "so that it could not be saved as a Hugging Face folder; make it a transformers.PreTrainedModel "
+            "(docs/own-model.md)"
+        )
+
+
 def refuse_unexportable(run: Run, name: str | None = None) -> None:
     """Ask an exporter, before anything long starts, whether it can hold the plan.
 
@@ -227,9 +243,14 @@ def refuse_unexportable(run: Run, name: str | None = None) -> None:
 
     Raises:
         ConfigError: no exporter has that name.
-        FormatError: it cannot; says why, for each kind of site.
+        FormatError: it cannot; says why, for each kind of site. Or no exporter could.
     """
     exporter = find_exporter(run, name)
+    if exporter.loads_with_transformers:
+        auto_class(run.student)
+    for site, quantizer in run.instruments.quantizers().items():
+        if not site.endswith(":weight"):
+            require_describable(site, quantizer)
     planned = [
         _planned(run, entry, site)
         for entry in run.plan.sites.values()
@@ -238,6 +259,20 @@ def refuse_unexportable(run: Run, name: str | None = None) -> None:
     reasons = list(exporter.check(planned))
     if reasons:
         raise FormatError(f"export.format {exporter.name!r} cannot hold this plan: " + "; ".join(reasons[:5]))
+
+
+def require_describable(site: str, quantizer: Quantizer) -> AffineActivation:
+    """A quantizer of activations, if an exporter can be told how it computes.
+
+    Raises:
+        FormatError: it is none of `AffineActivation`.
+    """
+    if not isinstance(quantizer, AffineActivation):
+        raise FormatError(
+            f"{site}: no exporter can describe activations of {type(quantizer).__name__}; derive it from "
+            "qpipe.AffineActivation"
+        )
+    return quantizer
 
 
 def _planned(run: Run, entry: PlannedSite, site: Site) -> export_record.PlannedSite:
@@ -313,6 +348,8 @@ def prepare(run: Run, trained: Mapping[str, Tensor] | None = None) -> None:
     """
     plan(run)
     insert_quantizers(run, trained)
+    if trained is None:
+        require_savable(run)
     if run.plan.sites and trained is None:  # a finished run may be wanted in another format, and is asked for then
         refuse_unexportable(run)
     attach_weight_losses(run)

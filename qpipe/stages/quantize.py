@@ -10,18 +10,19 @@ from qpipe.config import PtqConfig, RunConfig
 from qpipe.data.loading import find_task, load_data
 from qpipe.engine.accelerate import AccelerateEngine
 from qpipe.errors import ConfigError
-from qpipe.host import Host, load_plugins
+from qpipe.host import Host, load_plugins, report_error
 from qpipe.run import Run
 from qpipe.rundir import require_unquantized
 from qpipe.stages.build import build
 from qpipe.stages.calibrate import calibrate
 from qpipe.stages.casting import cast
 from qpipe.stages.evaluate import evaluate
-from qpipe.stages.execute import conclude, record_start, report_error, timed
+from qpipe.stages.execute import conclude, record_start, timed
 from qpipe.stages.initialize import initialize, require_data
 from qpipe.stages.prepare import prepare
 from qpipe.stages.ranges import initialize_ranges
 from qpipe.stages.self_check import self_check
+from qpipe.stages.teacher_fit import require_own_labels
 from qpipe.stages.trained import alone
 
 
@@ -84,6 +85,7 @@ def _prepared(config: RunConfig, host: Host, required: bool = True) -> Run:
     """The model with its quantizers in place; `required`: an empty plan is an error."""
     engine = AccelerateEngine(config.engine)
     data = load_data(config, find_task(host.collect("qpipe_tasks"), config.task))
+    require_own_labels(config, data)
     run = build(config, host, engine, data=data, strict=True)
     prepare(run)
     if required and not run.plan.sites:

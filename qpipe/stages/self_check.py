@@ -6,13 +6,15 @@ What that pass quantizes also tells whether compiling is worth its time.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qpipe.errors import TrainingError
 from qpipe.quant.compiled import use_compiled
+from qpipe.quant.modules import QuantModule
 from qpipe.quant.quantizer import Visit
 from qpipe.run import Run
 from qpipe.stages.calibrate import calibration_batches, inference, inputs_of
@@ -24,17 +26,22 @@ def self_check(run: Run) -> None:
     """Run one batch with and without quantizers, and decide `quantization.compile: auto`.
 
     Raises:
-        TrainingError: a planned site never ran, or quantization changes no output on some rank (unless the
-            weights were rounded before).
+        TrainingError: a planned site or a module with a penalty on its weight never ran, or quantization changes no
+            output on some rank (unless the weights were rounded before).
     """
-    if not run.plan.sites:
+    penalized = [m for m in run.student.modules() if isinstance(m, QuantModule) and m.qpipe.weight_losses]
+    if not run.plan.sites and not penalized:
         return
     context = run.instruments.context
     batch = next(calibration_batches(run, 1))
     with inference(run):
         context.visited = {}
-        quantized = _logits(run, batch)
+        with calls_noted(penalized) as called:
+            quantized = _logits(run, batch)
+        refuse_unused(run, [module for module in penalized if module not in called])
         visited, context.visited = context.visited, None
+        if not run.plan.sites:
+            return
         context.enabled = False
         try:
             plain = _logits(run, batch)
@@ -67,6 +74,32 @@ def self_check(run: Run) -> None:
     if run.config.quantization.compile == "auto" and not context.compiled:
         elements = max(count for _, _, count in found)  # the same decision on all ranks
         context.compiled = use_compiled(run.config.quantization.compile, elements, run.engine.device)
+
+
+@contextmanager
+def calls_noted(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]:
+    """The modules, out of these, that are called within."""
+    called: set[nn.Module] = set()
+    handles = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in modules]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def refuse_unused(run: Run, modules: Sequence[QuantModule]) -> None:
+    """Refuse penalties on weights that the model does not compute with: they would never be added.
+
+    Raises:
+        TrainingError: there are such modules.
+    """
+    if modules:
+        state = modules[0].qpipe
+        raise TrainingError(
+            f"{len(modules)} weights with a penalty ({state.weight_losses[0].name}) are not used in the forward pass, "
+            f"such as {state.path}; leave them out of the penalty"
+        )
 
 
 def quantized_elements(run: Run, visited: Mapping[str, Visit]) -> int:

@@ -17,7 +17,7 @@ from qpipe.engine import connect
 from qpipe.engine.base import choose_device, resolve_precision
 from qpipe.errors import ConfigError
 from qpipe.files import sha256, write_json
-from qpipe.host import Host, describing, load_plugins, only_describing
+from qpipe.host import Host, describing, load_plugins, only_describing, report_error
 from qpipe.run import Run
 from qpipe.stages import checkpoint
 from qpipe.stages.build import build
@@ -238,12 +238,17 @@ def _fine_tune(config: RunConfig, mark: dict[str, Any], resume: bool, data: Task
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "inputs.json", mark)
     engine.barrier()
-    run = build(config, only_describing(load_plugins(config.plugins)), engine, data=data)
-    run.total_steps = total_steps(run)
-    prepare(run)
-    wrap(run)
-    train(run, resume=bool(checkpoint.steps(folder)))
-    save_float(run, folder / "model")
+    host = only_describing(load_plugins(config.plugins))
+    run = build(config, host, engine, data=data)
+    try:
+        run.total_steps = total_steps(run)
+        prepare(run)
+        wrap(run)
+        train(run, resume=bool(checkpoint.steps(folder)))
+        save_float(run, folder / "model")
+    except BaseException as error:
+        report_error(host, run, error)
+        raise
     if engine.rank == 0:
         write_json(folder / "results.json", {"evaluation": run.results["evaluation"]})
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)

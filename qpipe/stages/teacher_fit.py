@@ -201,17 +201,46 @@ def compare_labels(ours: Sequence[str], theirs: Sequence[str], teacher: str, num
     """
     if len(ours) != len(theirs) or _unnamed(ours) or _unnamed(theirs):
         return
-    here, there = [name.casefold() for name in ours], [name.casefold() for name in theirs]
-    if here == there:
+    _refuse_another_order(ours, theirs, f"teacher {teacher}", numbers)
+    if numbers or _folded(ours) == _folded(theirs):
         return
-    said = f"the labels of this run are {', '.join(ours)}, those of teacher {teacher} {', '.join(theirs)}"
-    if sorted(here) == sorted(there):
-        positions = [here.index(name) for name in there]
-        order = ", ".join(str(numbers[position]) if numbers else ours[position] for position in positions)
-        raise ModelError(f"{said}: the same in another order; set data.labels: [{order}]")
-    if numbers:
+    raise ModelError(
+        f"the labels of this run are {', '.join(ours)}, those of teacher {teacher} {', '.join(theirs)}; name a teacher "
+        "of this task, or correct id2label in the config.json of the teacher"
+    )
+
+
+def require_own_labels(config: RunConfig, data: TaskData) -> None:
+    """Refuse data that number their labels otherwise than the fine-tuned model does that is to be quantized.
+
+    Names that are not the same pass: they may be other words for them.
+
+    Args:
+        config: resolved configuration.
+        data: the processed data of the run.
+
+    Raises:
+        ModelError: the model has the same names in another order.
+    """
+    named = label_names(locate(config.model.name), config.model.trust_remote_code, config.model.revision)
+    if len(named) == len(data.label_names):
+        _refuse_another_order(data.label_names, named, f"model {config.model.name}")
+
+
+def _refuse_another_order(ours: Sequence[str], theirs: Sequence[str], whose: str, numbers: Sequence[int] = ()) -> None:
+    here, there = _folded(ours), _folded(theirs)
+    if here == there or sorted(here) != sorted(there):
         return
-    raise ModelError(f"{said}; name a teacher of this task, or correct id2label in the config.json of the teacher")
+    positions = [here.index(name) for name in there]
+    order = ", ".join(str(numbers[position]) if numbers else ours[position] for position in positions)
+    raise ModelError(
+        f"the labels of this run are {', '.join(ours)}, those of {whose} {', '.join(theirs)}: the same in another "
+        f"order; set data.labels: [{order}]"
+    )
+
+
+def _folded(names: Sequence[str]) -> list[str]:
+    return [name.casefold() for name in names]
 
 
 def _unnamed(names: Sequence[str]) -> bool:

@@ -79,7 +79,8 @@ def total_steps(run: Run) -> int:
         ConfigError: the data do not fill a single batch.
     """
     train, per_epoch = run.config.train, steps_per_epoch(run)
-    return train.max_steps or run.data.steps or max(1, math.ceil(train.epochs * per_epoch))
+    wanted = round(train.epochs * per_epoch, 6)  # 1.1 * 100 is 110.00000000000001
+    return train.max_steps or run.data.steps or max(1, math.ceil(wanted))
 
 
 def collect_losses(run: Run) -> list[Loss]:

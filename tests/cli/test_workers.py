@@ -4,14 +4,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from qpipe import rundir
 from qpipe.config import resolve
 from qpipe.launching import prepare
+from qpipe.launching import start as starting
+from qpipe.launching.failures import WorkerError
 
 pytestmark = pytest.mark.distributed
 
@@ -162,3 +166,38 @@ def test_train_alone_prints_one_message(process, config_file, fake_stages):
     result = process("train", config_file, env=env, cwd=config_file.parent)
     assert result.returncode == 1
     assert result.stderr == "error: no rows\n"
+
+
+RUNNER = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); \
+time.sleep(120)", sys.argv[1]])
+time.sleep(120)
+"""
+"""As DeepSpeed's launcher on one machine: it starts another process, and ends by a signal without telling that one."""
+
+
+def test_a_signal_reaches_what_the_launcher_of_deepspeed_has_started(tmp_path, monkeypatch):
+    (tmp_path / "hosts").write_text("localhost slots=1\n")
+    note = tmp_path / "pid"
+    monkeypatch.setattr(starting.command, "command", lambda *given: [sys.executable, "-c", RUNNER, str(note)])
+
+    def stop():
+        wait_for(lambda: note.exists() and note.read_text())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(starting.Interrupted):
+        starting._deepspeed(SimpleNamespace(hostfile=tmp_path / "hosts"), {}, tmp_path / "config.yaml", False)
+    assert not alive(int(note.read_text()))
+
+
+def test_a_launcher_that_hides_the_end_of_its_workers(tmp_path, monkeypatch):
+    """DeepSpeed's ends with 0 where a signal killed what it had started."""
+    (tmp_path / "hosts").write_text("localhost slots=1\n")
+    monkeypatch.setattr(starting.command, "command", lambda *given: [sys.executable, "-c", "pass"])
+    where = SimpleNamespace(hostfile=tmp_path / "hosts")
+    with pytest.raises(WorkerError, match="the workers failed without a message"):
+        starting._deepspeed(where, {}, tmp_path / "config.yaml", False)
+    (tmp_path / "results.json").write_text("{}")
+    starting._deepspeed(where, {}, tmp_path / "config.yaml", False)

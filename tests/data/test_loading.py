@@ -92,6 +92,26 @@ def test_class_label_columns_keep_their_names(load: Load, tmp_path: Path) -> Non
     assert list(turned.train["labels"]) == [0, 1]
 
 
+def test_class_names_that_are_numbers_are_not_positions(load: Load, tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    stars = datasets.ClassLabel(names=["1", "2", "3", "4", "5"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": stars})
+    rows = {"text": ["awful", "bad", "fair", "good", "great"], "label": [0, 1, 2, 3, 4]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    options: dict[str, Any] = {"train": str(path), "validation": str(path)}
+    data = load("classification", **options, keep_labels=[1, 5], labels=[1, 5])
+    assert len(data.train) == 2 and list(data.train["labels"]) == [0, 1] and data.label_names == ("1", "5")
+    whole = load("classification", **options)
+    assert list(whole.train["labels"]) == [0, 1, 2, 3, 4] and whole.label_names == ("1", "2", "3", "4", "5")
+
+
+@pytest.mark.parametrize("task", ["regression", "masked-lm", "causal-lm"])
+def test_labels_of_a_task_that_has_no_classes(load: Load, csv: Csv, task: str) -> None:
+    path = csv(*ROWS)
+    with pytest.raises(ConfigError, match=f"data.labels is for .*{task}"):
+        load(task, train=path, validation=path, labels=[0, 1])
+
+
 @pytest.mark.parametrize("name", ["t.tsv", "t.jsonl", "t.json", "t.csv.bz2", "t.parquet"])
 def test_file_formats(load: Load, csv: Csv, tmp_path: Path, name: str) -> None:
     path = tmp_path / name

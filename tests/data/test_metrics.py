@@ -9,6 +9,7 @@ import torch
 from qpipe.builtin.tasks import TASKS, Tasks
 from qpipe.data import metrics
 from qpipe.errors import TrainingError
+from qpipe.stages.evaluate import predict
 
 REFERENCES = np.array([1, 1, 1, 0, 0, 1])
 PREDICTIONS = np.array([1, 0, 1, 0, 1, 1])  # 3 true positives, 1 true negative, 1 false each
@@ -77,3 +78,12 @@ def test_tasks_offered() -> None:
     assert tasks["mnli"].num_labels == 3
     assert tasks["stsb"].kind == "regression"
     assert not tasks["causal-lm"].metrics[0].higher_is_better
+
+
+@pytest.mark.parametrize("kind", ["classification", "image-classification", "regression"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_predictions_that_are_not_finite_are_no_class(kind, bad):
+    """The largest of them would be one like any other, and the model would seem as good as chance."""
+    logits = torch.tensor([[1.0, 0.0], [bad, 0.0]]) if kind != "regression" else torch.tensor([[1.0], [bad]])
+    with pytest.raises(TrainingError, match="predictions contain NaN or infinity"):
+        predict(kind, logits, torch.tensor([0, 1]))

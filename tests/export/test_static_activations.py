@@ -1,15 +1,19 @@
 """Calibrated ranges in compressed-tensors: stock transformers computes the logits of the run."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import qpipe
+from qpipe.export.folder import write_sums
+from qpipe.export.verify import verify
+from qpipe.files import write_json
 from qpipe.stages.quantize import quantize
 from qpipe.stages.trained import restore
 from qpipe.testing import tiny_config
@@ -75,3 +79,28 @@ def test_the_file_has_the_calibrated_ranges(run):
     config = json.loads((run.out / "export" / "config.json").read_text())["quantization_config"]
     inputs = [group["input_activations"] for group in config["config_groups"].values()]
     assert any(entry and entry["dynamic"] is False for entry in inputs)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_range_of_another_scale_is_found(device, run, tmp_path):
+    """Where the environment changed, logits are compared within rounding, which one wrong range may stay below."""
+    folder = tmp_path / "export"
+    shutil.copytree(run.out / "export", folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("input_scale"))
+    tensors[name] *= 1.01
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        about = file.metadata()
+    save_file(tensors, folder / "model.safetensors", about)
+    record = json.loads((folder / "qpipe.json").read_text())
+    record["environment"]["device"] = device
+    write_json(folder / "qpipe.json", record)
+    write_sums(folder)
+    checks = {check.name: check for check in verify(folder, check_metric=False).checks}
+    assert checks["weights"].status == "pass" and checks["activations"].status == "fail"
+    assert f"{name.removesuffix('_scale').replace('.input', ':input')} has scale" in checks["activations"].detail
+
+
+def test_all_ranges_are_compared(run):
+    checks = {check.name: check for check in verify(run.out / "export", check_metric=False).checks}
+    assert checks["activations"].detail == "12 ranges, difference exactly 0"

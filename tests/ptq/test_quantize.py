@@ -1,15 +1,17 @@
 """Quantizing without training: what each method promises, on a model of a few kilobytes."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file
 
 import qpipe
-from qpipe import ConfigError, DataError, ModelError, stages
+from qpipe import ConfigError, DataError, ModelError, Plugin, hookimpl, stages
 from qpipe.host import load_plugins
 from qpipe.stages import evaluate_run, execute, quantize, sensitivity
 from qpipe.stages.initialize import initialize
@@ -21,6 +23,7 @@ from qpipe.stages.trained import restore
 from qpipe.stages.variants import rebuilt, require_master_copies
 from qpipe.testing import check_rules, run_distributed, tiny_config
 from qpipe.testing.gradients import compare, write_traces
+from qpipe.testing.tiny import VOCABULARY
 
 QUICK = {"examples": 64, "batch_size": 16, "iterations": 100, "evaluations": 40}
 
@@ -479,3 +482,47 @@ def test_what_data_sets_works_on_the_grids_of_plugins(folder, method):
     for path, quantizer in ((site.removesuffix(":weight"), q) for site, q in run.instruments.quantizers().items()):
         weight = run.student.get_parameter(f"{path}.weight")
         assert torch.equal(quantizer(weight), weight), path
+
+
+def test_a_batch_of_training_that_the_data_do_not_fill_is_refused_first(folder, monkeypatch):
+    """The check before calibration takes one, after AdaRound and LAPQ have run for long."""
+    monkeypatch.setattr(
+        importlib.import_module("qpipe.stages.quantize"), "_set_up", lambda run: pytest.fail("work had begun")
+    )
+    given = config(folder, out="too-large", weights="adaround", examples=16)
+    train = given.train.model_copy(update={"batch_size": 5000})
+    with pytest.raises(ConfigError, match="train.batch_size 5000 exceeds the .* training examples"):
+        quantize(given.model_copy(update={"train": train}))
+
+
+class Repeated(Plugin):
+    """ALBERT, whose one block runs as often as it has layers."""
+
+    @hookimpl
+    def qpipe_load_model(self, spec, task, num_labels, strict):
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+        shape = hf.AlbertConfig(vocab_size=len(VOCABULARY), embedding_size=16, num_labels=num_labels, **sizes)
+        return hf.AlbertForSequenceClassification(shape)
+
+
+def test_layers_that_run_several_times_are_not_fitted_to_one_of_their_inputs(folder):
+    run = _prepared(config(folder, bias_correction=True), load_plugins({}, extra=[("repeated", Repeated())]))
+    before = {name: p.detach().clone() for name, p in run.student.named_parameters()}
+    with pytest.raises(ConfigError, match="every layer runs several times in a forward pass"):
+        initialize(run)
+    assert all(torch.equal(p, before[name]) for name, p in run.student.named_parameters())
+
+
+def test_a_model_whose_labels_are_in_another_order_is_refused(folder, tmp_path):
+    """Its metrics would be those of other classes, and the export would name them wrongly."""
+    turned = tmp_path / "turned"
+    shutil.copytree(folder / "trained" / "model", turned)
+    about = json.loads((turned / "config.json").read_text())
+    names = [about["id2label"][key] for key in sorted(about["id2label"])]
+    assert names == ["negative", "positive"]
+    about |= {"id2label": {"0": "POSITIVE", "1": "NEGATIVE"}, "label2id": {"POSITIVE": 0, "NEGATIVE": 1}}
+    (turned / "config.json").write_text(json.dumps(about))
+    given = config(folder, out="turned")
+    given = given.model_copy(update={"model": given.model.model_copy(update={"name": str(turned)})})
+    with pytest.raises(ModelError, match=r"same in another order; set data.labels: \[positive, negative\]"):
+        quantize(given)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import qpipe
-from qpipe import CheckpointError, ConfigError, Plugin, PluginError, hookimpl
+from qpipe import CheckpointError, ConfigError, Plugin, PluginError, hookimpl, rundir
 from qpipe.config import dump, resolve
 from qpipe.engine.accelerate import AccelerateEngine
 from qpipe.files import sha256, write_json
@@ -335,3 +335,35 @@ def test_a_missing_gpu_is_no_change(finished, tmp_path, fast):
             qpipe.execute(config, resume=True)
     else:
         assert qpipe.execute(config, resume=True).results["resumed_step"] == 6
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_anew(finished, tmp_path, fast):
+    """Nor one that was quantized: it would take the place of the model that is there."""
+    out = tmp_path / "again"
+    shutil.copytree(finished.out, out)
+    shutil.rmtree(out / "checkpoints")
+    (out / "results.json").unlink()
+    before = (out / "model" / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match=r"nothing to resume in .*again: it holds model and no checkpoint"):
+        qpipe.execute(with_train(finished.config, out), resume=True)
+    with pytest.raises(ConfigError, match="it holds model and no checkpoint"):
+        rundir.require_resumable(out)
+    assert (out / "model" / "model.safetensors").read_bytes() == before and (out / "metrics.jsonl").stat().st_size
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_run_does_not_go_on_with_other_data(large, tmp_path, monkeypatch, fast):
+    """The order of the examples, the length and the best metric would be others. Large files are only measured."""
+    monkeypatch.setattr("qpipe.resuming.LARGE", 0 if large else 2**28)
+    config = tiny_config(tmp_path)
+    qpipe.execute(config)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    data = Path(config.data.train)
+    whole = data.read_text()
+    changed = whole.replace("0", "1", 1) if not large else whole + whole.splitlines()[0] + "\n"
+    data.write_text(changed)
+    assert changed != whole
+    with pytest.raises(ConfigError, match=r"data.train \(.*train.jsonl\) has changed since the checkpoint in .*run"):
+        qpipe.execute(config, resume=True)
+    data.write_text(whole)
+    assert qpipe.execute(config, resume=True).results["resumed_step"] == 3

@@ -3,16 +3,21 @@
 import importlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import qpipe
 from qpipe import CheckpointError, ConfigError, FormatError
 from qpipe.config import resolve
 from qpipe.export.inspect import describe, sizes
 from qpipe.export.verify import verify
 from qpipe.stages import evaluate_run, export_run
 from qpipe.stages.trained import restore
+from qpipe.testing import tiny_config
+
+EXECUTE = importlib.import_module("qpipe.stages.execute")
 
 
 def test_run_directory(finished):
@@ -88,3 +93,20 @@ def test_a_run_that_has_not_ended(finished, tmp_path):
     (tmp_path / "config.yaml").write_text((finished.out / "config.yaml").read_text())
     with pytest.raises(CheckpointError, match="has no trained model yet; finish the training: qpipe launch --resume"):
         export_run(tmp_path)
+
+
+def test_what_was_measured_survives_a_failed_verification(tmp_path, monkeypatch):
+    """Only the run does not count as complete."""
+    outcome = SimpleNamespace(passed=False, metrics={"accuracy": 0.5}, lines=lambda: ["logits: FAILED"])
+    monkeypatch.setattr(EXECUTE, "verify", lambda *given, **options: outcome)
+    config = tiny_config(tmp_path, train__max_steps=2)
+    with pytest.raises(CheckpointError, match=r"(?s)does not verify.*logits: FAILED.*results-unverified.json"):
+        qpipe.execute(config)
+    out = tmp_path / "run"
+    kept = json.loads((out / "results-unverified.json").read_text())
+    assert kept["verified"] is False and kept["evaluation"] and kept["reloaded"] == {"accuracy": 0.5}
+    assert not (out / "results.json").exists() and (out / "model" / "model.safetensors").is_file()
+    outcome.passed = True
+    qpipe.execute(config, resume=True)
+    assert json.loads((out / "results.json").read_text())["verified"]
+    assert not (out / "results-unverified.json").exists()

@@ -1,14 +1,29 @@
 """Models that are not quite what a run takes them for are refused, or named, before anything is lost."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers as hf
 from transformers import BertTokenizer
 
 import qpipe
-from qpipe import ConfigError, Loss, ModelError, Plugin, Signals, WeightLoss, hookimpl
+from qpipe import (
+    ConfigError,
+    FormatError,
+    Loss,
+    ModelError,
+    Options,
+    Plugin,
+    Quantizer,
+    QuantizerKind,
+    Signals,
+    WeightLoss,
+    hookimpl,
+)
 from qpipe.host import load_plugins
+from qpipe.stages import checkpoint
 from qpipe.stages.build import instrument
 from qpipe.stages.recomputing import recompute
 from qpipe.stages.sizes import fixed_size
@@ -164,3 +179,65 @@ def test_a_tied_bias_is_counted_where_the_file_has_it_twice(tmp_path, fast):
     file = (run.out / "export" / "model.safetensors").read_bytes()
     header = 8 + int.from_bytes(file[:8], "little")
     assert found.other + found.quantized == len(file) - header
+
+
+class Plain(Plugin):
+    """A model with logits and nothing else of transformers'."""
+
+    @hookimpl
+    def qpipe_load_model(self, spec, task, num_labels, strict):
+        class Bag(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.words, self.head = torch.nn.Embedding(len(VOCABULARY), 8), torch.nn.Linear(8, num_labels)
+
+            def forward(self, input_ids, **others):
+                return SimpleNamespace(logits=self.head(self.words(input_ids).mean(1)))
+
+        return Bag()
+
+
+class Renamed(Plugin):
+    """A transformers model that none of its auto classes makes."""
+
+    @hookimpl
+    def qpipe_load_model(self, spec, task, num_labels, strict):
+        class OurClassifier(hf.BertPreTrainedModel):
+            def __init__(self, config):
+                super().__init__(config)
+                self.bert, self.classifier = hf.BertModel(config), torch.nn.Linear(32, num_labels)
+                self.post_init()
+
+        return OurClassifier(hf.BertConfig(vocab_size=len(VOCABULARY), **SIZES))
+
+
+@pytest.mark.parametrize(
+    ("plugin", "rules", "error", "said"),
+    [
+        (Plain(), [], ModelError, "Bag without `save_pretrained` or `config`"),
+        (Plain(), [{"site": "head:weight"}], ModelError, "Bag without `save_pretrained` or `config`"),
+        (Renamed(), [{"site": "classifier:weight"}], FormatError, "no transformers auto class makes a OurClassifier"),
+    ],
+)
+def test_what_could_not_be_saved_is_not_trained(plugin, rules, error, said, tmp_path, use):
+    use(plugin)
+    with pytest.raises(error, match=said):
+        qpipe.execute(tiny_config(tmp_path, quantization__preset=None, quantization__rules=rules))
+    assert checkpoint.steps(tmp_path / "run") == []
+
+
+class Rounded(Quantizer):
+    def quantize(self, value, out=None):
+        return value.round() if out is None else out.copy_(value.round())
+
+
+class OwnActivations(Plugin):
+    @hookimpl
+    def qpipe_quantizers(self):
+        return [QuantizerKind("rounded", lambda options: Rounded(), Options, frozenset({"input"}))]
+
+
+def test_activations_that_no_exporter_can_describe_are_not_trained(tmp_path, assembled):
+    rules = [{"site": "classifier:input", "quantizer": "rounded"}]
+    with pytest.raises(FormatError, match=r"classifier:input: no exporter can describe activations of Rounded"):
+        assembled(tiny_config(tmp_path, quantization__preset="w4", quantization__rules=rules), OwnActivations())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import qpipe
-from qpipe import Options, Plugin, QTensor, Quantizer, QuantizerKind, TrainingError, hookimpl
+from qpipe import Options, Plugin, QTensor, Quantizer, QuantizerKind, TrainingError, WeightLoss, hookimpl
 from qpipe.builtin.models import Models
 from qpipe.quant import compiled
 from qpipe.stages import checkpoint
@@ -94,6 +94,22 @@ def test_a_site_that_never_runs_is_named(tmp_path, use, fast):
     use(Spare())
     config = tiny_config(tmp_path, quantization__rules=[{"site": "bert.spare:weight", "options": {"bits": 4}}])
     with pytest.raises(TrainingError, match="1 planned sites never ran in the forward pass, such as bert.spare:weight"):
+        qpipe.execute(config)
+    assert checkpoint.steps(tmp_path / "run") == []
+
+
+class Penalty(Plugin):
+    @hookimpl
+    def qpipe_weight_losses(self, run):
+        return [WeightLoss("small", lambda weight: weight.square().mean(), 1.0, lambda path: path == "bert.spare")]
+
+
+@pytest.mark.parametrize("rules", [[], [{"site": "classifier:weight", "options": {"bits": 2}}]])
+def test_a_penalty_on_a_weight_that_never_acts_is_refused(rules, tmp_path, use, fast):
+    """It would be missing from the loss, and nobody would know."""
+    use(Spare(), Penalty())
+    config = tiny_config(tmp_path, quantization__preset=None, quantization__rules=rules)
+    with pytest.raises(TrainingError, match=r"1 weights with a penalty \(small\) are not used.* such as bert.spare;"):
         qpipe.execute(config)
     assert checkpoint.steps(tmp_path / "run") == []
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import qpipe
 from qpipe import ConfigError, Loss, ModelError, Plugin, PluginError, Signals, SiteError, hookimpl
+from qpipe.builtin.log import Log
 from qpipe.config import resolve
 from qpipe.host import load_plugins
 from qpipe.stages.build import override_dropout
@@ -239,8 +240,8 @@ def test_a_student_does_not_go_on_with_another_teacher(tmp_path, use, fast, trai
     config = tiny_config(tmp_path, teacher__epochs=1, train__max_steps=2)
     run = qpipe.execute(config)
     before = (run.out / "teacher" / "model" / "model.safetensors").read_bytes()
-    tiny_text_data(Path(config.data.train), seed=5)
-    with pytest.raises(ConfigError, match=r"train.jsonl has changed since the teacher in .*run was fine-tuned"):
+    tiny_model(tmp_path / "model", seed=5)
+    with pytest.raises(ConfigError, match=r"model has changed since the teacher in .*run was fine-tuned"):
         qpipe.execute(config, resume=True)
     assert (run.out / "teacher" / "model" / "model.safetensors").read_bytes() == before and trainings == [False]
 
@@ -358,3 +359,18 @@ def test_dropout_is_that_of_the_configuration_in_every_module(family):
     assert not torch.equal(model(ids).logits, model(ids).logits)
     override_dropout(model, 0.0)
     assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_plugins_hear_of_a_teacher_whose_training_fails(tmp_path, use, monkeypatch):
+    """A tracker closes what it has opened, and the progress bar goes."""
+    heard = []
+    monkeypatch.setattr(Log, "qpipe_run_error", hookimpl(lambda self, run, error: heard.append((run.out, str(error)))))
+
+    def fails(run, resume=False):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(TEACHER, "train", fails)
+    use(Distil())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        qpipe.execute(tiny_config(tmp_path, teacher__epochs=1))
+    assert heard == [(tmp_path / "run" / "teacher", "out of memory")]

@@ -321,7 +321,7 @@ def test_batch_larger_than_the_data(steps, tmp_path, assembled):
 # --- length and result ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("epochs", "steps"), [(1, 8), (2.5, 20), (0.01, 1)])
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 8), (2.5, 20), (0.01, 1), (4.375000000000001, 35)])
 def test_epochs_count_full_batches(epochs, steps, tmp_path, assembled):
     run = assembled(tiny_config(tmp_path, train__max_steps=None, train__epochs=epochs))
     assert total_steps(run) == run.total_steps == steps

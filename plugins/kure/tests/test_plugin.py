@@ -215,3 +215,20 @@ def test_report_shows_before_and_after(tmp_path):
     (tmp_path / "kure.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"kure\.json is not valid JSON"):
         list(Kure().qpipe_report_sections(tmp_path))
+
+
+def test_a_table_that_could_not_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    run = make_run(tmp_path)
+    plugin, _ = start(run)
+    plugin.qpipe_run_start(run=run)
+    before = (tmp_path / "kure.json").read_text()
+
+    def broken(self, text, **options):
+        with open(self, "w") as file:
+            file.write(text[:20])
+        raise OSError("no space left")
+
+    monkeypatch.setattr("pathlib.Path.write_text", broken)
+    with pytest.raises(OSError, match="no space left"):
+        plugin.qpipe_run_start(run=run)
+    assert (tmp_path / "kure.json").read_text() == before

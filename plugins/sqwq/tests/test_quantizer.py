@@ -50,6 +50,14 @@ def test_codes_and_folded_weight(case):
     assert bool((record.zero_point == -0.5).all())
 
 
+def test_full_precision_of_a_bfloat16_weight_is_rounded_once():
+    p, gain = weights(8, 512, scale=0.8).bfloat16(), torch.linspace(-3, 1, 8).reshape(-1, 1).bfloat16()
+    wanted = (p.double().tanh() * gain.double().exp()).to(torch.bfloat16)
+    made = make(gain=gain).master(p)
+    assert made.dtype == torch.bfloat16
+    torch.testing.assert_close(made, wanted, rtol=2**-8, atol=0)
+
+
 @pytest.mark.parametrize("bits", [1, 3, 4])
 @pytest.mark.parametrize("ratio", [0.8, 1.0, 1.25])
 def test_other_steps_round_again(ratio, bits):

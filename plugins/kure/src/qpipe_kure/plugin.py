@@ -122,7 +122,9 @@ class Kure(Plugin):
     def qpipe_run_start(self, run: Run) -> None:
         """Leave the table in the run directory, for the report."""
         if run.engine.rank == 0:
-            (run.out / FILE).write_text(json.dumps(self._record(), indent=1), encoding="utf-8")
+            temporary = run.out / f".{FILE}.tmp"
+            temporary.write_text(json.dumps(self._record(), indent=1), encoding="utf-8")
+            temporary.replace(run.out / FILE)
 
     @hookimpl
     def qpipe_state(self, run: Run) -> Mapping[str, Any]:

@@ -79,6 +79,7 @@ class Peg(Plugin):
             exporting.check,
             "native, and a program of torch.export that quantizes whole tensors in place of groups of features",
             exporting.stored_bytes,
+            loads_with_transformers=True,
         )
 
     @hookimpl

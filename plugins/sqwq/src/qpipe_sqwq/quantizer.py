@@ -106,7 +106,8 @@ class SqwqWeight(GridQuantizer):
 
     def master(self, value: Tensor) -> Tensor:
         """`tanh(P) * e**g`."""
-        return (tanh(self.rows_of(value)) * self.gain.exp()).view(value.shape)
+        squashed = tanh(self.rows_of(value).float())  # in bfloat16 it would lose more than 8-bit rounding does
+        return (squashed * self.gain.float().exp()).to(value.dtype).view(value.shape)
 
     def surrogate(self, value: Tensor) -> Tensor:
         """P, with the gradients of `Q(tanh(P)) * e**g` to it and to the gain."""

@@ -1,0 +1,42 @@
+"""What a configuration file may not say, found while it is read."""
+
+import pytest
+
+from qpipe.config import read_yaml, resolve
+from qpipe.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {epochs: 5}\ntask: sst2\ntrain: {batch_size: 8}", r"key 'train' is written twice.*line 1"),
+        ("plugins:\n  kure: {}\n  kure: {weight: 2}", "key 'kure' is written twice"),
+        ("on: 1", "key True is no text"),
+        ("1: {}", "key 1 is no text"),
+    ],
+)
+def test_keys(text, message):
+    with pytest.raises(ConfigError, match=rf"(?s){message}"):
+        read_yaml(text, "mine.yaml")
+
+
+def test_a_merged_mapping_may_be_overridden():
+    text = "a: &base {x: 1, y: 2}\nb: {<<: *base, x: 3}"
+    assert read_yaml(text, "mine.yaml")["b"] == {"x": 3, "y": 2}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"plugins": ["kure", "ti-g"]}, r"plugins maps names to options; in place of \['kure', 'ti-g'\] write"),
+        ({"plugins": "kure,ti-g"}, r"write \{kure: \{\}, ti-g: \{\}\}"),
+        ({"data": {"labels": [False, True]}}, "YAML reads yes, no, .* as False; put labels in quotes"),
+        ({"data": {"keep_labels": [1, True]}}, "as True; put labels in quotes"),
+        ({"train": {"epochs": float("inf")}}, "train.epochs"),
+        ({"teacher": {"learning_rate": float("inf")}}, "teacher.learning_rate"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_values(source, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve({"model": {"name": "m"}, **source})
