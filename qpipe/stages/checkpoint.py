@@ -70,7 +70,7 @@ def save(run: Run, progress: dict[str, Any]) -> Path:
 
     Args:
         run: the run, after an optimizer step.
-        progress: JSON-able: `step`, `best_step`, `best_metric`.
+        progress: JSON-able: `step`, `best_step`, `best_metric`, `seconds`.
 
     Raises:
         CheckpointError: the disk is full or not writable. Earlier checkpoints are untouched.
@@ -189,8 +189,8 @@ def best_known(path: Path) -> int | None:
 def read_progress(path: Path) -> dict[str, Any]:
     """Where training stood when a checkpoint was written.
 
-    `step`, `best_step`, `best_metric`, `world_size`, `precision`, `config` (see `resuming.as_run`), `inputs` (see
-    `resuming.input_files`), `results` (those of `KEPT`).
+    `step`, `best_step`, `best_metric`, `seconds` (spent so far, by stage), `world_size`, `precision`, `config` (see
+    `resuming.as_run`), `inputs` (see `resuming.input_files`), `results` (those of `KEPT`).
     """
     progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
     return progress

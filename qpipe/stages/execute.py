@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -20,7 +22,7 @@ from qpipe.errors import CheckpointError, ConfigError
 from qpipe.export.folder import refuse_foreign
 from qpipe.export.inspect import sizes
 from qpipe.export.verify import verify
-from qpipe.files import write_json, write_text
+from qpipe.files import disk_errors, write_json, write_text
 from qpipe.host import Host, load_plugins, report_error
 from qpipe.resuming import changes_since_checkpoint, refuse_changed_files, refuse_changes
 from qpipe.run import Run
@@ -81,6 +83,7 @@ def execute(config: RunConfig, resume: bool = False) -> Run:
     run: Run | None = None
     try:
         run = assemble(config, host, seconds, resume)
+        run.results["seconds"] = seconds
         started = resume and bool(checkpoint.steps(run.out))
         record_start(run, config)
         with timed(seconds, "calibrate"):
@@ -103,6 +106,7 @@ def assemble(config: RunConfig, host: Host, seconds: dict[str, float], resume: b
     with timed(seconds, "build"):
         engine = connect(begun.engine)
         refuse_used(config, engine, resume)
+        require_shared(Path(config.out), engine)
         if config.teacher.cache is not None:
             require_folder(Path(config.teacher.cache).expanduser())
         original = load_data(config, find_task(host.collect("qpipe_tasks"), config.task))
@@ -173,6 +177,38 @@ def refuse_used(config: RunConfig, engine: Engine, resume: bool) -> None:
     problem = engine.broadcast_object(problem)
     if problem:
         raise ConfigError(problem)
+
+
+SEEN_WITHIN = 60.0
+"""Seconds within which a network file system shows what another machine has written."""
+
+
+def require_shared(out: Path, engine: Engine) -> None:
+    """Refuse a run directory that is not one and the same for all processes: their checkpoints would not be whole.
+
+    Raises:
+        ConfigError: processes on other machines have a directory of their own.
+    """
+    if engine.world_size == 1:
+        return
+    note, text = out / ".shared", None
+    if engine.rank == 0:
+        with disk_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+            text = uuid.uuid4().hex
+            write_text(note, text)
+    text = engine.broadcast_object(text)
+    deadline = time.monotonic() + SEEN_WITHIN
+    while not (seen := note.is_file() and note.read_text() == text) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    blind = sorted({host for host in engine.gather_objects("" if seen else socket.gethostname()) if host})
+    if engine.rank == 0:
+        note.unlink(missing_ok=True)
+    if blind:
+        raise ConfigError(
+            f"run directory {out}: {', '.join(blind)} cannot see what the first machine writes there; choose an --out "
+            "on storage that all machines share"
+        )
 
 
 def rehearse(config: RunConfig, engine: Engine, data: TaskData, steps: int | None = None) -> None:

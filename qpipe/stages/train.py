@@ -205,13 +205,16 @@ def train(run: Run, resume: bool = False) -> Progress:
         CheckpointError: a checkpoint cannot be written or read.
     """
     losses = collect_losses(run)
-    progress = Progress()
+    progress, begun = Progress(), time.perf_counter()
+    seconds: dict[str, float] = run.results.setdefault("seconds", {})
     seed_everything(run.config.seed, run.engine.rank)
     found = checkpoint.steps(run.out)
     if resume and found:
         restored = checkpoint.load(run, found[-1])
         progress = Progress(restored["step"], restored["best_step"], restored["best_metric"])
         run.results |= {"resumed_step": progress.step, **restored.get("results", {})}
+        for name, value in restored.get("seconds", {}).items():  # of earlier sessions, as far as they were saved
+            seconds[name] = round(seconds.get(name, 0.0) + value, 2)
         state = checkpoint.random_state(run.engine.device)
         self_check(run)
         checkpoint.restore_random_state(state, run.engine.device)
@@ -233,7 +236,7 @@ def train(run: Run, resume: bool = False) -> Progress:
         run.host.hook.qpipe_step_end(run=run, step=step, metrics=metrics)
         run.step = None
         progress.step = index + 1
-        after_step(run, progress, step)
+        after_step(run, progress, step, time.perf_counter() - begun)
     finish(run, progress)
     return progress
 
@@ -251,13 +254,14 @@ def step_metrics(run: Run, meter: Meter, started: float) -> dict[str, float]:
     return metrics
 
 
-def after_step(run: Run, progress: Progress, last: Step) -> None:
+def after_step(run: Run, progress: Progress, last: Step, elapsed: float = 0.0) -> None:
     """Evaluate and save where it is due, and where a phase ends.
 
     Args:
         run: in training.
         progress: after the step.
         last: micro-batch of the step.
+        elapsed: seconds since training began or was resumed.
     """
     train_config = run.config.train
     per_epoch = steps_per_epoch(run)
@@ -276,7 +280,9 @@ def after_step(run: Run, progress: Progress, last: Step) -> None:
             progress.best_step, progress.best_metric = progress.step, metrics[run.task.metrics[0].name]
             due_save = True
     if due_save:
-        checkpoint.save(run, vars(progress).copy())
+        before: dict[str, float] = run.results.get("seconds", {})
+        seconds = {**before, "train": round(before.get("train", 0.0) + elapsed, 2)}
+        checkpoint.save(run, {**vars(progress), "seconds": seconds})
     if run.teacher_cache is not None and (due_save or progress.step % per_epoch == 0):
         run.teacher_cache.flush()
 

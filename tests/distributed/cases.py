@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import qpipe
-from qpipe import CheckpointError, Loss, Plugin, TrainingError, hookimpl
+from qpipe import CheckpointError, ConfigError, Loss, Plugin, TrainingError, hookimpl
 from qpipe.config import resolve
 from qpipe.engine import connect
 from qpipe.engine.sharding import Shards
@@ -43,6 +43,17 @@ def nan_on_one_rank(config: dict[str, Any]) -> str:
     try:
         qpipe.execute(resolve(config))
     except TrainingError as error:
+        return str(error)
+    return "no error"
+
+
+def another_directory_on_one_rank(config: dict[str, Any]) -> str:
+    """The error where rank 1 is on a machine that has a run directory of its own."""
+    EXECUTE.SEEN_WITHIN = 1.0
+    given = resolve(config)
+    try:
+        qpipe.execute(given.model_copy(update={"out": f"{given.out}-of-rank-{RANK}"}))
+    except ConfigError as error:
         return str(error)
     return "no error"
 

@@ -1,6 +1,7 @@
 """What goes wrong on one process ends all of them with a message, and what they count apart is made one."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,14 @@ def test_a_non_finite_loss_on_one_rank_stops_all(tmp_path, name, zero):
     config = tiny_config(tmp_path, **engine(name, zero)).model_dump(mode="json")
     message = run_distributed("cases:nan_on_one_rank", timeout=LIMIT, config=config)
     assert "the loss is not finite at step 2 (rank 1; parts: poison); every module's output is finite" in message
+
+
+def test_a_run_directory_that_processes_do_not_share_is_refused_by_all(tmp_path):
+    """As on machines without common storage: the checkpoints of each would lack what the others wrote."""
+    config = tiny_config(tmp_path, **engine("accelerate")).model_dump(mode="json")
+    message = run_distributed("cases:another_directory_on_one_rank", timeout=LIMIT, config=config)
+    assert f"{socket.gethostname()} cannot see what the first machine writes there" in message
+    assert not list(tmp_path.glob("run-of-rank-*/*"))
 
 
 def test_a_full_disk_on_one_rank_ends_the_run(tmp_path):

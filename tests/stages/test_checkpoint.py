@@ -367,3 +367,17 @@ def test_a_run_does_not_go_on_with_other_data(large, tmp_path, monkeypatch, fast
         qpipe.execute(config, resume=True)
     data.write_text(whole)
     assert qpipe.execute(config, resume=True).results["resumed_step"] == 3
+
+
+def test_the_time_of_earlier_sessions_counts(finished, tmp_path, fast):
+    out = tmp_path / "again"
+    copy_checkpoint(finished, 3, out)
+    path = out / "checkpoints" / "step-00000003"
+    progress = json.loads((path / "progress.json").read_text())
+    assert 0 < progress["seconds"]["train"] < finished.results["seconds"]["train"]
+    write_json(path / "progress.json", {**progress, "seconds": {**progress["seconds"], "train": 1000.0}})
+    manifest = json.loads((path / "manifest.json").read_text())
+    file = path / "progress.json"
+    write_json(path / "manifest.json", {**manifest, file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}})
+    seconds = resume(finished, out).results["seconds"]
+    assert 1000 < seconds["train"] < 1100 and seconds["build"] > progress["seconds"]["build"]
