@@ -75,7 +75,7 @@ class Run:
         trained: True for a finished run that was loaded to evaluate or export it.
         step: the micro-batch under way, None outside training.
         results: what has been measured so far, by stage.
-        input_files: what is read besides the model (`resuming.input_files`), once a checkpoint has been written.
+        input_files: what is read besides the model (`stages.input_files`), once a checkpoint has been written.
     """
 
     config: RunConfig

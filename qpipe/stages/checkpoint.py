@@ -18,9 +18,10 @@ from qpipe.config import RunConfig
 from qpipe.engine.base import resolve_precision
 from qpipe.errors import CheckpointError, PluginError
 from qpipe.files import disk_errors, sha256, sync_folder, write_json
-from qpipe.resuming import as_run, input_files
+from qpipe.resuming import as_run
 from qpipe.run import Run
 from qpipe.stages.gather import share_buffers
+from qpipe.stages.input_files import input_files
 
 NAME = re.compile(r"step-(\d{8})")
 KEPT = ("ptq",)
@@ -190,7 +191,7 @@ def read_progress(path: Path) -> dict[str, Any]:
     """Where training stood when a checkpoint was written.
 
     `step`, `best_step`, `best_metric`, `seconds` (spent so far, by stage), `world_size`, `precision`, `config` (see
-    `resuming.as_run`), `inputs` (see `resuming.input_files`), `results` (those of `KEPT`).
+    `resuming.as_run`), `inputs` (see `input_files`), `results` (those of `KEPT`).
     """
     progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
     return progress

@@ -24,7 +24,7 @@ from qpipe.export.inspect import sizes
 from qpipe.export.verify import verify
 from qpipe.files import disk_errors, write_json, write_text
 from qpipe.host import Host, load_plugins, report_error
-from qpipe.resuming import changes_since_checkpoint, refuse_changed_files, refuse_changes
+from qpipe.resuming import changes_since_checkpoint, refuse_changes
 from qpipe.run import Run
 from qpipe.rundir import require_checkpoint, require_unused
 from qpipe.stages import checkpoint
@@ -34,6 +34,7 @@ from qpipe.stages.calibrate import calibrate
 from qpipe.stages.evaluate import evaluate
 from qpipe.stages.export import export
 from qpipe.stages.initialize import initialize, needs_data, require_data
+from qpipe.stages.input_files import refuse_changed_files
 from qpipe.stages.prepare import prepare, refuse_unexportable, wrap
 from qpipe.stages.ranges import initialize_ranges
 from qpipe.stages.recomputing import recompute

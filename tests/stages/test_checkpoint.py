@@ -354,7 +354,7 @@ def test_a_finished_run_without_checkpoints_is_not_trained_anew(finished, tmp_pa
 @pytest.mark.parametrize("large", [False, True])
 def test_a_run_does_not_go_on_with_other_data(large, tmp_path, monkeypatch, fast):
     """The order of the examples, the length and the best metric would be others. Large files are only measured."""
-    monkeypatch.setattr("qpipe.resuming.LARGE", 0 if large else 2**28)
+    monkeypatch.setattr("qpipe.stages.input_files.LARGE", 0 if large else 2**28)
     config = tiny_config(tmp_path)
     qpipe.execute(config)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")

@@ -124,8 +124,8 @@ def test_an_interrupted_one_goes_on(tmp_path, trainings, monkeypatch):
     loop = importlib.import_module("qpipe.stages.train")
     original = loop.after_step
 
-    def interrupt(run, progress, last):
-        original(run, progress, last)
+    def interrupt(run, progress, *given):
+        original(run, progress, *given)
         if progress.step == 5:
             raise KeyboardInterrupt
 

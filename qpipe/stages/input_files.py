@@ -1,0 +1,67 @@
+"""What a run reads besides its model, and whether it is still what it was."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from qpipe.config import RunConfig
+from qpipe.data.locate import locate
+from qpipe.errors import ConfigError
+from qpipe.files import sha256
+from qpipe.resuming import newest_progress
+
+LARGE = 2**28
+"""Bytes from which on the files of an input are counted and measured, and not read."""
+
+
+def input_files(config: RunConfig) -> dict[str, Any]:
+    """What a run reads besides its own model, as a later start can compare it.
+
+    Returns:
+        By key, such as `data.train`: the number of files, their bytes, and where these are not many a hash of all; None
+        for what is not on this machine, such as a name on the hub.
+    """
+    named = {
+        "data.train": config.data.train,
+        "data.validation": config.data.validation,
+        "teacher.name": config.teacher.name,
+        "engine.config_file": config.engine.config_file,
+    }
+    return {key: _summary(Path(locate(value))) for key, value in named.items() if value is not None}
+
+
+def _summary(path: Path) -> dict[str, Any] | None:
+    files = sorted(file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+    if not files:
+        return None
+    size = sum(file.stat().st_size for file in files)
+    names = [file.relative_to(path).as_posix() for file in files]
+    text = None if size > LARGE else "".join(f"{n}:{sha256(f)};" for n, f in zip(names, files, strict=True))
+    return {"files": len(files), "bytes": size, "sha256": text and hashlib.sha256(text.encode()).hexdigest()}
+
+
+def refuse_changed_files(out: Path, config: RunConfig) -> None:
+    """Refuse to go on with a run after what it reads has changed: its order, length and best metric would be others.
+
+    Args:
+        out: the run directory.
+        config: resolved configuration.
+
+    Raises:
+        ConfigError: files are others than when the newest checkpoint was written.
+    """
+    before = (newest_progress(out) or {}).get("inputs", {})
+    now = input_files(config)
+    values = config.model_dump()
+    changed = [
+        f"{key} ({values[key.partition('.')[0]][key.partition('.')[2]]})"
+        for key in now
+        if key in before and now[key] != before[key]
+    ]
+    if changed:
+        raise ConfigError(
+            f"{', '.join(changed)} has changed since the checkpoint in {out} was written; put back what was there to "
+            "go on, or start anew with another --out"
+        )
