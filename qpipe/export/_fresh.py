@@ -152,7 +152,7 @@ def ranges_of(model: Any) -> dict[str, dict[str, Any]]:
 
 
 def read_weight(directory: Path, name: str, layout: dict[str, Any], files: dict[str, str]) -> np.ndarray[Any, Any]:
-    """One weight of a native checkpoint, float32, by the recipe of docs/format.md."""
+    """One weight of a native checkpoint, float32: what the recipe of docs/format.md gives, in less memory."""
     w = layout["weights"][name]
     with safe_open(directory / files.get(name, "model.safetensors"), "numpy") as f:
         rows, b, n = f.get_tensor(name).reshape(w["shape"][0], -1), w["bits"], math.prod(w["shape"][1:])

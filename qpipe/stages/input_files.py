@@ -33,13 +33,26 @@ def input_files(config: RunConfig) -> dict[str, Any]:
 
 
 def _summary(path: Path) -> dict[str, Any] | None:
-    files = sorted(file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+    files = [file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
     if not files:
         return None
     size = sum(file.stat().st_size for file in files)
-    names = [file.relative_to(path).as_posix() for file in files]
-    text = None if size > LARGE else "".join(f"{n}:{sha256(f)};" for n, f in zip(names, files, strict=True))
-    return {"files": len(files), "bytes": size, "sha256": text and hashlib.sha256(text.encode()).hexdigest()}
+    return {"files": len(files), "bytes": size, "sha256": None if size > LARGE else content_hash(path, below=True)}
+
+
+def content_hash(path: Path, below: bool = False) -> str | None:
+    """Hash of a file, or of the files in a folder; None for what is not here, such as a name on the hub.
+
+    Args:
+        path: of the file or folder.
+        below: whether files in folders of the folder count, as they do for data.
+    """
+    found = (path.rglob("*") if below else path.iterdir()) if path.is_dir() else [path]
+    base = path if path.is_dir() else path.parent
+    files = {p.relative_to(base).as_posix(): sha256(p) for p in sorted(found) if p.is_file()}
+    if not files:
+        return None
+    return hashlib.sha256("".join(f"{name}:{digest};" for name, digest in files.items()).encode()).hexdigest()
 
 
 def refuse_changed_files(out: Path, config: RunConfig) -> None:

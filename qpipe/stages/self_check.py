@@ -38,7 +38,7 @@ def self_check(run: Run) -> None:
         context.visited = {}
         with calls_noted(penalized) as called:
             quantized = _logits(run, batch)
-        refuse_unused(run, [module for module in penalized if module not in called])
+        refuse_unused([module for module in penalized if module not in called])
         visited, context.visited = context.visited, None
         if not run.plan.sites:
             return
@@ -88,7 +88,7 @@ def calls_noted(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]:
             handle.remove()
 
 
-def refuse_unused(run: Run, modules: Sequence[QuantModule]) -> None:
+def refuse_unused(modules: Sequence[QuantModule]) -> None:
     """Refuse penalties on weights that the model does not compute with: they would never be added.
 
     Raises:

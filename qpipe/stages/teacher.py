@@ -16,11 +16,12 @@ from qpipe.data.locate import locate
 from qpipe.engine import connect
 from qpipe.engine.base import choose_device, resolve_precision
 from qpipe.errors import ConfigError
-from qpipe.files import sha256, write_json
+from qpipe.files import write_json
 from qpipe.host import Host, describing, load_plugins, only_describing, report_error
 from qpipe.run import Run
 from qpipe.stages import checkpoint
 from qpipe.stages.build import build
+from qpipe.stages.input_files import content_hash
 from qpipe.stages.prepare import prepare, wrap
 from qpipe.stages.teacher_fit import require_same_architecture, require_same_language
 from qpipe.stages.train import total_steps, train
@@ -119,21 +120,6 @@ def mark_of(config: RunConfig) -> dict[str, Any]:
         "precision": precision,
         "engine": engine,
     }
-
-
-def content_hash(path: Path, below: bool = False) -> str | None:
-    """Hash of a file, or of the files in a folder; None for what is not here, such as a name on the hub.
-
-    Args:
-        path: of the file or folder.
-        below: whether files in folders of the folder count, as they do for data.
-    """
-    found = (path.rglob("*") if below else path.iterdir()) if path.is_dir() else [path]
-    base = path if path.is_dir() else path.parent
-    files = {p.relative_to(base).as_posix(): sha256(p) for p in sorted(found) if p.is_file()}
-    if not files:
-        return None
-    return hashlib.sha256("".join(f"{name}:{digest};" for name, digest in files.items()).encode()).hexdigest()
 
 
 def stand_in(config: RunConfig, data: TaskData | None) -> str | ModelConfig:

@@ -254,7 +254,7 @@ def step_metrics(run: Run, meter: Meter, started: float) -> dict[str, float]:
     return metrics
 
 
-def after_step(run: Run, progress: Progress, last: Step, elapsed: float = 0.0) -> None:
+def after_step(run: Run, progress: Progress, last: Step, elapsed: float) -> None:
     """Evaluate and save where it is due, and where a phase ends.
 
     Args:
