@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -15,6 +15,7 @@ from qpipe.discovery import installed as installed
 from qpipe.errors import PluginError, QpipeError, suggest
 from qpipe.hookspecs import Specs
 from qpipe.plugin import Plugin
+from qpipe.validation import describe
 
 BUILTIN_PREFIX = "qpipe.builtin."
 
@@ -64,7 +65,8 @@ class _Attributed:
 
     def function(self, *args: Any) -> Any:
         try:
-            return self._impl.function(*args)
+            result = self._impl.function(*args)
+            return list(result) if isinstance(result, Iterator) else result  # what a generator raises is named, too
         except Exception as error:
             note = f"raised by plugin {self._label} in hook {self._impl.function.__name__}"
             if note not in getattr(error, "__notes__", ()):
@@ -106,28 +108,12 @@ class Host:
                 not have.
         """
         self._manager.labels[name] = f"{name!r} {version}" if version else repr(name)
+        _check_hooks(name, plugin)
         try:
             self._manager.register(plugin, name=name)
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
             raise PluginError(f"plugin {name!r}: {error}; is the plugin newer than this qpipe?") from error
-        hooks = [attribute for attribute in dir(type(plugin)) if attribute.startswith("qpipe_")]
-        unknown = [attribute for attribute in hooks if not hasattr(Specs, attribute)]
-        if unknown:
-            raise PluginError(
-                f"plugin {name!r} implements the unknown hook {unknown[0]!r}"
-                f"{suggest(unknown[0], [h for h in vars(Specs) if h.startswith('qpipe_')])}; "
-                "is the plugin newer than this qpipe?"
-            )
-        bare = [a for a in hooks if not hasattr(getattr(type(plugin), a), "qpipe_impl")]
-        if bare:
-            raise PluginError(f"plugin {name!r}: {bare[0]} would never be called; decorate it with @qpipe.hookimpl")
-        wrappers = [a for a in hooks if a in ONE_BY_ONE and _wraps(getattr(type(plugin), a).qpipe_impl)]
-        if wrappers:
-            raise PluginError(
-                f"plugin {name!r}: {wrappers[0]} cannot be wrapped, since its implementations are called one by one; "
-                "leave `wrapper` out, and return what this plugin contributes"
-            )
         if version is not None:
             self.plugins[name] = plugin
             self.versions[name] = version
@@ -156,7 +142,7 @@ class Host:
         result: dict[str, Any] = {}
         sources: dict[str, str] = {}
         for plugin, call in self.implementations(hook):
-            for item in call(**kwargs) or ():
+            for item in self._items(hook, plugin, call(**kwargs)):
                 name = getattr(item, key)
                 if name in result:
                     label = self._manager.labels
@@ -169,7 +155,21 @@ class Host:
 
     def collect_list(self, hook: str, **kwargs: Any) -> list[tuple[str, Any]]:
         """`(plugin name, item)` of an **all** hook whose items have no names."""
-        return [(plugin, item) for plugin, call in self.implementations(hook) for item in call(**kwargs) or ()]
+        return [
+            (plugin, item)
+            for plugin, call in self.implementations(hook)
+            for item in self._items(hook, plugin, call(**kwargs))
+        ]
+
+    def _items(self, hook: str, plugin: str, result: Any) -> Iterable[Any]:
+        if result is None:
+            return ()
+        if not isinstance(result, Iterable):
+            raise PluginError(
+                f"{hook} of plugin {self._manager.labels[plugin]} returned {type(result).__name__}, not a list; "
+                "return a list of them, or yield each"
+            )
+        return result
 
     def collect_mappings(self, hook: str, **kwargs: Any) -> dict[str, Mapping[str, Any]]:
         """What each plugin returned from a hook that returns one mapping, by plugin name."""
@@ -186,6 +186,26 @@ class Host:
         if result is None:
             raise error
         return result
+
+
+def _check_hooks(name: str, plugin: Plugin) -> None:
+    hooks = [attribute for attribute in dir(type(plugin)) if attribute.startswith("qpipe_")]
+    unknown = [attribute for attribute in hooks if not hasattr(Specs, attribute)]
+    if unknown:
+        raise PluginError(
+            f"plugin {name!r} implements the unknown hook {unknown[0]!r}"
+            f"{suggest(unknown[0], [h for h in vars(Specs) if h.startswith('qpipe_')])}; "
+            "is the plugin newer than this qpipe?"
+        )
+    bare = [a for a in hooks if not hasattr(getattr(type(plugin), a), "qpipe_impl")]
+    if bare:
+        raise PluginError(f"plugin {name!r}: {bare[0]} would never be called; decorate it with @qpipe.hookimpl")
+    wrappers = [a for a in hooks if a in ONE_BY_ONE and _wraps(getattr(type(plugin), a).qpipe_impl)]
+    if wrappers:
+        raise PluginError(
+            f"plugin {name!r}: {wrappers[0]} cannot be wrapped, since its implementations are called one by one; "
+            "leave `wrapper` out, and return what this plugin contributes"
+        )
 
 
 def _wraps(options: Mapping[str, Any]) -> bool:
@@ -250,25 +270,6 @@ def build_plugin(name: str, factory: Any, options: Mapping[str, Any]) -> Plugin:
     if not isinstance(plugin, Plugin):
         raise PluginError(f"plugin {name!r}: {factory!r} made a {type(plugin).__name__}, not a qpipe.Plugin")
     return plugin
-
-
-def describe(error: ValidationError, model: Any) -> str:
-    """One line per problem: which key, what was given, what is allowed."""
-    lines = []
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            fields = list(getattr(model, "model_fields", {}))
-            hint = suggest(key, fields) or f"; allowed: {', '.join(fields) or 'no options'}"
-            if "plugins" in fields and key.partition(".")[0] in installed():
-                hint = f", but a plugin that is installed: add --plugins {key.partition('.')[0]}"
-            lines.append(f"{key} is not an option{hint}")
-        elif problem["type"] == "value_error":  # raised by a check of several keys, whose message names them
-            text = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{key}: {text}" if key else text)
-        else:
-            lines.append(f"{key} = {problem.get('input')!r}: {problem['msg']}")
-    return "; ".join(lines)
 
 
 def load_plugins(

@@ -35,8 +35,28 @@ def test_a_merged_mapping_may_be_overridden():
         ({"train": {"epochs": float("inf")}}, "train.epochs"),
         ({"teacher": {"learning_rate": float("inf")}}, "teacher.learning_rate"),
         ({"seed": -1}, "seed"),
+        ({"data": {"labels": 5}}, r"data.labels is a list; in place of 5 write \[5\]"),
+        ({"data": {"text_columns": "review"}}, r"data.text_columns is a list; in place of 'review' write \[review\]"),
+        ({"model": "org/bert"}, r"model is a section; in place of 'org/bert' write \{name: org/bert\}"),
+        ({"quantization": "w4a8"}, r"in place of 'w4a8' write \{preset: w4a8\}"),
+        ({"data": None}, "data is empty; give it keys, or leave it out"),
+        ({"model": {}}, "model.name is missing"),
+        (
+            {"train": {"epoch": 3}, "data": {"x": 1}},
+            r"data.x is not an option; allowed: train,.*; train.epoch .*'epochs'",
+        ),
+        ({"quantization": {"ptq": {"exampels": 3}}}, "quantization.ptq.exampels .*; did you mean 'examples'"),
+        (
+            {"quantization": {"rules": [{"site": "{head}:weight", "bits": 8}]}},
+            r"quantization.rules.0.bits is not an option; options of a quantizer go .* write options: \{bits: 8\}",
+        ),
     ],
 )
 def test_values(source, message):
     with pytest.raises(ConfigError, match=message):
         resolve({"model": {"name": "m"}, **source})
+
+
+def test_a_configuration_needs_a_model():
+    with pytest.raises(ConfigError, match=r"model is missing; write model: \{name: ...\}"):
+        resolve({"task": "sst2"})

@@ -114,13 +114,42 @@ def test_an_exception_names_plugin_version_and_hook(call):
     assert caught.value.__notes__ == [f"raised by plugin 'shaky' 0 in hook {hook}"]
 
 
+def test_what_a_generator_raises_is_named_too():
+    class Late(Plugin):
+        @hookimpl
+        def qpipe_weight_losses(self, run):
+            raise ValueError("deep inside")
+            yield
+
+    with pytest.raises(ValueError, match="deep inside") as caught:
+        load_plugins({}, extra=[("late", Late())]).collect("qpipe_weight_losses", run=None)
+    assert caught.value.__notes__ == ["raised by plugin 'late' 0 in hook qpipe_weight_losses"]
+
+
+@pytest.mark.parametrize("hook", ["qpipe_losses", "qpipe_quant_rules"])
+def test_one_item_in_place_of_a_list_is_refused(hook):
+    class Single(Plugin):
+        @hookimpl
+        def qpipe_losses(self):
+            return Loss("extra", lambda step: step.output)
+
+        @hookimpl
+        def qpipe_quant_rules(self):
+            return Loss("extra", lambda step: step.output)
+
+    host = load_plugins({}, extra=[("single", Single())], builtins=False)
+    collect = host.collect if hook == "qpipe_losses" else host.collect_list
+    with pytest.raises(PluginError, match=f"{hook} of plugin 'single' 0 returned Loss, not a list"):
+        collect(hook, run=None, sites=())
+
+
 def test_unknown_hook_suggests_the_nearest():
     class Old(Plugin):
         @hookimpl
         def qpipe_lossess(self, run):
             return ()
 
-    with pytest.raises(PluginError, match=r"plugin 'old'.*qpipe_lossess"):
+    with pytest.raises(PluginError, match=r"plugin 'old'.*unknown hook 'qpipe_lossess'; did you mean 'qpipe_losses'"):
         load_plugins({}, extra=[("old", Old())])
 
 

@@ -14,7 +14,7 @@ from qpipe.model.reduce import chosen_layers
 from qpipe.run import Run
 from qpipe.stages.build import instrument, load_teacher
 from qpipe.stages.casting import cast
-from qpipe.stages.execute import read_results
+from qpipe.stages.trained import has_learned
 
 
 def reference_model(out: Path, config: RunConfig, trained: bool, given: str | None) -> ModelConfig:
@@ -44,7 +44,7 @@ def reference_model(out: Path, config: RunConfig, trained: bool, given: str | No
         return named(locate(config.teacher.name))
     if own.is_dir():
         return named(str(own))
-    if not trained or read_results(out).get("steps") == 0:
+    if not has_learned(out, trained):
         as_it_was = {"name": locate(config.model.name), "keep_layers": None, "weights": "pretrained"}
         return config.model.model_copy(update=as_it_was)
     raise ConfigError(

@@ -11,7 +11,7 @@ from torch import nn
 
 from qpipe.builtin.roles import added_embeddings, with_sites
 from qpipe.config import ModelConfig
-from qpipe.data.locate import locate
+from qpipe.data.locate import locate, locate_model
 from qpipe.errors import ModelError
 from qpipe.model.attention import attention_paths, recorded_paths
 from qpipe.plugin import Plugin, hookimpl
@@ -57,12 +57,15 @@ class Models(Plugin):
         if task.kind == "regression":
             overrides["problem_type"] = "regression"
         load = _drawn if spec.weights == "random" else _pretrained
+        locate_model(spec.name, "model")
         try:
             model, missing = load(classes[task.kind], spec, overrides)
         except (OSError, ValueError, KeyError, TypeError) as error:
+            advice = "Give a folder, a hub name, or package:NAME/PATH"
+            if isinstance(error, TypeError) and spec.config:  # transformers passes unknown keys to the constructor
+                advice = "model.config takes the keys of the model's configuration"
             raise ModelError(
-                f"model {spec.name!r} does not load for task kind {task.kind!r}: {error}. "
-                "Give a folder, a hub name, or package:NAME/PATH"
+                f"model {spec.name!r} does not load for task kind {task.kind!r}: {error}. {advice}"
             ) from error
         for name in IMAGE_STATISTICS & spec.config.keys():  # so that the saved model says how its images are prepared
             setattr(model.config, name, spec.config[name])

@@ -7,13 +7,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from qpipe.config.overrides import apply_overrides
 from qpipe.config.sections import RunConfig
 from qpipe.config.yaml_text import read_yaml, yaml_text
 from qpipe.errors import ConfigError
-from qpipe.host import describe
+from qpipe.validation import describe
 
 
 def default_recipe() -> dict[str, Any]:
@@ -48,7 +48,7 @@ def resolve(
     try:
         return RunConfig(**data)
     except ValidationError as error:
-        raise ConfigError(f"configuration: {_describe_nested(error)}") from error
+        raise ConfigError(f"configuration: {describe(error, RunConfig)}") from error
 
 
 def _plugins(section: Any) -> Mapping[str, Any]:
@@ -84,20 +84,6 @@ def with_plan(data: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"{path} must hold `quantization: {{rules: [...]}}` and nothing else")
     rules = [*(section.get("rules") or ()), *(inner["rules"] or ())]
     return {**data, "quantization": {**section, "rules": rules, "plan": None}}
-
-
-def _describe_nested(error: ValidationError) -> str:
-    """Like `describe`, with the allowed keys of the section that the problem is in."""
-    sections: dict[str, type[BaseModel]] = {
-        name: field.annotation
-        for name, field in RunConfig.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-    }
-    first = error.errors()[0]["loc"]
-    if len(first) > 1 and first[0] in sections:
-        model = sections[str(first[0])]
-        return describe(error, model)
-    return describe(error, RunConfig)
 
 
 def dump(config: RunConfig) -> str:

@@ -88,7 +88,9 @@ class DataConfig(Section):
     @field_validator("labels", "keep_labels", mode="before")
     @classmethod
     def _no_booleans(cls, value: Any) -> Any:
-        found = next((label for label in value or () if isinstance(label, bool)), None)
+        found = next(
+            (label for label in (value if isinstance(value, list | tuple) else ()) if isinstance(label, bool)), None
+        )
         if found is not None:
             raise ValueError(f"YAML reads yes, no, on, off, true and false as {found}; put labels in quotes")
         return value

@@ -13,6 +13,9 @@ from qpipe.errors import ConfigError
 
 PREFIX = "package:"
 
+HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
+"""`name` or `owner/name`."""
+
 
 def locate(name: str) -> str:
     """Turn a name into something that transformers and datasets accept.
@@ -37,6 +40,22 @@ def locate(name: str) -> str:
         if candidate.exists():
             return str(candidate.resolve())
     raise ConfigError(f"{name!r}: package {package!r} has no {inner!r}{_near(inner, dist, spec)}")
+
+
+def locate_model(name: str, key: str) -> str:
+    """Like `locate`, for the name of a model or tokenizer.
+
+    Args:
+        name: what to look for.
+        key: what the message calls it, such as `model.name`.
+
+    Raises:
+        ConfigError: the name can only be a path, and there is none; the hub would be asked for it, slowly and in vain.
+    """
+    found = locate(name)
+    if not Path(found).exists() and not HUB_NAME.fullmatch(found):
+        raise ConfigError(f"{key} {name!r} does not exist; local paths are relative to {str(Path.cwd())!r}")
+    return found
 
 
 def _distribution(name: str) -> Distribution | None:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from qpipe.config import ModelConfig
-from qpipe.data.locate import locate
+from qpipe.data.locate import locate_model
 from qpipe.data.sources import Split, quiet
 from qpipe.errors import ConfigError, DataError
 
@@ -26,19 +26,25 @@ def load_tokenizer(model: ModelConfig, max_length: int, **options: Any) -> Any:
     """The tokenizer that `model.tokenizer`, or else `model.name`, holds; `options` are its own.
 
     Raises:
-        ConfigError: there is none, or `max_length` is more than it is made for.
+        ConfigError: there is none, or one that knows no words, or `max_length` is more than it is made for.
     """
     name = model.tokenizer or model.name
+    key = "model.tokenizer" if model.tokenizer else "model.name"
     revision = model.revision if name == model.name else None  # of another repository it says nothing
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            locate(name), revision=revision, trust_remote_code=model.trust_remote_code, **options
+            locate_model(name, key), revision=revision, trust_remote_code=model.trust_remote_code, **options
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(
-            f"no tokenizer can be loaded from {name!r} ({type(error).__name__}: {error}); set model.tokenizer to a "
-            "folder, package: path or hub name that has one"
+            f"no tokenizer can be loaded from {name!r} ({type(error).__name__}: {error}); check {key}, or set "
+            "model.tokenizer to a folder, package: path or hub name that has one"
         ) from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one up where there are no files
+        raise ConfigError(
+            f"{name!r} has no tokenizer; save the one that the model was trained with beside it, or set "
+            "model.tokenizer to a folder, package: path or hub name that has it"
+        )
     if max_length > tokenizer.model_max_length:
         raise ConfigError(
             f"data.max_length is {max_length}, but {name!r} takes at most {tokenizer.model_max_length} tokens"

@@ -17,12 +17,12 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from qpipe.errors import SiteError, TrainingError, suggest
-from qpipe.host import describe
 from qpipe.plugin import Options
 from qpipe.quant.histogram import Histogram
 from qpipe.quant.ranges import shrink
 from qpipe.quant.rounding import round_to_codes
 from qpipe.types import RangeEstimatorKind
+from qpipe.validation import describe
 
 DEFAULT_PERCENTILE = 99.99
 ROWS = 2**22

@@ -11,11 +11,11 @@ from fnmatch import fnmatchcase
 from pydantic import BaseModel, ValidationError
 
 from qpipe.errors import SiteError, suggest
-from qpipe.host import describe
 from qpipe.model.roles import ROLES
 from qpipe.quant.precedence import Selections
 from qpipe.quant.tensor import QTensor
 from qpipe.types import Json, ModelMap, QuantizerKind, Rule, Site
+from qpipe.validation import describe
 
 NONE = "none"
 

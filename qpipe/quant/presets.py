@@ -86,7 +86,8 @@ def preset_rules(name: str | None, model_map: ModelMap | None = None) -> tuple[R
         return ()
     if name not in PRESETS:
         raise ConfigError(
-            f"quantization.preset {name!r} is unknown{suggest(name, PRESETS)}; available: {', '.join(sorted(PRESETS))}"
+            f"quantization.preset {name!r} is unknown{suggest(name, PRESETS)}; available: "
+            f"{', '.join(sorted(PRESETS))}, or null"
         )
     without = model_map is not None and model_map.embedding is None
     return tuple(rule for rule in PRESETS[name] if not (without and rule is EMBEDDING))

@@ -33,13 +33,16 @@ def label(point: VariantPoint) -> str:
     return {"pow2": "power of two", "trained": "as trained"}.get(point.variant) or f"{point.value:.4g}"
 
 
-def _curve(variants: Variants, kind: str, together: bool) -> tuple[list[float], list[float]]:
-    """Positions and values of one panel's curve: full precision comes after the widest, powers of two at 1."""
-    points = [p for p in variants.points if p.variant == kind and p.activations == together]
+def _points(variants: Variants, kind: str, together: bool) -> list[VariantPoint]:
+    return [p for p in variants.points if p.variant == kind and p.activations == together]
+
+
+def _curve(variants: Variants, kind: str, together: bool, end: float) -> tuple[list[float], list[float]]:
+    """Positions and values of one panel's curve: full precision is at the end, powers of two at 1."""
+    points = _points(variants, kind, together)
     if not points:
         return [], []
-    widest = max((p.value for p in points if p.value is not None), default=0.0)
-    pairs = [(p.value if p.value is not None else widest + 1, p.metrics[variants.metric]) for p in points]
+    pairs = [(p.value if p.value is not None else end, p.metrics[variants.metric]) for p in points]
     if kind == "pow2":
         pairs = [(0.0, _trained(variants)), (1.0, pairs[0][1])]
     return [x for x, _ in sorted(pairs)], [y for _, y in sorted(pairs)]
@@ -50,20 +53,18 @@ def _trained(variants: Variants) -> float:
 
 
 def _panel(panel: Axes, runs: Mapping[str, Variants], kind: str, together: bool, colours: Mapping[str, str]) -> None:
-    ticks: dict[float, str] = {}
+    shown = [p for variants in runs.values() for p in _points(variants, kind, together)]
+    end = max((p.value for p in shown if p.value is not None), default=0.0) + 1
     for number, (name, variants) in enumerate(runs.items()):
-        x, y = _curve(variants, kind, together)
+        x, y = _curve(variants, kind, together, end)
         colour = colours[SERIES[number % len(SERIES)]]
         dashes = DASHES[number // len(SERIES) % len(DASHES)]
         panel.plot(x, y, marker="o", markersize=3, color=colour, linestyle=dashes, label=literal(name, 40))
         trained = {"bits": variants.bits, "step": 1.0, "pow2": 0.0}[kind]
         if x and trained is not None:
             panel.plot([trained], [_trained(variants)], marker="*", markersize=11, color=colour, linestyle="none")
-        if kind == "bits":
-            full = {p.value for p in variants.points if p.variant == "bits" and p.value is None}
-            ticks |= {position: f"{position:g}" for position in x}
-            ticks |= {x[-1]: "full"} if full and x else {}
     if kind == "bits":
+        ticks = {end if p.value is None else p.value: "full" if p.value is None else f"{p.value:g}" for p in shown}
         panel.set_xticks(list(ticks), list(ticks.values()))
     elif kind == "pow2":
         panel.set_xticks([0, 1], ["as trained", "power of two"])

@@ -92,6 +92,10 @@ class Variants(BaseModel):
     points: list[VariantPoint]
     compared: list[str] = []
 
+    def comparable(self, other: Variants) -> bool:
+        """True if both sweeps measured the same: metric, number of examples, and how steps were counted."""
+        return all(getattr(self, key) == getattr(other, key) for key in ("metric", "examples", "open_ended"))
+
 
 def read_config(run_dir: Path) -> dict[str, Any]:
     """The configuration of a run as a mapping; not validated, so that runs of older versions can be read.

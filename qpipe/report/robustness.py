@@ -12,12 +12,14 @@ from qpipe.report.inputs import Variants, read_variants
 
 
 def shown_runs(run_dir: Path, variants: Variants) -> tuple[dict[str, Variants], list[str]]:
-    """The sweep of a run and of those it was compared with, by run directory, and the directories that are gone."""
+    """The sweep of a run and of those it was compared with, by run directory, and the directories not shown: their
+    sweep is gone, or another one; see `Variants.comparable`.
+    """
     runs = {Path(run_dir).resolve().name: variants}
     gone = []
     for other in variants.compared:
         found = read_variants(Path(other))
-        if found is None or found.metric != variants.metric:
+        if found is None or not found.comparable(variants):
             gone.append(other)
             continue
         name = Path(other).name

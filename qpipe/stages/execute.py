@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import socket
 import time
@@ -11,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from qpipe.config import RunConfig, dump
 from qpipe.data.loading import TaskData, find_task, load_data
@@ -43,7 +41,7 @@ from qpipe.stages.signal_cache import require_folder
 from qpipe.stages.teacher import ensure_teacher, is_needed, require_fine_tunable, stand_in
 from qpipe.stages.teaching import placement, require_cacheable, wanted_signals
 from qpipe.stages.train import collect_losses, total_steps, train
-from qpipe.stages.trained import alone, restore, save_float
+from qpipe.stages.trained import alone, read_results, restore, save_float
 from qpipe.types import Site
 
 logger = logging.getLogger("qpipe.stages")
@@ -313,13 +311,6 @@ def sites_of(config: RunConfig) -> Mapping[str, Site]:
     """Every site of the configured model, without making a plan; so it also helps where a rule is wrong."""
     lonely = alone(config)
     return build(lonely, load_plugins(config.plugins), connect(lonely.engine)).instruments.sites
-
-
-def read_results(run_dir: Path) -> dict[str, Any]:
-    """`results.json` of a finished run; empty if there is none yet."""
-    path = run_dir / "results.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return found
 
 
 def evaluate_run(run_dir: Path) -> dict[str, float]:

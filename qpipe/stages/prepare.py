@@ -153,7 +153,7 @@ def insert_quantizers(run: Run, trained: Mapping[str, Tensor] | None = None) -> 
             for site in tied_sites(run, entry.site):
                 run.instruments.module(site).host("weight", quantizer)
             weight = run.student.get_parameter(f"{entry.site.path}.weight")
-            with torch.no_grad():
+            with torch.no_grad(), at_site(entry.site.name, entry.source):
                 set_state(quantizer, weight, own)
                 lattice = checked_lattice(entry.site.name, quantizer, weight.detach())
             run.plan = run.plan.measured(entry.site.name, lattice, zero_point_kind(lattice.zero_point))

@@ -15,7 +15,7 @@ from qpipe.run import Run
 from qpipe.stages.export import on_cpu
 from qpipe.stages.gather import model_tensors, ties
 from qpipe.stages.prepare import checked_lattice, find_exporter, tied_sites
-from qpipe.stages.variants import rebuilt, weight_sites, with_bits
+from qpipe.stages.variants import planned_weights, rebuilt, weight_sites, with_bits
 from qpipe.types import Site
 
 HEADER = 110
@@ -94,7 +94,7 @@ def stored_sizes(
         SiteError: a width is not allowed.
         FormatError: the format cannot hold a weight at that width.
     """
-    names = weight_sites(run, patterns or ("*",))
+    names = weight_sites(run, patterns) if patterns else planned_weights(run)
     able = with_bits(run, names, bits[0])
     if not able:
         raise ConfigError(f"no quantizer of {run.out} has an option `bits`, so there is no width to choose")

@@ -27,10 +27,16 @@ def fit_to_texts(model: nn.Module, task: Task, data: TaskData, max_length: int) 
         max_length: `data.max_length`.
 
     Raises:
-        ConfigError: the model has fewer positions.
+        ConfigError: the model has fewer positions, or embeddings of fewer tokens than the tokenizer has.
     """
     if not hasattr(data.tokenizer, "pad_token_id"):
         return
+    words, known = len(data.tokenizer), vocabulary(model)
+    if known is not None and words > known:
+        raise ConfigError(
+            f"the tokenizer has {words} tokens and {type(model).__name__} embeddings of {known}; set model.tokenizer "
+            "to the model's own"
+        )
     padding = data.tokenizer.pad_token_id
     config: Any = getattr(model, "config", None)
     if task.kind in ONE_OUTPUT and padding is not None and config is not None and _is_decoder(model):
@@ -45,6 +51,16 @@ def fit_to_texts(model: nn.Module, task: Task, data: TaskData, max_length: int) 
 
 def _is_decoder(model: nn.Module) -> bool:
     return any(getattr(module, "is_causal", False) is True for module in model.modules())
+
+
+def vocabulary(model: Any) -> int | None:
+    """Tokens that a model has embeddings of; None if it does not say."""
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    found = getattr(embedding, "num_embeddings", None)
+    return None if found is None else int(found)
 
 
 def positions(model: nn.Module) -> int | None:

@@ -140,7 +140,7 @@ def micro_step(run: Run, step: Step, losses: list[Loss]) -> dict[str, Tensor]:
     context.taps_active = True
     step.output = run.engine.forward(**inputs_of(step.batch), **extra_inputs(wanted.student))
     run.instruments.take_outputs(step.output, wanted.student, step.student)
-    parts = {loss.name: _weight(loss, step.index) * loss.fn(step) for loss in losses}
+    parts = {loss.name: _part(loss, step) for loss in losses}
     parts |= weight_loss_parts(run)
     total = torch.stack([part.float() for part in parts.values()]).sum()
     if run.engine.any(~torch.isfinite(total.detach())):  # so that all processes stop together
@@ -149,6 +149,14 @@ def micro_step(run: Run, step: Step, losses: list[Loss]) -> dict[str, Tensor]:
     run.engine.backward(total)
     context.taps_active = False
     return parts
+
+
+def _part(loss: Loss, step: Step) -> Tensor:
+    try:
+        return _weight(loss, step.index) * loss.fn(step)
+    except Exception as error:
+        error.add_note(f"raised by loss {loss.name!r}")
+        raise
 
 
 def _weight(loss: Loss, index: int) -> float:

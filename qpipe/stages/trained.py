@@ -95,6 +95,18 @@ def require_trained(run_dir: Path) -> None:
         )
 
 
+def read_results(run_dir: Path) -> dict[str, Any]:
+    """`results.json` of a finished run; empty if there is none yet."""
+    path = run_dir / "results.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+def has_learned(run_dir: Path, trained: bool) -> bool:
+    """True if training has set what quantizers hold: not in a model that was only loaded, nor by `qpipe quantize`."""
+    return trained and read_results(run_dir).get("steps") != 0
+
+
 def read_config(run_dir: Path) -> RunConfig:
     """The resolved configuration of a run directory.
 

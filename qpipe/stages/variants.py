@@ -9,21 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from fnmatch import fnmatchcase
 
 import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from qpipe.errors import ConfigError, SiteError, suggest
-from qpipe.host import describe
 from qpipe.quant.grid import GridQuantizer
-from qpipe.quant.plan import PlannedSite, expand
+from qpipe.quant.plan import PlannedSite, expand, selects
 from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.settable import SettableGrid
 from qpipe.run import Run
 from qpipe.stages.prepare import tied_sites
+from qpipe.stages.trained import has_learned
 from qpipe.types import Json
+from qpipe.validation import describe
 
 
 def weight_sites(run: Run, patterns: Sequence[str] = ()) -> list[str]:
@@ -38,22 +38,33 @@ def weight_sites(run: Run, patterns: Sequence[str] = ()) -> list[str]:
         ConfigError: the run quantizes no weight.
         SiteError: a pattern matches no quantized weight.
     """
-    names = [name for name, entry in run.plan.sites.items() if entry.site.slot == "weight"]
-    if not names:
-        raise ConfigError(f"the plan of {run.out} quantizes no weight; give it rules or a quantization.preset")
+    names = planned_weights(run)
     if not patterns:
         maps = [n for n in names if not isinstance(run.student.get_submodule(n.rpartition(":")[0]), nn.Embedding)]
         return maps or names
     found: list[str] = []
     for pattern in patterns:
         full = pattern if ":" in pattern else f"{pattern}:weight"
-        matching = [n for n in names if any(fnmatchcase(n, p) for p in expand(full, run.instruments.map))]
+        expanded = expand(full, run.instruments.map)
+        matching = [n for n in names if any(selects(p, run.plan.sites[n].site) for p in expanded)]
         if not matching:
             raise SiteError(
                 f"{pattern!r} matches no quantized weight{suggest(full, names)}; `qpipe inspect plan` lists them"
             )
         found += [name for name in matching if name not in found]
     return found
+
+
+def planned_weights(run: Run) -> list[str]:
+    """Names of all quantized weights.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    names = [name for name, entry in run.plan.sites.items() if entry.site.slot == "weight"]
+    if not names:
+        raise ConfigError(f"the plan of {run.out} quantizes no weight; give it rules or a quantization.preset")
+    return names
 
 
 def activation_sites(run: Run) -> list[str]:
@@ -146,6 +157,9 @@ def place(run: Run, name: str, quantizer: Quantizer) -> None:
 def rebuilt(run: Run, names: Iterable[str], bits: int) -> Iterator[None]:
     """Within, sites are quantized to `bits`, weights from their full-precision master copy.
 
+    What training has learned of their grids is kept, divided anew. Before any training a width has the grid that
+    training would begin with.
+
     Args:
         run: a run on one process, not partitioned.
         names: sites whose quantizers have an option `bits`; see `with_bits`.
@@ -159,6 +173,7 @@ def rebuilt(run: Run, names: Iterable[str], bits: int) -> Iterator[None]:
     require_master_copies(run, names)
     kinds = run.host.collect("qpipe_quantizers")
     trained = {name: run.instruments.quantizers()[name] for name in names}
+    learned = has_learned(run.out, run.trained)
     try:
         for name, before in trained.items():
             entry = run.plan.sites[name]
@@ -170,8 +185,9 @@ def rebuilt(run: Run, names: Iterable[str], bits: int) -> Iterator[None]:
             place(run, name, quantizer)
             is_weight = entry.site.slot == "weight"
             weight = run.student.get_parameter(f"{entry.site.path}.weight").detach() if is_weight else None
+            first = weight is not None and options != entry.options and not learned and not quantizer.reparameterizes
             with torch.no_grad():
-                quantizer.inherit(before, weight)
+                quantizer.initialize(weight) if first else quantizer.inherit(before, weight)
         run.instruments.context.weights_changed()
         yield
     finally:

@@ -45,12 +45,14 @@ def trained(folder: Path, plugins: dict[str, Any], **changes: Any) -> Any:
     return run
 
 
-def test_attention_guide(tmp_path):
+@pytest.mark.parametrize("used", [["match", "replace"], ["match"], ["replace"]])
+def test_attention_guide(used, tmp_path):
     made = python_of("docs/attention.md")
     replace = made["TeacherContexts"](made["TeacherContexts"].Options(steps=1))
-    run = trained(tmp_path, {"match": made["MatchContexts"](), "replace": replace})
+    plugins = {"match": made["MatchContexts"](), "replace": replace}
+    run = trained(tmp_path, {name: plugins[name] for name in used})
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert lines.count('"contexts"') == 2
+    assert lines.count('"contexts"') == 2 * ("match" in used)
     assert run.results["steps"] == 2
 
 

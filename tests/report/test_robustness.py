@@ -8,7 +8,7 @@ import pytest
 
 from qpipe import CheckpointError, ConfigError
 from qpipe.report import write_report
-from qpipe.report.curves import label, save_curves
+from qpipe.report.curves import PRINTED, _draw, label, save_curves
 from qpipe.report.inputs import VariantPoint, Variants, read_variants
 from qpipe.report.robustness import robustness, shown_runs, table
 
@@ -60,15 +60,29 @@ def test_both_runs_are_drawn_and_listed(swept):
     assert rows[1]["metrics"] == {"finished": 0.5125, "other": 0.5135}
 
 
-@pytest.mark.parametrize("change", ["gone", "metric"])
+@pytest.mark.parametrize("change", ["gone", "metric", "examples", "open_ended"])
 def test_a_compared_run_that_cannot_be_shown_is_named(swept, tmp_path, change):
     if change == "gone":
         shutil.rmtree(tmp_path / "other")
+    elif change != "metric":
+        (tmp_path / "other" / "variants.json").write_text(json.dumps(document(0.001, **{change: True})))
     else:
         points = [{"variant": "trained", "metrics": {"f2": 1.0}}]
         (tmp_path / "other" / "variants.json").write_text(json.dumps(document(metric="f2", points=points)))
     html = robustness(swept)
     assert "Not shown" in html and "other" in html and "0.5135" not in html
+
+
+def test_full_precision_has_one_place_beyond_all_widths(swept, tmp_path):
+    """The other run has more of them, one where full precision of the first would be."""
+    more = document()
+    more["points"].append(point("bits", 3, 0.6))
+    (tmp_path / "other" / "variants.json").write_text(json.dumps(more))
+    runs = shown_runs(swept, read_variants(swept))[0]
+    (panel, *_) = _draw(runs, PRINTED).axes
+    ticks = dict(zip(panel.get_xticks(), (text.get_text() for text in panel.get_xticklabels()), strict=True))
+    assert ticks == {2: "2", 3: "3", 4: "full"}
+    assert [list(line.get_xdata()) for line in panel.lines if len(line.get_xdata()) > 1] == [[2, 4], [2, 3, 4]]
 
 
 def test_weights_whose_width_is_fixed_are_named(swept):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import qpipe
 from qpipe import ConfigError
@@ -59,6 +59,37 @@ def test_texts_longer_than_the_positions_are_refused_before_anything_long(tmp_pa
     with pytest.raises(ConfigError, match="data.max_length is 67, but Bert.* has learned 66 positions; lower it to 66"):
         assembled(config)
     assembled(tiny_config(tmp_path, data__max_length=66))
+
+
+def test_a_tokenizer_that_knows_more_words_than_the_model_is_refused(tmp_path, assembled):
+    config = tiny_config(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name)
+    tokenizer.add_tokens([f"further{number}" for number in range(200)])
+    tokenizer.save_pretrained(tmp_path / "words")
+    other = config.model.model_copy(update={"tokenizer": str(tmp_path / "words")})
+    with pytest.raises(
+        ConfigError, match=r"the tokenizer has \d+ tokens and Bert.* embeddings of \d+; set model.token"
+    ):
+        assembled(config.model_copy(update={"model": other}))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_folder_without_a_tokenizer_is_refused(family, tmp_path):
+    """transformers makes up a tokenizer that knows no word."""
+    folder = tiny_model(tmp_path / "model", family)
+    for path in folder.iterdir():
+        if path.name not in ("config.json", "model.safetensors"):
+            path.unlink()
+    with pytest.raises(ConfigError, match=r"model' has no tokenizer; save the one .* or set model.tokenizer"):
+        text.load_tokenizer(ModelConfig(name=str(folder)), 16)
+
+
+@pytest.mark.parametrize("name", ["/no/such/model", "./bert", "~/bert", "a/b/c"])
+def test_a_path_that_does_not_exist_is_no_name_on_the_hub(name):
+    with pytest.raises(ConfigError, match=f"model.name '{name}' does not exist; local paths are relative to"):
+        text.load_tokenizer(ModelConfig(name=name), 16)
+    with pytest.raises(ConfigError, match=f"model.tokenizer '{name}' does not exist"):
+        text.load_tokenizer(ModelConfig(name="org/tiny", tokenizer=name), 16)
 
 
 def test_a_revision_is_that_of_the_model(tmp_path, monkeypatch):

@@ -11,7 +11,9 @@ from qpipe.plugin import Options, Plugin, hookimpl
 from qpipe.quant.plan import PlannedSite
 from qpipe.quant.step_error import power_of_two, times
 from qpipe.quant.tensor import QTensor
+from qpipe.stages.quantize import quantize
 from qpipe.stages.sensitivity import load
+from qpipe.stages.sizes import stored_sizes
 from qpipe.stages.sweep import Sweep, evaluate_points, sweep_run
 from qpipe.stages.trained import restore
 from qpipe.stages.variants import (
@@ -247,6 +249,31 @@ def test_every_built_in_weight_quantizer_can_be_varied(tmp_path, fast, quantizer
         with rebuilt(run, names, width):
             assert torch.allclose(logits(run), trained, atol=1e-6) == (width == bits)
     assert torch.equal(logits(run), trained)
+
+
+@pytest.mark.parametrize("source", ["configuration", "qpipe quantize"])
+def test_without_training_a_width_has_the_grid_that_training_would_begin_with(tmp_path, fast, source):
+    """The step of the planned width, divided anew, is another one."""
+    rules = [{"site": "{block}.*:weight", "quantizer": "lsq", "options": {"bits": 8}}]
+    config = tiny_config(tmp_path, quantization__rules=rules, quantization__preset=None)
+    run = load(config) if source == "configuration" else restore(quantize(config).out)
+    weight = run.student.get_parameter(SITE.replace(":", ".")).detach()
+    with rebuilt(run, [SITE], 3):
+        quantizer = run.instruments.quantizers()[SITE]
+        torch.testing.assert_close(quantizer.step, 2 * weight.abs().mean(1, keepdim=True) / 3**0.5)
+
+
+def test_patterns_select_as_in_rules(tmp_path, assembled):
+    """Gains of normalisations are left to patterns that spell their names."""
+    whole = {"quantizer": "uniform", "options": {"granularity": "tensor"}}
+    rules = [{"site": site, **whole} for site in ("{block}.*:weight", "*.LayerNorm:weight")]
+    changes = {"quantization__rules": rules, "quantization__preset": None, "export__format": "native"}
+    run = load(tiny_config(tmp_path, **changes))
+    names = [name for name in run.plan.sites if name.endswith(":weight")]
+    gains = [name for name in names if "LayerNorm" in name]
+    assert len(gains) == 5 and weight_sites(run, ["*.LayerNorm"]) == gains
+    assert weight_sites(run, ["{block}.*"]) == [name for name in names if name not in gains]
+    assert sorted(stored_sizes(run, (4,))) == sorted(names)
 
 
 @pytest.mark.parametrize("quantizer", ["lsq", "dorefa", "uniform"])

@@ -121,13 +121,17 @@ def one_layer(run_dir: Path) -> dict[str, Any]:
 
 
 def bits_of_runs(run_dir: Path) -> tuple[str, dict[str, dict[int, float]]]:
-    """The metric, and its values by the bits of the weights, by run; empty where no run has them."""
-    metric, found = "", {}
+    """The metric, and its values by the bits of the weights, by run; empty where no run has them.
+
+    Runs that were measured otherwise than the first one, on other examples or by another metric, are left out.
+    """
+    metric, measured, found = "", None, {}
     for label, folder in beside(run_dir).items():
         record = read(folder / VARIANTS) or {"points": []}
         points = [p for p in record["points"] if p["variant"] == "bits" and not p["activations"] and p["value"]]
-        if points:
-            metric = record["metric"]
+        how = record.get("metric"), record.get("examples")
+        if points and measured in (None, how):
+            metric, measured = record["metric"], how
             found[label] = {int(p["value"]): p["metrics"][metric] for p in points}
     return metric, found
 
