@@ -9,7 +9,8 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -18,6 +19,7 @@ from qpipe.errors import CheckpointError, ConfigError
 CONFIG_NAME = "config.yaml"
 CHECKPOINTS_NAME = "checkpoints"
 ERRORS_NAME = "errors"
+RESULTS_NAME = "results.json"
 
 
 def config_path(out: Path, node_rank: int) -> Path:
@@ -28,7 +30,7 @@ def config_path(out: Path, node_rank: int) -> Path:
     return out / (CONFIG_NAME if node_rank == 0 else f".node-{node_rank}.yaml")
 
 
-TRAINED = (CHECKPOINTS_NAME, "metrics.jsonl", "model", "export", "results.json")
+TRAINED = (CHECKPOINTS_NAME, "metrics.jsonl", "model", "export", RESULTS_NAME)
 """What a run leaves once it has begun to train; a directory with a configuration alone holds nothing to lose."""
 
 
@@ -41,6 +43,24 @@ def require_unused(out: Path) -> None:
     _refuse(out, TRAINED, "continue that run with --resume, ")
 
 
+@contextmanager
+def results_aside(out: Path) -> Iterator[None]:
+    """Within, a run is not complete: the results of one that was come back where it ends without new ones.
+
+    A resumed run that is refused, or fails, has the model that they were measured with.
+    """
+    results, aside = out / RESULTS_NAME, out / f".{RESULTS_NAME}"
+    if results.is_file():
+        results.replace(aside)
+    try:
+        yield
+    finally:
+        if results.is_file():
+            aside.unlink(missing_ok=True)
+        elif aside.is_file():
+            aside.replace(results)
+
+
 def require_unquantized(out: Path) -> None:
     """Refuse a directory that holds a training, or a model that was quantized to the end.
 
@@ -48,7 +68,7 @@ def require_unquantized(out: Path) -> None:
         ConfigError: there are checkpoints, metrics or results. Without these, a model or export is what an interrupted
             quantization has left.
     """
-    _refuse(out, (CHECKPOINTS_NAME, "metrics.jsonl", "results.json"))
+    _refuse(out, (CHECKPOINTS_NAME, "metrics.jsonl", RESULTS_NAME))
 
 
 def _refuse(out: Path, names: Iterable[str], advice: str = "") -> None:
@@ -79,7 +99,7 @@ def require_checkpoint(out: Path) -> None:
     Raises:
         ConfigError: the directory holds a trained or quantized model, and no checkpoint.
     """
-    held = next((name for name in ("model", "export", "results.json") if (out / name).exists()), None)
+    held = next((name for name in ("model", "export", RESULTS_NAME) if (out / name).exists()), None)
     if held is not None and next((out / CHECKPOINTS_NAME).glob("step-*"), None) is None:
         raise ConfigError(
             f"nothing to resume in {out}: it holds {held} and no checkpoint, and would be trained from the beginning; "

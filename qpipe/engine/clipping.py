@@ -69,7 +69,8 @@ def plain_fragments(model: nn.Module, sharded: bool) -> list[Fragment]:
         if gradient is not None:
             found.append(Fragment(gradient.to_local() if isinstance(gradient, DTensor) else gradient))
         elif sharded and parameter.requires_grad:  # keeps the order equal on all processes
-            found.append(Fragment(parameter.new_zeros(0)))
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            found.append(Fragment(local.detach().new_zeros(0)))
     return found
 
 

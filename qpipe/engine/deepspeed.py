@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -101,9 +102,10 @@ class DeepSpeedEngine(Processes):
     ) -> None:
         """Hand model and optimizer to DeepSpeed, which partitions parameter by parameter and needs no `blocks`."""
         settings = self.settings(train)
-        self._engine, *_ = self._deepspeed.initialize(
-            model=model, optimizer=optimizer, lr_scheduler=scheduler, config=settings, dist_init_required=False
-        )
+        with _unmoved(optimizer) if self.config.zero == 0 else nullcontext():
+            self._engine, *_ = self._deepspeed.initialize(
+                model=model, optimizer=optimizer, lr_scheduler=scheduler, config=settings, dist_init_required=False
+            )
         self.partitioned = settings["zero_optimization"]["stage"] == 3
         self._clip = train.clip if train.clips_tensors else 0.0
         if self._clip:
@@ -138,16 +140,19 @@ class DeepSpeedEngine(Processes):
 
     def step(self) -> None:
         """Count the micro-batch; update at the end of the step."""
-        if self._clip and self._engine.is_gradient_accumulation_boundary():
-            stage = self.config.zero
+        stage = self.config.zero
+        untold = stage == 0 and self.dtype == torch.float32  # DeepSpeed keeps no norm there
+        if (self._clip or untold) and self._engine.is_gradient_accumulation_boundary():
             fragments = zero_fragments(self._engine.module, stage)
             self._norm = clip_each(fragments, self._clip, shared=stage > 0, device=self.device)
         self._engine.step()
 
     def grad_norm(self) -> float | None:
         """Norm before clipping."""
-        norm = self._norm if self._clip else self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        norm = self._engine.get_global_grad_norm() if self._norm is None else self._norm
+        if norm is None:
+            return None
+        return float(norm) if float(norm) >= 0 else math.inf  # -1 is DeepSpeed's word for inf and NaN
 
     @contextmanager
     def gathered(self, parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -176,6 +181,24 @@ class DeepSpeedEngine(Processes):
             if engine is not None:
                 engine.destroy()
         self._engine, self._held = None, []
+
+
+@contextmanager
+def _unmoved(optimizer: Optimizer) -> Iterator[None]:
+    """Within, steps of an optimizer change nothing; afterwards it has taken none.
+
+    For bfloat16 without ZeRO, DeepSpeed takes a step with zero gradients to have the optimizer allocate its state. It
+    decays weights, and counts as the first one in bias corrections.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    try:
+        yield
+    finally:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        optimizer.state.clear()
 
 
 def frozen_settings(config: EngineConfig, model: nn.Module, placement: Placement) -> dict[str, Any]:

@@ -108,10 +108,10 @@ def launch(config: RunConfig, topology: Topology, env: dict[str, str], resume: b
         if main:
             check_directory(out, resume)
             rundir.clear_errors(out)
-            (out / "results.json").unlink(missing_ok=True)  # from here on the run is not complete
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(path, dump(config))
-        start(topology, env, path, resume)
+        with rundir.results_aside(out) if main else nullcontext():
+            out.mkdir(parents=True, exist_ok=True)
+            write_text(path, dump(config))
+            start(topology, env, path, resume)
 
 
 def check_directory(out: Path, resume: bool) -> None:

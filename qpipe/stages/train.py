@@ -197,19 +197,37 @@ def non_finite_message(run: Run, step: Step, parts: dict[str, Tensor]) -> str:
     found = run.engine.gather_objects((bool(torch.isfinite(total)), bad, first_non_finite(run, step)))
     rank, (_, bad, module) = next((i, entry) for i, entry in enumerate(found) if not entry[0])
     where = f"the first module whose output is not finite is {module}" if module else "every module's output is finite"
-    last = checkpoint.steps(run.out)
-    kept = f"the checkpoint of step {last[-1]} is kept" if last else "no checkpoint had been written"
     return (
         f"the loss is not finite at step {step.index} (rank {rank}; parts: {', '.join(bad) or 'their sum'}); {where}; "
-        f"{kept}. Lower train.learning_rate, or check the data of this batch"
+        f"{_kept(run)}. Lower train.learning_rate, or check the data of this batch"
     )
+
+
+def require_finite_gradients(run: Run, index: int) -> None:
+    """Stop before weights that such a gradient has reached are saved; DeepSpeed may have skipped the step instead.
+
+    Raises:
+        TrainingError: the norm of the gradients of this step, the same on all processes, is infinite or NaN.
+    """
+    norm = run.engine.grad_norm()
+    if norm is None or math.isfinite(norm):
+        return
+    raise TrainingError(
+        f"the gradient is not finite at step {index}, though the loss is; {_kept(run)}. Lower train.learning_rate, or "
+        "check the data of this batch"
+    )
+
+
+def _kept(run: Run) -> str:
+    last = checkpoint.steps(run.out)
+    return f"the checkpoint of step {last[-1]} is kept" if last else "no checkpoint had been written"
 
 
 def train(run: Run, resume: bool = False) -> Progress:
     """Train from the beginning, or from the newest checkpoint.
 
     Raises:
-        TrainingError: the loss became non-finite.
+        TrainingError: the loss or a gradient became non-finite.
         CheckpointError: a checkpoint cannot be written or read.
     """
     losses = collect_losses(run)
@@ -228,8 +246,8 @@ def train(run: Run, resume: bool = False) -> Progress:
         checkpoint.restore_random_state(state, run.engine.device)
     run.host.hook.qpipe_run_start(run=run)
     run.student.train()
+    started = time.perf_counter()
     for index, batches in steps_from(run, progress.step):
-        started = time.perf_counter()
         enter_phase(run, index)
         logged = (index + 1) % run.config.train.log_every == 0 or index + 1 == run.total_steps
         meter = Meter()
@@ -239,12 +257,14 @@ def train(run: Run, resume: bool = False) -> Progress:
             if logged:
                 meter.add(parts, 1 / len(batches))
             run.engine.step()
+        require_finite_gradients(run, index)
         run.instruments.context.weights_changed()
         metrics = step_metrics(run, meter, started) if logged else {}
         run.host.hook.qpipe_step_end(run=run, step=step, metrics=metrics)
         run.step = None
         progress.step = index + 1
         after_step(run, progress, step, time.perf_counter() - begun)
+        started = time.perf_counter()  # loading the next batches counts
     finish(run, progress)
     return progress
 

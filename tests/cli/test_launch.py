@@ -223,6 +223,24 @@ def test_resume_uses_as_many_processes_as_before(cli, started):
     assert "was trained by 3 processes per machine" in result.err and "leave out --gpus and --cpus" in result.err
 
 
+@pytest.mark.parametrize("end", ["refused", "finished", "killed"])
+def test_results_of_a_finished_run_stay_where_it_goes_on_in_vain(cli, started, monkeypatch, end):
+    write_json(started / "results.json", {"evaluation": {"accuracy": 0.75}})
+
+    def workers(*given):
+        assert not (started / "results.json").exists()
+        if end == "refused":
+            raise ConfigError("data.train has changed")
+        if end == "killed":
+            raise KeyboardInterrupt
+        write_json(started / "results.json", {"evaluation": {"accuracy": 0.5}})
+
+    monkeypatch.setattr("qpipe.launching.start.start", workers)
+    cli("launch", "--resume", "--out", started, "--set", "export.format=native")
+    kept = json.loads((started / "results.json").read_text())["evaluation"]["accuracy"]
+    assert kept == (0.5 if end == "finished" else 0.75) and not (started / ".results.json").exists()
+
+
 @pytest.mark.parametrize("change", ["seed=3", "train.max_steps=6", "quantization.preset=w2", "engine.zero=2"])
 def test_resume_refuses_what_decides_the_result(cli, started, change):
     result = cli("launch", "--resume", "--out", started, "--set", change)

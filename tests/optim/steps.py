@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second, self.unused = nn.Linear(7, 5), nn.Linear(5, 3), nn.Linear(3, 3)
+        self.idle: nn.Module | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.second(torch.tanh(self.first(x))) * 4 + 0 * self.unused(x[:, :3]).sum()
@@ -39,7 +41,10 @@ def start(config: dict[str, Any]) -> tuple[Any, nn.Module]:
     resolved = resolve(config)
     engine = connect(resolved.engine)
     torch.manual_seed(0)
-    net = Net().to(engine.dtype)
+    net = Net()
+    if resolved.engine.fsdp:
+        net.idle = nn.Linear(3, 3)  # never called, so without gradients, which DDP does not allow
+    net = net.to(engine.dtype)
     decays = {"weight": 0.01, "bias": 0.0}
     groups = [
         {"params": [p for n, p in net.named_parameters() if n.endswith(name)], "weight_decay": decay}
@@ -86,6 +91,35 @@ def write(cases: dict[str, dict[str, Any]], folder: str) -> None:
             weights, norms = train(config, interrupt)
             if not dist.is_initialized() or dist.get_rank() == 0:
                 save_file({**weights, "norms": torch.tensor(norms)}, Path(folder) / f"{name}.safetensors")
+
+
+def begin_unmoved(config: dict[str, Any]) -> dict[str, float]:
+    """What the optimizer of bfloat16 without ZeRO has done before any training."""
+    engine, net = start(config)
+    wrapped = engine._engine.optimizer
+    masters = [p for group in wrapped.fp32_groups for p in group]
+    moved = max(float((m - m.bfloat16().float()).abs().max()) for m in masters)
+    found = {"states": float(len(wrapped.optimizer.state)), "moved": moved, "rate": wrapped.param_groups[0]["lr"]}
+    engine.close()
+    return {**found, "masters": float(len(masters)), "parameters": float(len(list(net.parameters())))}
+
+
+def norms_of_nan(cases: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """The norms that each engine gives after a step with finite gradients and one with NaN. Collective."""
+    found = {}
+    for case, config in cases.items():
+        engine, _ = start(config)
+        found[case] = []
+        for factor in (1.0, float("nan")):
+            for micro in range(2):
+                engine.begin_micro_batch(micro == 1)
+                rows = data(micro)[:4].to(engine.dtype)
+                engine.backward(engine.forward(x=rows).square().mean() * factor)
+                engine.step()
+            norm = engine.grad_norm()
+            found[case].append("none" if norm is None else "finite" if math.isfinite(norm) else "not finite")
+        engine.close()
+    return found
 
 
 def refused(config: dict[str, Any]) -> str:

@@ -89,6 +89,29 @@ def test_resumed(folder, name):
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+@pytest.mark.distributed
+def test_an_optimizer_has_taken_no_step_before_training():
+    """DeepSpeed takes one for bfloat16 without ZeRO."""
+    engine = {"name": "deepspeed", "zero": 0, "cpu": True, "precision": "bfloat16"}
+    config = {"model": {"name": "none"}, "train": {"batch_size": 16, "optimizer": "bert-adam"}, "engine": engine}
+    found = run_distributed("steps:begin_unmoved", world_size=1, config=config)
+    assert found == {"states": 0, "moved": 0, "rate": 0.05, "masters": 6, "parameters": 6}
+
+
+@pytest.mark.distributed
+def test_every_engine_tells_of_gradients_that_are_not_finite():
+    cases = {}
+    for name, engine in ENGINES.items():
+        for precision in ("float32", "bfloat16"):
+            for clip in ({"clip": 0.0}, {"clip": 1.0, "clip_by": "model"}, {"clip": 1.0, "clip_by": "tensor"}):
+                full = {**engine, "cpu": True, "precision": precision}
+                train = {"batch_size": 16, "accumulation": 2, "optimizer": "bert-adam", **clip}
+                key = f"{name} {precision} {clip}"
+                cases[key] = {"model": {"name": "none"}, "train": train, "engine": full}
+    found = run_distributed("steps:norms_of_nan", cases=cases)
+    assert {key: norms for key, norms in found.items() if norms != ["finite", "not finite"]} == {}
+
+
 def test_it_matters_whose_norm_is_limited():
     """Clipping all gradients together, or none, ends in weights that the tests above tell from these."""
     expected, _ = by_hand()

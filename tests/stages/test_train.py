@@ -276,6 +276,30 @@ def test_a_non_finite_loss_names_the_module_and_keeps_the_checkpoint(tmp_path, u
     assert qpipe.execute(config, resume=True).results["resumed_step"] == 3
 
 
+class Cusp(Plugin):
+    """A term of value 0 without a derivative there, from a step on."""
+
+    @hookimpl
+    def qpipe_losses(self):
+        def term(step):
+            zero = step.output.logits.sum() * 0
+            return zero.abs().sqrt() if step.index >= 4 else zero
+
+        yield Loss("cusp", term)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_its_weights_are_saved(tmp_path, use, fast):
+    use(Cusp())
+    config = tiny_config(tmp_path, train__save_every=1, train__eval_every=100)
+    with pytest.raises(
+        TrainingError, match="the gradient is not finite at step 4, though.*checkpoint of step 4 is kept"
+    ):
+        qpipe.execute(config)
+    assert checkpoint.steps(tmp_path / "run")[-1] == 4
+    use()
+    assert qpipe.execute(config, resume=True).results["resumed_step"] == 4
+
+
 class Fragile(Plugin):
     """Fails too when it is told of a failure."""
 
