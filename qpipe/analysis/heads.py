@@ -62,6 +62,13 @@ def ranking(session: Session) -> dict[str, Json]:
         ConfigError: a map of layers does not fit, no attention can be observed, or a model of images is given a text.
     """
     run, teacher, text = session.run, session.teacher, session.request.text
+    for model, what in ((run, "the quantized model"), (teacher, "its teacher")):
+        blocks, attention = len(model.instruments.map.blocks), len(model.instruments.map.attention)
+        if attention != blocks:
+            raise ModelError(
+                f"{what} has {blocks} blocks and {attention} attention modules; heads are compared block by block, "
+                "which takes one in each: leave ranking out of --parts"
+            )
     sample = list(session.sample)
     shown = sample[0] if text is None else sentence(run, text)
     ours = probabilities(session, run, [shown, *sample])

@@ -6,7 +6,7 @@ residual and LayerNorm, which the feed-forward network receives.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -73,8 +73,9 @@ def layers(session: Session) -> dict[str, Json]:
         `examples`, their number; `hidden_states` (what the first block receives and every block returns, one more than
         blocks), `attention_output` (what the output projections of attention return) and `ffn_input` (what that becomes
         after residual and normalisation, where the feed-forward networks receive it): each with `mse` and `power`,
-        lists over layers, the last two empty where a model's sites are not known. `states`: the teacher's hidden state
-        for each of the student's; `layers`: its block, from 1, for each of the student's.
+        lists over layers, the last two empty where not every block of both models is known to have such a site.
+        `states`: the teacher's hidden state for each of the student's; `layers`: its block, from 1, for each of the
+        student's.
 
     Raises:
         ModelError: width does not fit.
@@ -91,7 +92,7 @@ def layers(session: Session) -> dict[str, Json]:
         example = example_of(run, number)
         ours, theirs = _outputs(run, example), _outputs(session.teacher, example)
         for kind, total in distances.items():
-            if ours[kind] and theirs[kind]:
+            if kind == "hidden_states" or _in_every_block(run, ours[kind], session.teacher, theirs[kind]):
                 total.add(ours[kind], [theirs[kind][index] for index in theirs_of[kind]])
         if (number + 1) % KEPT_EVERY == 0:
             ledger.put("sums", {"examples": number + 1, **{kind: asdict(total) for kind, total in distances.items()}})
@@ -99,6 +100,11 @@ def layers(session: Session) -> dict[str, Json]:
     means = {kind: total.means() for kind, total in distances.items()}
     where = {"states": list(pairing.states), "layers": [block + 1 for block in pairing.blocks]}
     return {"examples": count, **means, **where}
+
+
+def _in_every_block(run: Run, ours: Sequence[Tensor], teacher: Run, theirs: Sequence[Tensor]) -> bool:
+    pairs = ((run, ours), (teacher, theirs))
+    return all(len(found) == len(model.instruments.map.blocks) > 0 for model, found in pairs)
 
 
 def _outputs(run: Run, example: Example) -> Outputs:

@@ -55,9 +55,9 @@ def cover_length(student: Tensor, teacher: Tensor, top: int = 5) -> Tensor:
         `[heads]`, float64, below 1.
     """
     tokens = student.shape[-1]
-    places = student.argsort(-1, descending=True).argsort(-1)
-    wanted = teacher.topk(min(top, tokens), -1).indices
-    depth = places.gather(-1, wanted).amax(-1).double()
+    wanted = student.gather(-1, teacher.topk(min(top, tokens), -1).indices)
+    # Counted by value, so that the order of equal entries, such as those that a causal mask leaves 0, is no matter.
+    depth = tokens - torch.searchsorted(student.sort(-1).values, wanted, right=True).amin(-1).double()
     return depth[:, :-1].sum(1) / tokens**2
 
 

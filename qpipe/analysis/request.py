@@ -80,16 +80,21 @@ class Request:
             raise ConfigError(
                 f"a landscape has an odd number of points, 3 or more, to meet the model; not {self.points}"
             )
-
+        for key in ("layer_map", "teacher", "text"):
+            self._check_used(key)
         if self.layer_map is not None:
             self._check_map(self.layer_map)
 
-    def _check_map(self, layers: Sequence[int]) -> None:
-        if not set(self.parts) & set(NEEDS_TEACHER):
+    def _check_used(self, key: str) -> None:
+        using = [part for part, settings in SETTINGS.items() if key in settings]
+        if getattr(self, key) is not None and not set(self.parts).intersection(using):
+            option = f"--{key.replace('_', '-')}"
             raise ConfigError(
-                f"--layer-map is for the parts {' and '.join(NEEDS_TEACHER)}, not for {', '.join(self.parts)}; name "
-                "one of those, or leave --layer-map out"
+                f"{option} is for {' and '.join(using)}, not for {', '.join(self.parts)}: add --parts {using[0]}, or "
+                f"leave {option} out"
             )
+
+    def _check_map(self, layers: Sequence[int]) -> None:
         if any(below >= above for below, above in pairwise(layers)):
             raise ConfigError(
                 f"--layer-map {','.join(map(str, layers))} must rise from each number to the next: name another of the "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import Field
 from torch import Tensor
@@ -30,8 +30,11 @@ class MinMax(GridKernel):
     symmetric: bool = True
 
     def grid(self, rows: Tensor, axes: tuple[int, ...], *state: Tensor) -> Grid:
-        """Scale and zero point over `axes`."""
-        return Grid(*min_max_grid(rows, axes, self.low, self.high, self.symmetric, self.snap))
+        """Scale and zero point over `axes`; another step has the zero point of this one."""
+        found = Grid(*min_max_grid(rows, axes, self.low, self.high, self.symmetric, self.snap))
+        if self.rescale is None or self.symmetric:
+            return found
+        return found._replace(zero_point=replace(self, rescale=None).grid(rows, axes).zero_point)
 
 
 class UniformWeight(GridQuantizer):

@@ -59,8 +59,14 @@ Sequences = Annotated[int, typer.Option(min=1, help="Validation examples whose a
 Suggest = Annotated[
     Path | None, typer.Option(help="Write a plan with more bits for the groups that hurt, chosen by the ablation.")
 ]
-Within = Annotated[float, typer.Option(min=0, help="Largest loss of the metric that the plan may have.")]
-Bits = Annotated[int, typer.Option(min=2, max=16, help="Width of the sites that the plan picks.")]
+WITHIN, BITS = 0.005, 16
+Within = Annotated[
+    float | None,
+    typer.Option(min=0, help="Largest loss of the metric that the plan may have.", show_default=str(WITHIN)),
+]
+Bits = Annotated[
+    int | None, typer.Option(min=2, max=16, help="Width of the sites that the plan picks.", show_default=str(BITS))
+]
 Teacher = Annotated[
     str | None,
     typer.Option(
@@ -98,8 +104,8 @@ def analyze(
     examples: Examples = None,
     sequences: Sequences = 10,
     suggest: Suggest = None,
-    within: Within = 0.005,
-    bits: Bits = 16,
+    within: Within = None,
+    bits: Bits = None,
     teacher: Teacher = None,
     layer_map: LayerMap = None,
     text: Text = None,
@@ -121,6 +127,8 @@ def analyze(
     """
     if suggest is not None and len(sources) > 1 and _is_run(sources[1]):
         raise typer.BadParameter("--suggest makes a plan for one run; name one")
+    if suggest is None and (within is not None or bits is not None):
+        raise typer.BadParameter("--within and --bits belong to --suggest")
     wanted = split_names(parts or (COMPARED if len(sources) > 1 and _is_run(sources[1]) else ALL))
     inputs = _inputs(sources, set_ or [], split_names(plugins), out)
     from qpipe.launching.worker import quiet_libraries
@@ -129,9 +137,9 @@ def analyze(
     from qpipe.analysis.analyze import Request, analyze_runs
     from qpipe.analysis.load import check, source_of
 
-    allowed = within if suggest is not None else None
+    allowed = (WITHIN if within is None else within) if suggest is not None else None
     request = Request(
-        tuple(wanted), by, tuple(sites or ()), examples, sequences, allowed, bits, teacher, text, eigenvalues,
+        tuple(wanted), by, tuple(sites or ()), examples, sequences, allowed, bits or BITS, teacher, text, eigenvalues,
         norm_weight, points, filters, _layers(layer_map),
     )  # fmt: skip
     check(inputs, request)

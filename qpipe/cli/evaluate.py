@@ -13,6 +13,9 @@ from qpipe.cli.output import print_json, print_table
 if TYPE_CHECKING:
     from qpipe.stages.sweep import Sweep
 
+BITS = "2,3,4,5,6,8"
+RATIOS = "0.7:1.3:11"
+
 
 def evaluate(
     runs: Annotated[
@@ -21,13 +24,16 @@ def evaluate(
     variants: Annotated[
         str, typer.Option(help="Evaluate variants of the trained model too, with commas: bits, step, pow2.")
     ] = "",
-    bits: Annotated[str, typer.Option(help="Widths of the variant `bits`, with commas.")] = "2,3,4,5,6,8",
+    bits: Annotated[
+        str | None, typer.Option(help="Widths of the variant `bits`, with commas.", show_default=BITS)
+    ] = None,
     ratios: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Step sizes of the variant `step` relative to the trained ones: FIRST:LAST:COUNT, or a list."
+            help="Step sizes of the variant `step` relative to the trained ones: FIRST:LAST:COUNT, or a list.",
+            show_default=RATIOS,
         ),
-    ] = "0.7:1.3:11",
+    ] = None,
     sites: Annotated[
         list[str] | None,
         typer.Option("--sites", metavar="PATTERN", help="Weights to vary. Default: all quantized ones but embeddings."),
@@ -52,9 +58,11 @@ def evaluate(
     With --variants, also when its weights are quantized to other bits from their full-precision master copies, with
     steps that are too small or large, or with power-of-two steps. Writes variants.json into each run, for the report.
     """
-    sweep = _sweep(variants, bits, ratios, sites, activations, open_ended) if variants else None
-    if sweep is None and (figure is not None or activations or sites or open_ended):
-        raise typer.BadParameter("--figure, --sites, --activations and --open-ended belong to --variants")
+    sweep = _sweep(variants, bits or BITS, ratios or RATIOS, sites, activations, open_ended) if variants else None
+    if sweep is None and any((figure, bits, ratios, activations, sites, open_ended)):
+        raise typer.BadParameter(
+            "--bits, --ratios, --figure, --sites, --activations and --open-ended belong to --variants"
+        )
     if len({run.resolve() for run in runs}) < len(runs):
         raise typer.BadParameter("a run is named twice")
     from qpipe.launching.worker import quiet_libraries

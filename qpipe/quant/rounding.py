@@ -14,14 +14,14 @@ on idle cores, and several times the arithmetic on busy ones."""
 
 
 def snap_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round scales to `dtype`, and replace zeros (of all-zero rows) by 1.
+    """Round scales to `dtype`, and replace zeros (of all-zero rows) by 1. NaN stays, so that it reaches the loss.
 
     Args:
         scale: float tensor, non-negative. Returns float32 of the same shape.
         dtype: type that the scales are exported in.
     """
     snapped = scale.to(dtype).float()
-    return torch.where(snapped > 0, snapped, torch.ones_like(snapped))
+    return torch.where(snapped <= 0, torch.ones_like(snapped), snapped)
 
 
 def visible_nan(statistic: Tensor, scale: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Any
 from qpipe.report.document import render
 from qpipe.report.inputs import ANALYSIS_FOLDER, read_json
 
+PARTS = ("ablation", "noise", "outliers", "ranges", "attention")
+"""Parts of `qpipe analyze` that the section shows."""
 MAPS = 3
 """Outlier maps and range plots that are shown: of the sites with most outliers, or the widest ranges."""
 HEADS = 16
@@ -21,19 +23,30 @@ def read_part(run_dir: Path, part: str) -> Any:
     return read_json(Path(run_dir) / ANALYSIS_FOLDER / f"{part}.json")
 
 
+def read_parts(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
+    """Those of `PARTS` that were measured on the weights of the newest of them, and names of those of other weights."""
+    every = {part: value for part in PARTS if (value := read_part(run_dir, part)) is not None}
+    if not every:
+        return {}, []
+    newest = max(every, key=lambda part: (Path(run_dir) / ANALYSIS_FOLDER / f"{part}.json").stat().st_mtime_ns)
+    weights = {part: value.get("models", {}).get("student", {}).get("digest") for part, value in every.items()}
+    old = [part for part in every if weights[part] != weights[newest]]
+    return {part: value for part, value in every.items() if part not in old}, old
+
+
 def analysis(run_dir: Path) -> str | None:
     """Figures and tables of every part that was measured; None where none was."""
     from qpipe.report import analysis_plots as plots
 
-    ablation, noise = read_part(run_dir, "ablation"), read_part(run_dir, "noise")
-    outliers, ranges = read_part(run_dir, "outliers"), read_part(run_dir, "ranges")
-    attention = read_part(run_dir, "attention")
-    if not any((ablation, noise, outliers, ranges, attention)):
+    found, old = read_parts(run_dir)
+    if not found:
         return None
+    ablation, noise, outliers, ranges, attention = map(found.get, PARTS)
     worst = most_outliers(outliers["sites"]) if outliers else []
     uneven = widest(ranges) if ranges else []
     return render(
         "analysis.html.j2",
+        old=old,
         ablation=ablation,
         ablation_plot=plots.ablation_bars(ablation) if ablation else "",
         outliers=outliers,

@@ -28,7 +28,7 @@ from qpipe.report.table import COLUMNS, result_rows, show
 NOT_LOSSES = ("lr", "grad_norm", "samples_per_second", "time", "step")
 LARGEST_METRIC_PANELS = 9
 HISTOGRAM_PANELS = 6
-_BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")
+_BLOCK = re.compile(r"(?<=\.)\d+(?=[.:])")
 
 
 def missing(what: str, reason: str) -> str:

@@ -1,8 +1,9 @@
-"""What a run reads besides its model, and whether it is still what it was."""
+"""What a run reads besides its model's weights, and whether it is still what it was."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from qpipe.data.locate import locate
 from qpipe.errors import ConfigError
 from qpipe.files import sha256
 from qpipe.resuming import newest_progress
+from qpipe.stages.teacher_fit import TOKENIZER_FILES
 
 LARGE = 2**28
 """Bytes from which on the files of an input are counted and measured, and not read."""
@@ -29,15 +31,19 @@ def input_files(config: RunConfig) -> dict[str, Any]:
         "teacher.name": config.teacher.name,
         "engine.config_file": config.engine.config_file,
     }
-    return {key: _summary(Path(locate(value))) for key, value in named.items() if value is not None}
+    found = {key: _summary(Path(locate(value))) for key, value in named.items() if value is not None}
+    tokenizer = Path(locate(config.model.tokenizer or config.model.name))
+    return {**found, "model.tokenizer": _summary(tokenizer, TOKENIZER_FILES) if tokenizer.is_dir() else None}
 
 
-def _summary(path: Path) -> dict[str, Any] | None:
-    files = [file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
+def _summary(path: Path, patterns: Sequence[str] = ("*",)) -> dict[str, Any] | None:
+    found = {file for pattern in patterns for file in path.rglob(pattern)} if path.is_dir() else {path}
+    files = [file for file in found if file.is_file()]
     if not files:
         return None
     size = sum(file.stat().st_size for file in files)
-    return {"files": len(files), "bytes": size, "sha256": None if size > LARGE else content_hash(path, below=True)}
+    digest = None if size > LARGE else _digest(files, path if path.is_dir() else path.parent)
+    return {"files": len(files), "bytes": size, "sha256": digest}
 
 
 def content_hash(path: Path, below: bool = False) -> str | None:
@@ -48,11 +54,13 @@ def content_hash(path: Path, below: bool = False) -> str | None:
         below: whether files in folders of the folder count, as they do for data.
     """
     found = (path.rglob("*") if below else path.iterdir()) if path.is_dir() else [path]
-    base = path if path.is_dir() else path.parent
-    files = {p.relative_to(base).as_posix(): sha256(p) for p in sorted(found) if p.is_file()}
-    if not files:
-        return None
-    return hashlib.sha256("".join(f"{name}:{digest};" for name, digest in files.items()).encode()).hexdigest()
+    files = [file for file in found if file.is_file()]
+    return _digest(files, path if path.is_dir() else path.parent) if files else None
+
+
+def _digest(files: Iterable[Path], base: Path) -> str:
+    hashes = {file.relative_to(base).as_posix(): sha256(file) for file in sorted(files)}
+    return hashlib.sha256("".join(f"{name}:{digest};" for name, digest in hashes.items()).encode()).hexdigest()
 
 
 def refuse_changed_files(out: Path, config: RunConfig) -> None:
@@ -68,6 +76,7 @@ def refuse_changed_files(out: Path, config: RunConfig) -> None:
     before = (newest_progress(out) or {}).get("inputs", {})
     now = input_files(config)
     values = config.model_dump()
+    values["model"]["tokenizer"] = config.model.tokenizer or config.model.name
     changed = [
         f"{key} ({values[key.partition('.')[0]][key.partition('.')[2]]})"
         for key in now

@@ -83,3 +83,12 @@ def test_most_cases_of_the_hessian_tell_their_largest_eigenvalues_apart():
     ]
     apart = [bool(values[1] < 0.95 * values[0]) for values in spectra]
     assert sum(apart) > len(apart) / 2
+
+
+def test_the_order_of_equal_entries_does_not_count():
+    """The first rows of a causal map have fewer entries above 0 than are looked for."""
+    scores = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    map_ = scores.masked_fill(torch.ones(16, 16).triu(1).bool(), -torch.inf).softmax(-1)
+    rows = torch.arange(15)
+    expected = torch.where(rows < 4, rows + 1, 4).double().sum() / 16**2
+    torch.testing.assert_close(cover_length(map_, map_), expected.expand(2))

@@ -68,6 +68,8 @@ def test_plain_evaluation_of_several_runs(cli, pair):
     [
         (["--figure", "x.png"], "belong to --variants"),
         (["--open-ended"], "belong to --variants"),
+        (["--bits", "2,4"], "belong to --variants"),
+        (["--ratios", "0.9"], "belong to --variants"),
         (["--variants", "bits", "--open-ended"], "belong to the variant `step`"),
         (["--variants", "bits", "--bits", "two"], "such as 2,3,4"),
         (["--variants", "step", "--ratios", "1:2"], "FIRST:LAST:COUNT"),

@@ -225,3 +225,9 @@ def test_options():
     for options in ({"percentile": 99}, {"init": "percentile", "p": 3}):
         with pytest.raises(ValidationError, match="give (percentile|p) with init: (percentile|lp), and only there"):
             LsqOptions(**options)
+
+
+@pytest.mark.parametrize("levels", ["mid-tread", "mid-rise"])
+def test_a_step_that_is_nan_reaches_the_output(levels):
+    quantizer = make(weights(3, 8), torch.tensor([0.1, torch.nan, 0.1]), bits=4, levels=levels)
+    assert quantizer.quantize(weights(3, 8)).isnan().all(1).tolist() == [False, True, False]

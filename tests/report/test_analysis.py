@@ -1,6 +1,7 @@
 """The report's section on where quantization acts: figures and numbers of results that were made by hand."""
 
 import json
+import os
 import re
 from collections import Counter
 
@@ -152,6 +153,18 @@ def test_a_suggestion_that_does_not_reach_its_goal_says_so(tmp_path):
     said = text(written(tmp_path, ablation={**ABLATION, "suggestion": short}))
     assert "16 bits at no group; the loss stays larger than that." in said
     assert "Suggested" not in text(written(tmp_path, ablation={**ABLATION, "suggestion": None}))
+
+
+@pytest.mark.usefixtures("drawn")
+def test_parts_of_other_weights_are_not_shown_beside_the_newest(tmp_path):
+    marks = {part: {**value, "models": {"student": {"digest": "old"}}} for part, value in parts().items()}
+    assert "Not shown" not in written(tmp_path, **marks)
+    path = tmp_path / "analysis" / "noise.json"
+    path.write_text(json.dumps({**NOISE, "models": {"student": {"digest": "new"}}}))
+    os.utime(path, (2e9, 2e9))
+    found = analysis(tmp_path)
+    assert re.findall(r"<h3>(.*?)</h3>", found) == ["Quantization noise"]
+    assert "than the newest part: ablation, outliers, ranges, attention." in text(found)
 
 
 @pytest.mark.usefixtures("drawn")

@@ -369,6 +369,21 @@ def test_a_run_does_not_go_on_with_other_data(large, tmp_path, monkeypatch, fast
     assert qpipe.execute(config, resume=True).results["resumed_step"] == 3
 
 
+def test_a_run_does_not_go_on_with_another_tokenizer(tmp_path, fast):
+    """Weights of a local model may change, as the checkpoint has its own; the words of the texts may not."""
+    config = tiny_config(tmp_path)
+    qpipe.execute(config)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    path = Path(config.model.name) / "tokenizer.json"
+    whole = path.read_text()
+    path.write_text(whole.replace('"lowercase": true', '"lowercase": false'))
+    assert path.read_text() != whole
+    with pytest.raises(ConfigError, match=r"model.tokenizer \(.*model\) has changed since the checkpoint in .*run"):
+        qpipe.execute(config, resume=True)
+    path.write_text(whole)
+    assert qpipe.execute(config, resume=True).results["resumed_step"] == 3
+
+
 def test_the_time_of_earlier_sessions_counts(finished, tmp_path, fast):
     out = tmp_path / "again"
     copy_checkpoint(finished, 3, out)

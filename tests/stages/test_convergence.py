@@ -393,7 +393,7 @@ def test_layer_maps_that_do_not_fit_are_refused(here, tmp_path, monkeypatch):
             analyze(here, Request(("layers",), examples=1, teacher=deep, layer_map=given))
     with pytest.raises(ConfigError, match="--layer-map 2,2 must rise"):
         Request(("ranking",), layer_map=(2, 2))
-    with pytest.raises(ConfigError, match="--layer-map is for the parts layers and ranking"):
+    with pytest.raises(ConfigError, match="--layer-map is for layers and ranking"):
         Request(("noise",), layer_map=(2, 4))
     monkeypatch.setattr(here.host, "plugins", {"a": Mapped([1, 2]), "b": Mapped([2, 4])})
     with pytest.raises(ConfigError, match="plugins a and b map layers in two ways; say which with --layer-map"):

@@ -102,6 +102,23 @@ def test_rows_are_made_once_and_by_what_decides_them(change, tmp_path, monkeypat
         change(folder=str(tmp_path / "kept"), seed=1)
 
 
+def test_a_run_does_not_go_on_with_other_rows(tmp_path, masked_lm):
+    """Order, length and best metric would be others; the same name need not be the same model."""
+    model = tmp_path / "masked-lm"
+    shutil.copytree(masked_lm, model)
+    options = {"budget": "A", "model": str(model), "neighbours": "none", "trials": 1}
+    config = tiny_config(tmp_path, plugins={"data-augmentation": options}, train__max_steps=4, train__save_every=2)
+    qpipe.execute(config)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    weights = model / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-4] + bytes(4))
+    with pytest.raises(ConfigError, match=r"trained on augmented rows \w{16}, and .* now give \w{16}; put back"):
+        qpipe.execute(config, resume=True)
+    weights.write_bytes(before)
+    assert qpipe.execute(config, resume=True).results["resumed_step"] == 2
+
+
 def test_a_folder_whose_name_is_a_pattern(tmp_path, change):
     """Brackets in a path are brackets."""
     config = tiny_config(tmp_path, train__max_steps=None, out=str(tmp_path / "run[1]*"))

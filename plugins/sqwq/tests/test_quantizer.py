@@ -236,3 +236,8 @@ def test_rules():
     assert (blocks.site, blocks.options["bits"]) == ("{block}.*:weight", 2)
     assert (embedding.site, embedding.options["granularity"]) == ("{embedding}:weight", "tensor")
     assert list(Sqwq(SqwqPluginOptions(rules=False)).qpipe_quant_rules()) == []
+
+
+def test_a_gain_that_is_nan_reaches_the_output():
+    quantizer = make(gain=torch.tensor([0.0, torch.nan, 0.0]), bits=4)
+    assert quantizer.quantize(weights(3, 8)).isnan().all(1).tolist() == [False, True, False]

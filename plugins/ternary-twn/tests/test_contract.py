@@ -1,6 +1,10 @@
+import pytest
 from qpipe_ternary_twn import TernaryTwn
 
-from qpipe.testing import check_plugin, check_rules
+from qpipe import SiteError
+from qpipe.host import load_plugins
+from qpipe.stages.execute import assemble
+from qpipe.testing import check_plugin, check_rules, tiny_config
 from qpipe.testing.contract import check_absent, find_plugin, offers
 
 
@@ -22,3 +26,10 @@ def test_groups_are_trained_resumed_and_exported():
         for site in ("{block}.*:weight", "{embedding}:weight")
     ]
     check_rules(rules, zero3=False, plugins={"ternary-twn": {"rules": False}})
+
+
+@pytest.mark.parametrize("options", [{"rules": False}, {"sites": []}])
+def test_a_plugin_that_does_nothing_is_refused(tmp_path, options):
+    config = tiny_config(tmp_path, plugins={"ternary-twn": options})
+    with pytest.raises(SiteError, match="'ternary-twn' is named, but no rule makes a weight ternary"):
+        assemble(config, load_plugins(config.plugins), {})

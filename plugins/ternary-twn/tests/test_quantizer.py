@@ -233,3 +233,12 @@ def test_rule_options_build_the_offered_quantizer():
     assert isinstance(kind.build(kind.options(**rule.options)), TernaryWeight)
     with pytest.raises(ValidationError):
         kind.options(bits=3)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_reaches_the_output(value):
+    weight = weights(3, 8)
+    weight[1, 2] = value
+    quantizer = make(granularity="channel")
+    quantizer.attach(QuantContext(), "m:weight")
+    assert quantizer.quantize(weight)[1].isnan().any() and not quantizer.quantize(weight)[0].isnan().any()

@@ -31,6 +31,7 @@ class DataAugmentation(Plugin):
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
         self._spent: dict[str, Any] = {}
+        self._rows: str | None = None
 
     @hookimpl
     def qpipe_training_data(self, config: RunConfig, task: Task, data: TaskData, engine: Engine) -> TaskData:
@@ -73,7 +74,8 @@ class DataAugmentation(Plugin):
             hub=hub,
         )
         folder = Path(self.options.folder or Path(config.out) / "augmented")
-        new = augment(source, folder, engine).read()
+        blocks = augment(source, folder, engine)
+        self._rows, new = blocks.folder.name, blocks.read()
         labels = text.labels[np.asarray(new[EXAMPLE])]
         return replace(data, train=text.encode(new, labels))
 
@@ -84,6 +86,25 @@ class DataAugmentation(Plugin):
         own = config.model
         hub = {"revision": own.revision, "trust_remote_code": own.trust_remote_code}
         return (own.tokenizer or own.name) if self.options.one_piece == "neighbours" else own.name, hub
+
+    @hookimpl
+    def qpipe_state(self) -> Mapping[str, Any]:
+        """Which rows the training has: their folder is named by all that decides them."""
+        return {"rows": self._rows}
+
+    @hookimpl
+    def qpipe_restore(self, run: Run, state: Mapping[str, Any]) -> None:
+        """Go on with the same rows only.
+
+        Raises:
+            ConfigError: the masked language model or the file of neighbours has changed under its name.
+        """
+        if state["rows"] != self._rows:
+            raise ConfigError(
+                f"data-augmentation: the checkpoint in {run.out} was trained on augmented rows {state['rows']}, and "
+                f"options, model and neighbours now give {self._rows}; put back what data-augmentation.model (default: "
+                "model.name) and data-augmentation.neighbours_from named, or start anew with another --out"
+            )
 
     @hookimpl
     def qpipe_export_metadata(self, run: Run) -> Mapping[str, Any]:

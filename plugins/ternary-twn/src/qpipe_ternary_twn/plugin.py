@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
-from qpipe import Plugin, QuantizerKind, Rule, hookimpl
+from qpipe import Plugin, QuantizerKind, Rule, Run, SiteError, hookimpl
 from qpipe_ternary_twn.quantizer import TernaryOptions, TernaryWeight
 
 NAME = "ternary-twn"
@@ -44,3 +44,16 @@ class TernaryTwn(Plugin):
         if self.options.embedding:
             options.pop("group_size", None)
             yield Rule("{embedding}:weight", NAME, {**options, "granularity": "channel"})
+
+    @hookimpl
+    def qpipe_model_prepared(self, run: Run) -> None:
+        """Refuse a run in which the plugin does nothing.
+
+        Raises:
+            SiteError: no rule makes a weight ternary, or later ones take all of them back.
+        """
+        if not any(isinstance(quantizer, TernaryWeight) for quantizer in run.instruments.quantizers().values()):
+            raise SiteError(
+                "plugin 'ternary-twn' is named, but no rule makes a weight ternary; set ternary-twn.rules=true, write "
+                "a rule with quantizer: ternary-twn, or leave the plugin out"
+            )

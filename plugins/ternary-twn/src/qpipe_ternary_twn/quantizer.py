@@ -54,7 +54,8 @@ class Ternary(GridKernel):
         number = float64_sum(lambda part: (self.magnitude(part) > limit).float(), rows, axes)
         scale = (total / number.clamp_min(1)).float()
         usable = torch.where(scale.to(self.scale_dtype) > 0, limit, torch.inf)
-        return Grid(visible_nan(limit, self.snap(scale)), limits=(usable,))
+        # An infinite weight makes the limit infinite, which nothing exceeds.
+        return Grid(visible_nan(limit - limit, self.snap(scale)), limits=(usable,))
 
     def codes(self, rows: Tensor, grid: Grid, out: Tensor | None = None) -> Tensor:
         """1 above the limit, -1 below its negative, else 0 (never -0)."""
