@@ -14,15 +14,19 @@ from reference_text import anchor, repository_plugins
 
 from qpipe import hookspecs, run, types
 from qpipe.data import loading, text
+from qpipe.engine.base import Engine
 from qpipe.export.program import Program
-from qpipe.export.record import ExportRecord
+from qpipe.export.record import ActivationSite, ExportRecord, PackedWeight
 from qpipe.host import BUILTINS
+from qpipe.model.instrument import Instruments
 from qpipe.quant.affine import ActivationRange, AffineActivation
 from qpipe.quant.calibrated import CalibratedActivation
 from qpipe.quant.estimators import RangeEstimator, RangeGrid
 from qpipe.quant.grid import Grid, GridKernel, GridQuantizer
 from qpipe.quant.learned import GridActivation
-from qpipe.quant.quantizer import Quantizer
+from qpipe.quant.modules import QuantModule
+from qpipe.quant.plan import PlannedSite
+from qpipe.quant.quantizer import QuantContext, Quantizer
 from qpipe.quant.settable import SettableGrid
 from qpipe.quant.tensor import QTensor
 
@@ -42,7 +46,10 @@ CONTRIBUTIONS = (
     types.Metric,
     types.Task,
     types.Exporter,
+    PlannedSite,
     ExportRecord,
+    PackedWeight,
+    ActivationSite,
     Program,
     types.ReportSection,
     loading.TaskData,
@@ -50,11 +57,13 @@ CONTRIBUTIONS = (
     run.Run,
     run.Step,
     QTensor,
+    QuantContext,
 )
 """Classes of what hooks take and return, in reading order."""
 
 BASES: Mapping[Any, tuple[str, ...]] = {
     RangeEstimator: ("add", "range"),
+    QuantModule: ("before", "apply_weight", "after"),
     Quantizer: ("initialize", "encode", "surrogate", "snap", "quantize"),
     GridQuantizer: ("kernel", "state", "with_gradient"),
     GridKernel: ("snap", "grid", "codes"),
@@ -64,9 +73,11 @@ BASES: Mapping[Any, tuple[str, ...]] = {
     CalibratedActivation: ("calibrated", "range_grid", "observer", "range_of"),
     GridActivation: ("new_parameter", "step", "zero_point", "gradient", "set_range"),
     ActivationRange: (),
+    Instruments: ("site", "quantizers", "add_tap"),
+    Engine: ("gathered", "reduce", "gather_objects", "broadcast_object", "broadcast_tensor", "any", "barrier"),
 }
-"""Classes to derive quantizers and range estimators from, and what these give back, with the methods that matter to a
-subclass."""
+"""Classes to derive quantizers and range estimators from, what these give back, and what a run holds, with the methods
+that matter to a plugin."""
 
 
 def stages() -> list[tuple[str, list[str]]]:
@@ -157,14 +168,20 @@ def described(cls: Any, methods: tuple[str, ...] = ()) -> str:
     lines.append(prose(inspect.getdoc(cls) or ""))
     for name in methods:
         method = getattr(cls, name)
-        typed = str(inspect.signature(method)).replace("'", "")
+        typed = _stable(str(inspect.signature(method))).replace("'", "")
         lines.append(f"\n```text\n{name}{typed}\n```\n\n{prose(inspect.getdoc(method) or '')}")
     return "\n".join(lines)
+
+
+def _stable(text: str) -> str:
+    """Without addresses: `<pkg.Class object at 0x7f>` as `Class()`, `<function f at 0x7f>` as `f`."""
+    text = re.sub(r"<(?:\w+\.)*(\w+) object at 0x\w+>", r"\1()", text)
+    return re.sub(r"<function (\w+) at 0x\w+>", r"\1", text)
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
     if field.default is not dataclasses.MISSING:
         return f" = {field.default!r}"
     if field.default_factory is not dataclasses.MISSING:
-        return f" = {field.default_factory()!r}"
+        return f" = {_stable(repr(field.default_factory()))}"
     return ""

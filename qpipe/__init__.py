@@ -92,7 +92,11 @@ _PUBLIC = {
     "StopGradient": "qpipe.model.gradients",
     "load_native": "qpipe.export.native",
     "plain_model": "qpipe.export.native",
+    "ActivationSite": "qpipe.export.record",
     "ExportRecord": "qpipe.export.record",
+    "PackedWeight": "qpipe.export.record",
+    "Instruments": "qpipe.model.instrument",
+    "PlannedSite": "qpipe.quant.plan",
     "Program": "qpipe.export.program",
     "write_program": "qpipe.export.program",
     "quantize_activations": "qpipe.export.activations",
@@ -106,6 +110,7 @@ _PUBLIC = {
 __all__ = [
     "ACTIVATION_SLOTS",
     "ActivationRange",
+    "ActivationSite",
     "AffineActivation",
     "CalibratedActivation",
     "CalibrationPass",
@@ -125,6 +130,7 @@ __all__ = [
     "GridOptions",
     "GridQuantizer",
     "Inject",
+    "Instruments",
     "Loss",
     "LossWeight",
     "Metric",
@@ -133,7 +139,9 @@ __all__ = [
     "Moments",
     "Observed",
     "Options",
+    "PackedWeight",
     "ParamGroup",
+    "PlannedSite",
     "Plugin",
     "PluginError",
     "Program",
@@ -216,7 +224,7 @@ if TYPE_CHECKING:
     from qpipe.export.activations import quantize_activations
     from qpipe.export.native import load_native, plain_model
     from qpipe.export.program import Program, write_program
-    from qpipe.export.record import ExportRecord
+    from qpipe.export.record import ActivationSite, ExportRecord, PackedWeight
     from qpipe.model.distances import (
         all_scores_mse,
         attention_mse,
@@ -227,6 +235,7 @@ if TYPE_CHECKING:
         logits_mse,
     )
     from qpipe.model.gradients import Inject, StopGradient
+    from qpipe.model.instrument import Instruments
     from qpipe.plugin import Options, Plugin, hookimpl
     from qpipe.quant.affine import ActivationRange, AffineActivation, FixedActivation, by_feature
     from qpipe.quant.calibrated import CalibratedActivation, RangeChoice
@@ -237,6 +246,7 @@ if TYPE_CHECKING:
     from qpipe.quant.modules import QuantModule
     from qpipe.quant.moments import Moments, moments
     from qpipe.quant.observed import Observed
+    from qpipe.quant.plan import PlannedSite
     from qpipe.quant.quantizer import QuantContext, Quantizer, straight_through
     from qpipe.quant.ranges import search_grid
     from qpipe.quant.rounding import tanh, visible_nan

@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from qpipe.launching.topology import nvidia_devices
+
 PACKAGES = (
     "qpipe", "torch", "transformers", "deepspeed", "accelerate", "datasets", "compressed-tensors", "safetensors",
     "pluggy", "pydantic", "typer", "rich",
@@ -106,17 +108,6 @@ def _torch() -> Iterator[Finding]:
         yield Finding("torch build", build)
     if not torch.distributed.is_available():
         yield Finding("torch.distributed", "not in this build", "fatal", "install an official build of torch")
-
-
-def nvidia_devices() -> list[str]:
-    """Names of the NVIDIA GPUs that the driver knows, whatever torch says; empty without a driver."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return []
-    result = subprocess.run(
-        [tool, "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=30
-    )
-    return [line.strip() for line in result.stdout.splitlines() if line.strip()] if result.returncode == 0 else []
 
 
 def _gpus() -> Iterator[Finding]:

@@ -88,6 +88,7 @@ class Specs:
         """Name the class that hosts quantizers in place of this module's class (first).
 
         The class must derive from `qpipe.QuantModule` and from the module's own class, and keep its parameter names.
+        Its `forward` calls `before`, `apply_weight` and `after`; see there.
         """
 
     @hookspec

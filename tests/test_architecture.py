@@ -34,6 +34,7 @@ FOUNDATION = {
     "rundir",
     "schedules",
     "types",
+    "validation",
 }
 LAYERS = (
     {"testing", "cli"},

@@ -125,10 +125,7 @@ def analyze(
     landscape, and curves. Several runs are shown in the same figures. Writes analysis/*.json into each run directory,
     for `qpipe report`; goes on where it was interrupted.
     """
-    if suggest is not None and len(sources) > 1 and _is_run(sources[1]):
-        raise typer.BadParameter("--suggest makes a plan for one run; name one")
-    if suggest is None and (within is not None or bits is not None):
-        raise typer.BadParameter("--within and --bits belong to --suggest")
+    _check_suggest(suggest, within, bits, sources)
     wanted = split_names(parts or (COMPARED if len(sources) > 1 and _is_run(sources[1]) else ALL))
     inputs = _inputs(sources, set_ or [], split_names(plugins), out)
     from qpipe.launching.worker import quiet_libraries
@@ -155,6 +152,13 @@ def analyze(
         typer.echo(f"suggested: {_outcome(ablation['suggestion'])}")
         typer.echo(f"plan: {suggest}; use it with --set quantization.plan={suggest}")
     typer.echo(f"next: qpipe report {next(iter(found))}")
+
+
+def _check_suggest(suggest: Path | None, within: float | None, bits: int | None, sources: list[str]) -> None:
+    if suggest is not None and len(sources) > 1 and _is_run(sources[1]):
+        raise typer.BadParameter("--suggest makes a plan for one run; name one")
+    if suggest is None and (within is not None or bits is not None):
+        raise typer.BadParameter("--within and --bits belong to --suggest")
 
 
 def _track(items: Sequence[T], what: str) -> Iterable[T]:

@@ -47,6 +47,8 @@ def launch(
         gpus, cpus = _as_before(directory, nodes, gpus, cpus, (saved or resolved).engine.cpu)
     prefer_cpu = (saved or resolved).engine.cpu
     where = topology.choose(gpus, cpus, nodes, rank, rendezvous, hostfile, prefer_cpu, dry_run)
+    if where.cpu and cpus is None and not prefer_cpu and (idle := topology.nvidia_devices()):
+        typer.echo(f"warning: this torch cannot use {', '.join(idle)}; `qpipe doctor` says more", err=True)
     final = prepare.with_device(resolved, where.cpu)
     prepare.check(final, where.processes * where.nodes)
     # The directory may have been moved, or named in another way.

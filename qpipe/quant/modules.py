@@ -46,7 +46,10 @@ class ModuleState:
 class QuantModule(nn.Module):
     """Mixin for modules that host quantizers at their `weight`, `input` and `output`, or some of them.
 
-    A module becomes one by a change of class (`adopt`), which keeps identity, parameter names, ties and hooks.
+    A module becomes one by a change of class (`adopt`), which keeps identity, parameter names, ties and hooks. A class
+    for another module derives from this one and from the module's own, and its `forward` passes the input to `before`,
+    uses the weight in `apply_weight` only, and passes the output to `after`; whatever does not go that way is neither
+    quantized nor observed, and the check before training stops the run.
 
     Attributes:
         slots: what such a module hosts.

@@ -223,6 +223,15 @@ def test_resume_uses_as_many_processes_as_before(cli, started):
     assert "was trained by 3 processes per machine" in result.err and "leave out --gpus and --cpus" in result.err
 
 
+def test_a_gpu_that_torch_cannot_use_is_named(cli, config_file, tmp_path, monkeypatch):
+    """A CPU build of torch would train on the processors, without a word."""
+    monkeypatch.setattr(topology, "nvidia_devices", lambda: ["NVIDIA H100"])
+    words = ("launch", config_file, "--out", tmp_path / "run", "--dry-run")
+    assert "warning: this torch cannot use NVIDIA H100; `qpipe doctor` says more" in cli(*words).err
+    for chosen in (("--cpus", 2), ("--set", "engine.cpu=true")):
+        assert "warning" not in cli(*words, *chosen).err
+
+
 @pytest.mark.parametrize("end", ["refused", "finished", "killed"])
 def test_results_of_a_finished_run_stay_where_it_goes_on_in_vain(cli, started, monkeypatch, end):
     write_json(started / "results.json", {"evaluation": {"accuracy": 0.75}})
