@@ -30,7 +30,7 @@ def _line(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
                 return f"{key} is empty; give it keys, or leave it out"
             section = _section_at(model, place)
             return f"{key} is a section; in place of {given!r} write {{{_first(section)}: {given}}}"
-        case "tuple_type":
+        case "tuple_type" if (section := _section_at(model, place[:-1])) and place[-1] in section.model_fields:
             return f"{key} is a list; in place of {given!r} write [{given}]"
         case "value_error":  # raised by a check of several keys, whose message names them
             text = str(problem["msg"]).removeprefix("Value error, ")

@@ -60,3 +60,23 @@ def test_values(source, message):
 def test_a_configuration_needs_a_model():
     with pytest.raises(ConfigError, match=r"model is missing; write model: \{name: ...\}"):
         resolve({"task": "sst2"})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed", "seed.*KEY=VALUE"),
+        ("seed.x=1", "seed is a value, not a section"),
+        ("quantization.rules.3.site=a", "'3' is no index of a list of 1"),
+        ("quantization.rules.x.site=a", "'x' is no index of a list"),
+    ],
+)
+def test_overrides(override, message):
+    source = {"model": {"name": "m"}, "seed": 1, "quantization": {"rules": [{"site": "a"}]}}
+    with pytest.raises(ConfigError, match=f"(?i){message}"):
+        resolve(source, [override])
+
+
+def test_a_list_is_no_configuration():
+    with pytest.raises(ConfigError, match="mine.yaml must hold a mapping of sections"):
+        read_yaml("- a", "mine.yaml")

@@ -66,7 +66,7 @@ def test_power_iteration_finds_the_largest_magnitudes(params, given):
     first, second = exact[exact.abs().argsort(descending=True)][:2].tolist()
     generator = torch.Generator().manual_seed(0)
     found = top_eigenvalues(product, weights, 2, generator, iterations=2000, tolerance=1e-7)
-    assert [value.value for value in found] == pytest.approx([first, second], rel=1e-2)
+    assert [value.value for value in found] == pytest.approx([first, second], rel=1e-4)
     # Where the reference stops, two values of nearly one magnitude are not told apart; the residual says how far it is.
     (usual,) = top_eigenvalues(product, weights, 1, generator)
     assert (exact - usual.value).abs().min() <= usual.residual * abs(usual.value) + 1e-6

@@ -382,3 +382,8 @@ def test_glue_tasks_name_integer_labels(load: Load, csv: Csv) -> None:
         load("mnli", train=path, validation=wrong)
     kept = load("mnli", train=wrong, validation=wrong, keep_labels=[0, 1, 2])
     assert list(kept.validation["labels"]) == [0, 2, 1]
+
+
+def test_labels_that_repeat(load: Load, csv: Csv) -> None:
+    with pytest.raises(ConfigError, match="data.labels repeats a value"):
+        load("classification", train=csv(*ROWS), labels=("a", "b", "a"))

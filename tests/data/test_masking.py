@@ -129,3 +129,11 @@ def test_a_tokenizer_without_mask_token_is_refused(load: Callable[..., TaskData]
 def test_columns_are_those_of_the_task() -> None:
     assert find_task({TASK.name: TASK}, "masked-lm").metrics[0].name == "perplexity"
     assert not TASK.metrics[0].higher_is_better
+
+
+def test_the_configured_share(tmp_path: Path, data: TaskData) -> None:
+    section = {"train": str(tmp_path / "text.txt"), "max_length": 16, "mask_probability": 0.5}
+    config = resolve({"model": {"name": str(tmp_path / "model")}, "task": "masked-lm", "data": section})
+    options = {"batch_size": 16, "rank": 0, "world_size": 1, "seed": 0, "epoch": 0}
+    labels = [batch["labels"] for batch in train_loader(load_data(config, TASK), TASK, **options)]
+    assert 0.35 < float((torch.cat(labels) != -100).float().mean()) < 0.5, "of all, with special tokens"

@@ -526,3 +526,17 @@ def test_a_model_whose_labels_are_in_another_order_is_refused(folder, tmp_path):
     given = given.model_copy(update={"model": given.model.model_copy(update={"name": str(turned)})})
     with pytest.raises(ModelError, match=r"same in another order; set data.labels: \[positive, negative\]"):
         quantize(given)
+
+
+def test_options_of_adaround_reach_it(folder, monkeypatch):
+    stage = importlib.import_module("qpipe.stages.initialize")
+    seen, real = set(), stage.learn_rounding
+
+    def learn(rounding, *given, **options):
+        seen.add((rounding.margin, options["decay"], options["decay_shape"]))
+        return real(rounding, *given, **options)
+
+    monkeypatch.setattr(stage, "learn_rounding", learn)
+    run, _ = prepared(folder, weights="adaround", iterations=1, relaxation="sigmoid", decay="power", decay_shape=3.0)
+    initialize(run)
+    assert seen == {(0.0, "power", 3.0)}, "a plain sigmoid is not stretched"

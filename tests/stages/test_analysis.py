@@ -127,7 +127,18 @@ def test_noise_of_a_weight_and_an_input(run):
     rounded = (weight / scale).round().clamp(-8, 7) * scale
     expected = 10 * math.log10(weight.square().sum() / (rounded - weight).square().sum())
     assert found[f"{name}:weight"] == pytest.approx(expected, abs=1e-3)
-    assert 30 < found[INPUT] < 60, "8 bits per token"
+    sums = []
+    with observing(run, {INPUT: lambda x: sums.append(x.double())}), torch.no_grad():
+        run.student.eval()
+        for example in sample:
+            run.student(**example.batch)
+    steps = [(x.abs().amax(-1, keepdim=True).float() / 127.5).double() for x in sums]
+    errors = [
+        ((x / step).round().clamp(-128, 127) * step - x).square().sum() for x, step in zip(sums, steps, strict=True)
+    ]
+    signals = [x.square().sum() for x in sums]
+    assert abs(10 * math.log10(signals[0] / errors[0]) - 10 * math.log10(signals[1] / errors[1])) > 0.02
+    assert found[INPUT] == pytest.approx(10 * math.log10(sum(signals) / sum(errors)), abs=5e-3)
 
 
 def test_ablation_goes_from_none_to_all(run):

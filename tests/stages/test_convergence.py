@@ -532,3 +532,22 @@ def test_quantizers_come_back_as_they_were(here):
     for name, quantizer in here.instruments.quantizers().items():
         assert "surrogate" not in vars(quantizer) and type(quantizer).surrogate is before[name]
     assert not any(isinstance(module, nn.Linear) and module.training for module in here.student.modules())
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_whose_hessian_is_taken(here, monkeypatch, weight):
+    """Of the task's mean loss of each batch, with so many times the sum of norms."""
+    train = here.config.train.model_copy(update={"eval_batch_size": 4})
+    here.config = here.config.model_copy(update={"train": train})
+    seen, real = [], curvature.hessian_product
+    monkeypatch.setattr(
+        curvature, "hessian_product", lambda loss, p: seen.append(float(loss.detach())) or real(loss, p)
+    )
+    analyze(here, Request(("hessian",), examples=8, eigenvalues=1, norm_weight=weight))
+    expected = []
+    with torch.no_grad():
+        for batch in curvature.validation_batches(here, 8):
+            logits = here.student(**{name: value for name, value in batch.items() if name != "labels"}).logits
+            norm = sum(float(p.norm()) for p in curvature.trained_parameters(here).values())
+            expected.append(float(torch.nn.functional.cross_entropy(logits, batch["labels"])) + weight * norm)
+    assert len(set(expected)) == 2 and seen == pytest.approx(expected, rel=1e-4)

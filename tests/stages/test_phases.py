@@ -1,5 +1,6 @@
 """Phases: parts of the training with a schedule, an optimizer and a rule for the best weights of their own."""
 
+import math
 import shutil
 
 import pytest
@@ -96,6 +97,15 @@ def test_a_phase_may_be_the_whole_training(tmp_path, use, fast):
     use(Phased(TrainingPhase("all", 8)))
     run = qpipe.execute(tiny_config(tmp_path, **CHANGES))
     assert [p.name for p in run.phases] == ["all"] and run.results["best_step"] is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "later"),
+    [("linear", 6 / 8), ("cosine", (1 + math.cos(math.pi * 2 / 8)) / 2), ("constant", 1), ("bert-linear", 0.6 / 0.8)],
+)
+def test_shapes_between_their_ends(name, later):
+    shape = schedule_shape(name, 10, 0.2)
+    assert (shape(1), shape(4)) == pytest.approx((0.5, later))
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant", "bert-linear"])

@@ -1,10 +1,8 @@
 """The same rows by any number of processes, and after an interruption."""
 
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -50,21 +48,36 @@ def command(data, out, masked_lm):
     return [sys.executable, "-m", "qpipe_data_augmentation", str(data), str(out), "--model", str(masked_lm), *words]
 
 
+KILLED = """
+import os, signal, sys
+from qpipe_data_augmentation import __main__ as program, blocks
+
+written, write = [], blocks.Blocks.write
+
+
+def write_and_die(*given):
+    write(*given)
+    written.append(given)
+    if len(written) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+blocks.Blocks.write = write_and_die
+program.app(sys.argv[1:])
+"""
+"""The command, which is killed as soon as it has written its third file."""
+
+
 def parts(out):
     return sorted(out.with_name(f"{out.name}.parts").glob("*/part-*.parquet"))
 
 
 def test_what_was_written_survives_a_kill(sentences, tmp_path, masked_lm):
     out = tmp_path / "augmented.parquet"
-    process = subprocess.Popen(command(sentences, out, masked_lm), stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 240
-    while len(parts(out)) < 3 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    done = subprocess.run([sys.executable, "-c", KILLED, *command(sentences, out, masked_lm)[3:]], capture_output=True)
     before = {path: path.stat().st_mtime_ns for path in parts(out)}
-    said = process.stderr.read().decode()
-    assert 3 <= len(before) < 40 and not out.exists(), said[-2000:]
+    said = done.stderr.decode()
+    assert done.returncode == -signal.SIGKILL and len(before) == 3 and not out.exists(), said[-2000:]
     assert "augmenting 80 examples into" in said, "progress is told without a terminal too"
     runner.invoke(app, command(sentences, out, masked_lm)[3:], catch_exceptions=False)
     assert {path: path.stat().st_mtime_ns for path in before} == before, "files that were there are not made again"

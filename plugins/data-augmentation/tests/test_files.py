@@ -175,3 +175,8 @@ def test_damaged_wordnet_is_refused(wordnet):
     (wordnet / "data.noun").unlink()
     with pytest.raises(DataError, match=r"has no data.noun; name the folder of WordNet"):
         read_wordnet(str(wordnet))
+
+
+def test_options_reach_the_files(write):
+    options = {"neighbours_from": write(TABLE), "vectors_limit": 2}
+    assert load_neighbours(AugmentationOptions(**options)).words == ["good", "fine"]

@@ -94,12 +94,83 @@ def test_rows_follow_their_examples(change, tmp_path):
 
 def test_rows_are_made_once_and_by_what_decides_them(change, tmp_path, monkeypatch):
     first, _ = change(folder=str(tmp_path / "kept"))
-    monkeypatch.setattr("qpipe_data_augmentation.augment.load_masked_lm", None)  # would fail if it were called
+
+    def load(*given, **hub):
+        raise LookupError("asked for")
+
+    monkeypatch.setattr("qpipe_data_augmentation.augment.load_masked_lm", load)
     again, _ = change(folder=str(tmp_path / "kept"), budget="C")
     assert again.train["input_ids"][:] == first.train["input_ids"][:]
     assert again.steps == 12 * len(first.train) // 16
-    with pytest.raises(TypeError):
+    with pytest.raises(LookupError, match="asked for"):
         change(folder=str(tmp_path / "kept"), seed=1)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"trials": 2},
+        {"probability": 0.9},
+        {"candidates": 3},
+        {"in_place": True},
+        {"special_tokens": True},
+        {"neighbours": "none", "neighbours_from": None},
+        "texts",
+        "neighbours",
+    ],
+    ids=str,
+)
+def test_whatever_decides_the_rows_names_their_folder(change, tmp_path, changed):
+    pairs = tmp_path / "pairs.txt"
+    pairs.write_text("good fine\nmovie film\n")
+    options = {"folder": str(tmp_path / "kept"), "neighbours": "ppdb", "neighbours_from": str(pairs), "trials": 1}
+    config = tiny_config(tmp_path, train__max_steps=None)
+    change(config, **options)
+    if changed == "texts":
+        train = Path(config.data.train)
+        train.write_text(train.read_text().replace("movie", "film", 1))
+    elif changed == "neighbours":
+        pairs.write_text("good great\nmovie film\n")
+    else:
+        options |= changed
+    change(config, **options)
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_probability_and_number_of_candidates_reach_the_rows(change, tmp_path):
+    """How many words change, and into how many others."""
+    config = tiny_config(tmp_path, train__max_steps=None)
+
+    def replaced(**options):
+        folder = tmp_path / str(options)
+        _, original = change(config, folder=str(folder), trials=4, **options)
+        texts = original.text.split.data["sentence"]
+        rows = [row for file in sorted(folder.glob("*/part-*.parquet")) for row in pq.read_table(file).to_pylist()]
+        words = [
+            pair for row in rows for pair in zip(texts[row[EXAMPLE]].split(), row["sentence"].split(), strict=True)
+        ]
+        new = [after for before, after in words if before != after]
+        return len(new) / len(words), len(set(new))
+
+    (often, many), (seldom, _) = replaced(probability=1.0), replaced(probability=0.02)
+    _, few = replaced(probability=1.0, candidates=1)
+    assert often > 5 * seldom > 0 and many > few
+
+
+def test_the_number_of_new_sentences_is_that_of_the_task(change, tmp_path, monkeypatch):
+    """In TinyBERT's settings, where no number is given."""
+    seen = []
+
+    def augment(source, *rest):
+        seen.append(source.trials)
+        raise LookupError("seen")
+
+    monkeypatch.setattr("qpipe_data_augmentation.plugin.augment", augment)
+    columns = {"data__text_columns": ["sentence"], "data__label_column": "label"}
+    for task in ("sst2", "classification"):
+        with pytest.raises(LookupError, match="seen"):
+            change(tiny_config(tmp_path, task=task, train__max_steps=None, **columns), trials=None)
+    assert seen == [20, 30]
 
 
 def test_a_run_does_not_go_on_with_other_rows(tmp_path, masked_lm):

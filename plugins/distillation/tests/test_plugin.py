@@ -372,3 +372,31 @@ def test_masked_language_models_of_half_the_depth_learn_as_the_examples_say(name
     for term in terms:
         first, last = ([row[term] for row in part] for part in (rows[:5], rows[-5:]))
         assert sum(last) < 0.9 * sum(first), term
+
+
+def test_options_reach_the_losses():
+    """Temperature, the weight of each term, and padding, which is left out."""
+    weights = {"logits": 2, "hidden": 3, "attention": 5, "output": 7}
+    terms = {"hidden": "mse", "attention": "mse", "output": "mse"}
+    options = {f"{name}_weight": weight for name, weight in weights.items()}
+    plugin = Distillation(DistillationOptions(temperature=3, **terms, **options))
+    plugin._hidden = plugin._output = [(0, 0)]
+    losses = {loss.name.partition("/")[2]: loss for loss in plugin.qpipe_losses(run=TEN_STEPS)}
+    assert {name: loss.weight for name, loss in losses.items()} == weights
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (
+        {
+            ("logits", 0): torch.randn(2, 3, generator=generator),
+            ("hidden_states", 0): torch.randn(2, 4, 8, generator=generator),
+            ("attention_output", 0): torch.randn(2, 4, 8, generator=generator),
+        }
+        for _ in range(2)
+    )
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
+    step = Step(0, True, {"attention_mask": mask}, student=student, teacher=teacher)
+    soft = [(model["logits", 0] / 3).log_softmax(-1) for model in (student, teacher)]
+    expected = 9 * torch.nn.functional.kl_div(*soft, reduction="batchmean", log_target=True)
+    torch.testing.assert_close(losses["logits"].fn(step), expected)
+    for name, kind in (("hidden", "hidden_states"), ("output", "attention_output")):
+        each = (student[kind, 0] - teacher[kind, 0]).square().mean(-1)
+        torch.testing.assert_close(losses[name].fn(step), ((each * mask).sum(1) / mask.sum(1)).mean())

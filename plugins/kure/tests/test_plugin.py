@@ -61,6 +61,11 @@ def test_quantized_weights_without_embeddings_by_default(tmp_path):
     assert chosen(make_run(tmp_path))[0] == ["query", "ffn"]
 
 
+def test_weight_and_steps_between_reach_the_penalty(tmp_path):
+    _, term = start(make_run(tmp_path), weight=0.25, every=3)
+    assert (term.weight, term.every) == (0.25, 3)
+
+
 def test_include_exclude_and_skip_above(tmp_path, caplog):
     run = make_run(tmp_path)
     assert chosen(run, include=["*d*"])[0] == ["embedding", "head"]

@@ -60,6 +60,9 @@ def test_learning_rate_decay_and_regulariser(tmp_path):
     assert len(squashed["params"]) == 2 * len(sites) == 24
     (term,) = run.weight_losses
     assert term.name == "sqwq" and term.reduction == "sum"
+    options = {"sqwq": {"weight": 0.25, "every": 3}}
+    (term,) = plan_run(tiny_config(tmp_path, options, quantization__preset=None)).weight_losses
+    assert (term.weight, term.every) == (0.25, 3)
 
 
 def test_a_sigma_of_its_own_is_regularised_towards(tmp_path):

@@ -271,6 +271,15 @@ def test_two_steps_are_a_training_phase(tmp_path):
     assert not list(GradualIntervention().qpipe_training_phases(run))
 
 
+def test_draws_are_those_of_the_runs_seed(tmp_path):
+    for seed in (0, 5):
+        run = make_run(tmp_path)
+        run.config.seed = seed
+        plugin = GradualIntervention(InterventionOptions(schedule="paper-stochastic"))
+        plugin.qpipe_model_prepared(run)
+        assert plugin.schedule.seed == seed
+
+
 def test_fused_projections_are_refused_for_maps_only(tmp_path):
     run = make_run(tmp_path)
     found = run.instruments.map
