@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,12 @@ class OneProcess(Processes):
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, accumulation: int) -> None:
         self.dtype, self._model, self._accumulation = dtype, model, accumulation
-        self._optimizer = optimizer_of(model)
         self._last = True
+
+    @cached_property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """Made at the first step, when the quantizers' parameters are there."""
+        return optimizer_of(self._model)
 
     def begin_micro_batch(self, last: bool) -> None:
         """Note whether the optimizer steps after this one."""

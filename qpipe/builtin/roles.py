@@ -173,11 +173,21 @@ def _end(model: Any, found: ModelMap, names: BlockNames) -> Sites:
     inner = [n for n in found.norms if not n.startswith(base)]
     outputs = model.get_output_embeddings()
     last = next((n for n, m in model.named_modules() if m is outputs), found.head[-1])
+    heads = _beside(model, found, last)
     between = [*(f"{n}:output" for n in pooler), *(f"{n}:input" for n in inner)]
     if len(found.head) > 1:
-        between.append(f"{last}:input")
+        between += [f"{n}:input" for n in heads]
     return {
         "final_output": tuple(f"{n}:output" for n in final),
         "pooler": tuple(between),
-        "logits": (f"{last}:output",),
+        "logits": tuple(f"{n}:output" for n in heads),
     }
+
+
+def _beside(model: Any, found: ModelMap, last: str) -> list[str]:
+    """The last module of the head, and those of its shape that work beside it, as the two of a distilled DeiT do."""
+    module = model.get_submodule(last)
+    if type(module) is not nn.Linear or module.in_features == module.out_features:  # a square one may come before it
+        return [last]
+    linear = ((n, model.get_submodule(n)) for n in found.head)
+    return [n for n, m in linear if type(m) is nn.Linear and m.weight.shape == module.weight.shape] or [last]

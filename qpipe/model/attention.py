@@ -118,7 +118,8 @@ class AttentionSites(nn.Module):
     @staticmethod
     def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
         given = kwargs.get("is_causal")
-        return bool(getattr(module, "is_causal", False) if given is None else given)
+        # As the fused function of transformers takes modules that do not say.
+        return bool(getattr(module, "is_causal", True) if given is None else given)
 
 
 def refuse_unsupported(attention: str, kwargs: Mapping[str, Any], maps: bool) -> None:

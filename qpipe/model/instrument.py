@@ -274,6 +274,11 @@ class Instruments:
                     "implement qpipe_model_map"
                 )
         if "hidden_states" in kinds:
+            if getattr(output, "hidden_states", None) is None:
+                raise ModelError(
+                    f"{type(self.model).__name__} gives no hidden states of one stack of blocks; use signals of its "
+                    "logits alone"
+                )
             states = list(output.hidden_states)
             last = store.pop(("hidden_states", len(self.map.blocks)), None)
             if last is not None and len(states) == len(self.map.blocks) + 1:

@@ -79,7 +79,7 @@ def _require_same_when_loaded(model: nn.Module, blocks: Sequence[str]) -> None:
     """Refuse blocks that depend on their place: loaded from a checkpoint, the model would be another.
 
     Raises:
-        ModelError: a module or a number in a block would differ.
+        ModelError: a module or a number in a block would differ, or the number of blocks.
     """
     try:
         with torch.device("meta"):
@@ -87,6 +87,13 @@ def _require_same_when_loaded(model: nn.Module, blocks: Sequence[str]) -> None:
     except Exception as error:  # whatever a class outside transformers raises
         logger.warning("whether %s is the same when it is loaded again cannot be told: %s", type(model).__name__, error)
         return
+    holder = blocks[0].rpartition(".")[0]
+    depth = len(list(again.get_submodule(holder).children()))
+    if depth != len(blocks):
+        raise ModelError(
+            f"model.keep_layers: {type(model).__name__} with {len(blocks)} blocks would have {depth} when the saved "
+            "model is loaded, since its configuration keeps their number elsewhere; leave it out"
+        )
     for path in blocks:
         here, there = _described(model.get_submodule(path)), _described(again.get_submodule(path))
         differ = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))

@@ -222,5 +222,7 @@ def without_padding(x: Tensor, kept: Tensor | None, slot: str) -> Tensor:
     if slot in MAP_SLOTS and x.ndim == 4:
         fits = x.shape[0] == len(kept) and x.shape[2:] == (kept.shape[1],) * 2
         return x.permute(0, 2, 3, 1)[kept[:, :, None] & kept[:, None, :]] if fits else x
+    if x.ndim == 2 and len(x) == kept.numel():  # as in OPT, of all tokens one after another
+        return x[kept.flatten()]
     by_token = x.transpose(1, 2) if slot in HEADS_FIRST_SLOTS and x.ndim == 4 else x
     return by_token[kept] if by_token.ndim >= 3 and by_token.shape[:2] == kept.shape else x

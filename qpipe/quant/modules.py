@@ -54,10 +54,12 @@ class QuantModule(nn.Module):
     Attributes:
         slots: what such a module hosts.
         by_name: True if patterns must spell the module's name to select its sites (`Site.by_name`).
+        autocasts: True if autocast computes the module in its lower precision.
     """
 
     slots: ClassVar[tuple[Slot, ...]] = ("weight", "input", "output")
     by_name: ClassVar[bool] = False
+    autocasts: ClassVar[bool] = False
     qpipe: ModuleState
     weight: Tensor  # a Parameter; annotated as in torch's own modules, which subclasses also derive from
 
@@ -129,8 +131,11 @@ class QuantModule(nn.Module):
             again[self.weight.data_ptr()] = lambda: self.weight.detach()
         with made_again(again):
             weight = self.quantized_weight()
+        if self.autocasts and torch.is_autocast_enabled(weight.device.type):
+            weight = weight.to(torch.get_autocast_dtype(weight.device.type))  # autocast's own copy would be kept
         if quantizer is not None and next(quantizer.parameters(), None) is None and not quantizer.is_noisy():
-            again[weight.data_ptr()] = lambda: quantizer.quantize(self.weight.detach())
+            dtype = weight.dtype
+            again[weight.data_ptr()] = lambda: quantizer.quantize(self.weight.detach()).to(dtype)
         with made_again(again):
             return fn(weight)
 
@@ -147,24 +152,34 @@ def made_again(again: Mapping[int, Callable[[], Tensor]]) -> Iterator[None]:
     if not again:
         yield
         return
+    # Autograd calls the innermost hooks only: what is not ours goes to those around, such as those of checkpointing.
+    outer: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    keep, give = (_itself, _itself) if outer is None else outer
 
     def pack(saved: Tensor) -> Any:
         make = again.get(saved.data_ptr())
-        return saved if make is None else (make, saved.size(), saved.stride())
+        return (None, keep(saved)) if make is None else (make, (saved.size(), saved.stride()))
 
-    def unpack(saved: Any) -> Tensor:
-        if isinstance(saved, Tensor):
-            return saved
-        make, size, stride = saved
+    def unpack(packed: Any) -> Tensor:
+        make, kept = packed
+        if make is None:
+            found: Tensor = give(kept)
+            return found
         with torch.no_grad():
-            return make().as_strided(size, stride)
+            return make().as_strided(*kept)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
 
 
+def _itself(value: Any) -> Any:
+    return value
+
+
 class QuantLinear(QuantModule, nn.Linear):
     """`nn.Linear` that hosts quantizers. Input `[..., in_features]`, output `[..., out_features]`."""
+
+    autocasts: ClassVar[bool] = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantized affine map."""
@@ -174,6 +189,8 @@ class QuantLinear(QuantModule, nn.Linear):
 
 class QuantConv2d(QuantModule, nn.Conv2d):
     """`nn.Conv2d` that hosts quantizers. Input `[batch, in_channels, height, width]`."""
+
+    autocasts: ClassVar[bool] = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantized convolution."""

@@ -292,6 +292,7 @@ class Quantizer(nn.Module):
 
     def _current(self, value: Tensor) -> Tensor:
         if not self.caches or self.context.partitioned:
+            self._cached = None  # of passes before the weights were partitioned
             return self.quantize(value)
         stale = self._cached is None or self._cached.shape != value.shape or self._cached.dtype != value.dtype
         if stale or self._cached.device != value.device:  # type: ignore[union-attr]

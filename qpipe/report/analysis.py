@@ -41,7 +41,8 @@ def analysis(run_dir: Path) -> str | None:
     found, old = read_parts(run_dir)
     if not found:
         return None
-    ablation, noise, outliers, ranges, attention = map(found.get, PARTS)
+    shown: list[Any] = [found.get(part) for part in PARTS]
+    ablation, noise, outliers, ranges, attention = shown
     worst = most_outliers(outliers["sites"]) if outliers else []
     uneven = widest(ranges) if ranges else []
     return render(

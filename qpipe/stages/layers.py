@@ -195,4 +195,6 @@ def _positions(module: nn.Module, value: Tensor, batch: dict[str, Tensor]) -> Te
     mask = batch.get("attention_mask")
     if mask is not None and value.shape[:2] == mask.shape and value.ndim == 3:
         return value[mask.bool()]
+    if mask is not None and value.ndim == 2 and len(value) == mask.numel():  # OPT's, of all tokens one after another
+        return value[mask.flatten().bool()]
     return value.reshape(-1, value.shape[-1])

@@ -32,7 +32,7 @@ from qpipe.stages.param_groups import parameter_groups
 from qpipe.stages.phases import make_phases
 from qpipe.stages.recomputing import recompute
 from qpipe.stages.teaching import hold_teacher, wanted_signals
-from qpipe.types import Exporter, Rule, Site
+from qpipe.types import Exporter, ModelMap, Rule, Site
 
 logger = logging.getLogger("qpipe.stages")
 
@@ -49,9 +49,7 @@ def plan(run: Run) -> None:
     """
     quantization = run.config.quantization
     sites = tuple(run.instruments.sites.values())
-    rules: list[tuple[str, Rule]] = [
-        ("preset", rule) for rule in preset_rules(quantization.preset, run.instruments.map)
-    ]
+    rules: list[tuple[str, Rule]] = [("preset", rule) for rule in preset_rules(quantization.preset, _mapped(run))]
     rules += run.host.collect_list("qpipe_quant_rules", run=run, sites=sites)
     rules += [("configuration", Rule(r.site, r.quantizer, r.options)) for r in quantization.rules]
     if quantization.ptq is not None:
@@ -69,6 +67,19 @@ def plan(run: Run) -> None:
         if wanted is not None:
             with at_site(name, entry.source):
                 find_estimator(wanted[0], wanted[1], run.instruments.context.estimators)
+
+
+def _mapped(run: Run) -> ModelMap:
+    """The model's map, without an input embedding that cannot host quantizers; says so where presets would name it."""
+    found = run.instruments.map
+    if found.embedding is None or f"{found.embedding}:weight" in run.instruments.sites:
+        return found
+    changed = replace(found, embedding=None)
+    preset = run.config.quantization.preset
+    if run.engine.rank == 0 and preset_rules(preset, found) != preset_rules(preset, changed):
+        kind = type(run.student.get_submodule(found.embedding)).__name__
+        logger.warning("%s is a %s, which cannot be quantized; preset %s leaves it out", found.embedding, kind, preset)
+    return changed
 
 
 def _warn_of_left_out(run: Run) -> None:

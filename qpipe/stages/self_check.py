@@ -26,8 +26,8 @@ def self_check(run: Run) -> None:
     """Run one batch with and without quantizers, and decide `quantization.compile: auto`.
 
     Raises:
-        TrainingError: a planned site or a module with a penalty on its weight never ran, or quantization changes no
-            output on some rank (unless the weights were rounded before).
+        TrainingError: a planned site, a module with a penalty on its weight or an output head with a quantized one
+            never ran, or quantization changes no output on some rank (unless the weights were rounded before).
     """
     penalized = [m for m in run.student.modules() if isinstance(m, QuantModule) and m.qpipe.weight_losses]
     if not run.plan.sites and not penalized:
@@ -36,9 +36,16 @@ def self_check(run: Run) -> None:
     batch = next(calibration_batches(run, 1))
     with inference(run):
         context.visited = {}
-        with calls_noted(penalized) as called:
+        head = quantized_head(run)
+        with calls_noted([*penalized, *([head] if head else [])]) as called:
             quantized = _logits(run, batch)
         refuse_unused([module for module in penalized if module not in called])
+        if head is not None and head not in called:
+            raise TrainingError(
+                f"{type(run.student).__name__} computes with the weight of {head.qpipe.path} without calling it, so "
+                "that it would not be quantized there, and the export would hold another model; leave that weight, or "
+                "the one that it is tied to, in full precision (quantizer: none)"
+            )
         visited, context.visited = context.visited, None
         if not run.plan.sites:
             return
@@ -86,6 +93,13 @@ def calls_noted(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def quantized_head(run: Run) -> QuantModule | None:
+    """The model's output embedding, where its weight is quantized, or tied to one that is."""
+    find = getattr(run.student, "get_output_embeddings", lambda: None)
+    head = find()
+    return head if isinstance(head, QuantModule) and head.hosted("weight") is not None else None
 
 
 def refuse_unused(modules: Sequence[QuantModule]) -> None:

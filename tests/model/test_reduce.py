@@ -100,3 +100,16 @@ def test_rates_of_dropout_by_layer_are_no_reason_to_refuse():
     model = AutoModelForImageClassification.from_config(config)
     keep_layers(model, blocks(model), [1, 3, 5])
     assert model.config.num_hidden_layers == 3
+
+
+def test_a_depth_that_is_kept_elsewhere_is_refused():
+    """Decoders of BART's kind have `decoder_layers`; their `num_hidden_layers` is that of an encoder."""
+    sizes = {"d_model": 32, "vocab_size": 40, "max_position_embeddings": 40}
+    parts = {
+        f"{part}_{name}": n
+        for part in ("encoder", "decoder")
+        for name, n in (("layers", 4), ("attention_heads", 4), ("ffn_dim", 64))
+    }
+    model = AutoModelForCausalLM.from_config(hf.BartConfig(**sizes, **parts))
+    with pytest.raises(ModelError, match="BartForCausalLM with 2 blocks would have 4 when the saved model is loaded"):
+        keep_layers(model, blocks(model), [1, 3])

@@ -453,3 +453,18 @@ def test_gated_normalisations_host_nothing(instrumented):
             return x * gate
 
     assert instrumented(torch.nn.Sequential(GatedRMSNorm())).sites == {}
+
+
+def test_two_heads_side_by_side(instrumented):
+    """A distilled DeiT has one on each of two tokens, and answers with their mean."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = hf.DeiTConfig(**sizes, image_size=16, patch_size=4, num_labels=3)
+    found = instrumented(hf.DeiTForImageClassificationWithTeacher(config)).map.sites
+    heads = ("cls_classifier", "distillation_classifier")
+    assert found["logits"] == tuple(f"{head}:output" for head in heads)
+    assert found["pooler"] == tuple(f"{head}:input" for head in heads)
+
+
+def test_heads_one_after_the_other(family_model, instrumented):
+    found = instrumented(family_model("distilbert")).map.sites
+    assert (found["logits"], found["pooler"]) == (("classifier:output",), ("classifier:input",))

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 import qpipe
 from qpipe import ConfigError, DataError, ModelError, Plugin, hookimpl, stages
 from qpipe.host import load_plugins
+from qpipe.quant.affine import without_padding
 from qpipe.stages import evaluate_run, execute, quantize, sensitivity
 from qpipe.stages.initialize import initialize
+from qpipe.stages.layers import _positions as positions_of
 from qpipe.stages.layers import calibration_data, full_precision_copy, inputs_to, layers_in_order
 from qpipe.stages.quantize import _prepared
 from qpipe.stages.sizes import stored_sizes
@@ -540,3 +542,15 @@ def test_options_of_adaround_reach_it(folder, monkeypatch):
     run, _ = prepared(folder, weights="adaround", iterations=1, relaxation="sigmoid", decay="power", decay_shape=3.0)
     initialize(run)
     assert seen == {(0.0, "power", 3.0)}, "a plain sigmoid is not stretched"
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_padding_does_not_count_however_tokens_lie(flat):
+    """OPT's feed-forward networks get all tokens one after another."""
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    x = torch.where(mask.bool()[..., None], 1.0, 99.0).expand(2, 3, 4)
+    x = x.reshape(6, 4) if flat else x
+    assert float(without_padding(x, mask, "input").max()) == 1
+    assert positions_of(torch.nn.Linear(4, 4), x, {"attention_mask": mask}).shape == (3, 4)
+    pooled = torch.full((2, 4), 99.0)
+    assert without_padding(pooled, mask, "input") is pooled

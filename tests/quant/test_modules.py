@@ -129,6 +129,61 @@ def test_partitioned_keeps_no_quantized_weight_for_backward(kind):
     assert kept(partitioned=False) and not kept(partitioned=True)
 
 
+def test_what_was_quantized_before_partitioning_is_not_kept():
+    """As by passes that set ranges, before an engine takes the model over."""
+    module, x = hosted("linear")
+    quantizer = module.hosted("weight")
+    module(x)
+    assert quantizer._cached is not None
+    quantizer.context.partitioned = True
+    quantizer.context.weights_changed()
+    module(x)
+    assert quantizer._cached is None
+
+
+def like(tensor, weight):
+    """Of the weight's shape, which may be transposed."""
+    return sorted(tensor.shape) == sorted(weight.shape)
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_hooks_around_keep_what_is_not_made_again(kind):
+    """Activation checkpointing's are such: it would free nothing of what they are not given."""
+    expected, expected_gradients = gradients(*hosted(kind))
+    module, x = hosted(kind, partitioned=True)
+    packed, unpacked = [], []
+
+    def pack(tensor):
+        packed.append(tensor)
+        return len(packed) - 1
+
+    def unpack(number):
+        unpacked.append(number)
+        return packed[number]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        found, found_gradients = gradients(module, x)
+    assert any(tensor.numel() >= x.numel() and not like(tensor, module.weight) for tensor in packed) and unpacked
+    assert not any(like(tensor, module.weight) for tensor in packed)
+    assert torch.equal(found, expected)
+    assert all(torch.equal(found_gradients[name], g) for name, g in expected_gradients.items())
+
+
+@pytest.mark.parametrize("kind", ["linear", "linear-2d", "convolution"])
+def test_partitioned_keeps_no_copy_that_autocast_makes(kind):
+    shapes, found = [], []
+    for partitioned in (False, True):
+        module, x = hosted(kind, partitioned)
+        seen = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, seen=seen: seen.append(t) or t, lambda t: t)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            found.append(gradients(module, x))
+        shapes.append(any(like(tensor, module.weight) for tensor in seen))
+    assert shapes == [True, False]
+    assert found[0][0].dtype == torch.bfloat16 and torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(found[0][1][name], gradient) for name, gradient in found[1][1].items())
+
+
 def test_quantizers_with_parameters_are_not_recomputed():
     """Their parameters are partitioned too, and are not there in the backward pass of the hosting module."""
 

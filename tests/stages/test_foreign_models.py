@@ -25,6 +25,7 @@ from qpipe import (
 from qpipe.host import load_plugins
 from qpipe.stages import checkpoint
 from qpipe.stages.build import instrument
+from qpipe.stages.calibrate import inputs_of
 from qpipe.stages.recomputing import recompute
 from qpipe.stages.sizes import fixed_size
 from qpipe.stages.trained import restore
@@ -241,3 +242,32 @@ def test_activations_that_no_exporter_can_describe_are_not_trained(tmp_path, ass
     rules = [{"site": "classifier:input", "quantizer": "rounded"}]
     with pytest.raises(FormatError, match=r"classifier:input: no exporter can describe activations of Rounded"):
         assembled(tiny_config(tmp_path, quantization__preset="w4", quantization__rules=rules), OwnActivations())
+
+
+def test_a_preset_leaves_out_an_embedding_that_cannot_be_quantized(tmp_path, assembled, warnings):
+    """Gemma's scales what it looks up, in a class of its own."""
+    config = tiny_config(tmp_path, quantization__preset="w4")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    gemma = hf.GemmaConfig(vocab_size=len(VOCABULARY), head_dim=8, num_key_value_heads=1, pad_token_id=0, **sizes)
+    hf.GemmaForSequenceClassification(gemma).save_pretrained(config.model.name)
+    run = assembled(config)
+    assert len(run.plan.sites) == 7 and not any("embed" in name for name in run.plan.sites)
+    said = [text for text in warnings() if "embed_tokens" in text]
+    assert len(said) == 1 and "which cannot be quantized; preset w4 leaves it out" in said[0]
+
+
+def test_hidden_states_of_two_stacks_are_refused(tmp_path, assembled):
+    config = tiny_config(tmp_path, quantization__preset=None)
+    stack = {"layers": 1, "attention_heads": 2, "ffn_dim": 32}
+    parts = {f"{part}_{name}": number for part in ("encoder", "decoder") for name, number in stack.items()}
+    sizes = {"vocab_size": len(VOCABULARY), "d_model": 16, "max_position_embeddings": 66, "pad_token_id": 0}
+    bart = hf.BartConfig(num_labels=2, **sizes, **parts)
+    hf.BartForSequenceClassification(bart).save_pretrained(config.model.name)
+    run = assembled(config)
+    signals = {}
+    run.instruments.want(frozenset({"hidden_states"}), signals)
+    batch = run.data.collate([run.data.train[0]])
+    batch["input_ids"][:, -1] = bart.eos_token_id
+    with pytest.raises(ModelError, match="BartForSequenceClassification gives no hidden states of one stack"):
+        output = run.student(**inputs_of(batch), output_hidden_states=True)
+        run.instruments.take_outputs(output, frozenset({"hidden_states"}), signals)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers as hf
 
 import qpipe
 from qpipe import Options, Plugin, QTensor, Quantizer, QuantizerKind, TrainingError, WeightLoss, hookimpl
@@ -10,6 +11,7 @@ from qpipe.quant import compiled
 from qpipe.stages import checkpoint
 from qpipe.stages.self_check import self_check
 from qpipe.testing import tiny_config
+from qpipe.testing.tiny import VOCABULARY
 
 
 class Nothing(Quantizer):
@@ -151,3 +153,17 @@ def test_code_that_did_not_compile_is_not_compiled_again(setting, expected, asse
     run.instruments.context.compiled = False
     self_check(run)
     assert run.instruments.context.compiled is expected
+
+
+def test_a_head_that_uses_a_tied_weight_without_being_called_is_refused(tmp_path, assembled):
+    """MobileBERT's joins its weight with another one; the shared quantizer acts in the embedding alone."""
+    (tmp_path / "text.txt").write_text("the movie was great fun\n" * 60)
+    rules = [{"site": "{embedding}:weight", "quantizer": "uniform"}]
+    changes = {"task": "masked-lm", "data__train": str(tmp_path / "text.txt"), "quantization__rules": rules}
+    config = tiny_config(tmp_path, quantization__preset=None, **changes)
+    sizes = {"hidden_size": 32, "embedding_size": 16, "intra_bottleneck_size": 16, "intermediate_size": 32}
+    counts = {"vocab_size": len(VOCABULARY), "num_hidden_layers": 1, "num_attention_heads": 2}
+    hf.MobileBertForMaskedLM(hf.MobileBertConfig(**sizes, **counts)).save_pretrained(config.model.name)
+    run = assembled(config)
+    with pytest.raises(TrainingError, match="MobileBert.* computes with the weight of .*decoder without calling"):
+        self_check(run)
