@@ -137,7 +137,7 @@ class Host:
         """The contributions of an **all** hook by name, in plugin order.
 
         Raises:
-            PluginError: two plugins offer the same name.
+            PluginError: two plugins offer the same name, or one returned something else than a list.
         """
         result: dict[str, Any] = {}
         sources: dict[str, str] = {}
@@ -154,7 +154,11 @@ class Host:
         return result
 
     def collect_list(self, hook: str, **kwargs: Any) -> list[tuple[str, Any]]:
-        """`(plugin name, item)` of an **all** hook whose items have no names."""
+        """`(plugin name, item)` of an **all** hook whose items have no names.
+
+        Raises:
+            PluginError: a plugin returned something else than a list.
+        """
         return [
             (plugin, item)
             for plugin, call in self.implementations(hook)

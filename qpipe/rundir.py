@@ -44,21 +44,38 @@ def require_unused(out: Path) -> None:
 
 
 @contextmanager
-def results_aside(out: Path) -> Iterator[None]:
-    """Within, a run is not complete: the results of one that was come back where it ends without new ones.
+def results_aside(out: Path, resume: bool) -> Iterator[None]:
+    """Within, a run is not complete; the results of a finished one come back where it goes on in vain.
 
-    A resumed run that is refused, or fails, has the model that they were measured with.
+    A resumed run that is refused, or stopped, has still the model and the export that they were measured with. Its
+    configuration comes back with them. Once there is another export they are out of date, and stay away.
+
+    Args:
+        out: the run directory.
+        resume: whether the run goes on; what an earlier start has put aside belongs to no new one.
     """
-    results, aside = out / RESULTS_NAME, out / f".{RESULTS_NAME}"
-    if results.is_file():
+    results, aside, config = out / RESULTS_NAME, out / f".{RESULTS_NAME}", out / CONFIG_NAME
+    if not resume:
+        aside.unlink(missing_ok=True)
+    moved = results.is_file()
+    before, text = _stamps(out), config.read_bytes() if moved and config.is_file() else None
+    if moved:
         results.replace(aside)
     try:
         yield
     finally:
-        if results.is_file():
+        if results.is_file() or (moved and _stamps(out) != before):
             aside.unlink(missing_ok=True)
-        elif aside.is_file():
+        elif moved:
             aside.replace(results)
+            if text is not None:
+                config.write_bytes(text)
+
+
+def _stamps(out: Path) -> list[tuple[int, int] | None]:
+    """What tells whether an export, or the results of one that did not verify, took the place of others."""
+    found = (out / "export", out / "results-unverified.json")
+    return [(path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None for path in found]
 
 
 def require_unquantized(out: Path) -> None:

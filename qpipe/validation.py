@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -43,7 +44,7 @@ def _hint(place: Sequence[str | int], model: type[BaseModel], given: Any) -> str
     fields = list(section.model_fields) if section else []
     if "plugins" in fields and name in installed():
         return f", but a plugin that is installed: add --plugins {name}"
-    if "options" in fields and "quantizer" in fields:
+    if {"options", "quantizer"} <= set(fields) and not get_close_matches(name, fields, 1, 0.7):  # not a slip of the pen
         return f"; options of a quantizer go into `options`: write options: {{{name}: {given}}}"
     return suggest(name, fields) or f"; allowed: {', '.join(fields) or 'no options'}"
 

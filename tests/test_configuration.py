@@ -50,6 +50,10 @@ def test_a_merged_mapping_may_be_overridden():
             {"quantization": {"rules": [{"site": "{head}:weight", "bits": 8}]}},
             r"quantization.rules.0.bits is not an option; options of a quantizer go .* write options: \{bits: 8\}",
         ),
+        (
+            {"quantization": {"rules": [{"site": "a", "optons": {}}]}},
+            "rules.0.optons is not an .*; did you mean 'options'",
+        ),
     ],
 )
 def test_values(source, message):

@@ -58,7 +58,8 @@ def ranking(session: Session) -> dict[str, Json]:
         teacher's block, from 1, for each; `tokens`, `maps` and `teacher_maps` of the shown example, by layer and head.
 
     Raises:
-        ModelError: student and teacher have other numbers of heads, or depths that do not fit.
+        ModelError: student and teacher have other numbers of heads, depths that do not fit, or blocks that have no
+            attention.
         ConfigError: a map of layers does not fit, no attention can be observed, or a model of images is given a text.
     """
     run, teacher, text = session.run, session.teacher, session.request.text

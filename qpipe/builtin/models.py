@@ -40,7 +40,12 @@ class Models(Plugin):
 
     @hookimpl(trylast=True)
     def qpipe_load_model(self, spec: ModelConfig, task: Task, num_labels: int, strict: bool) -> nn.Module | None:
-        """`AutoModelFor...from_pretrained` in float32, or `from_config` where the weights are to be random."""
+        """`AutoModelFor...from_pretrained` in float32, or `from_config` where the weights are to be random.
+
+        Raises:
+            ConfigError: the name can only be a path, and there is none.
+            ModelError: the model does not load, or has no trained head though it must.
+        """
         import transformers
 
         classes = {

@@ -63,6 +63,10 @@ def evaluate(
         raise typer.BadParameter(
             "--bits, --ratios, --figure, --sites, --activations and --open-ended belong to --variants"
         )
+    kinds = split_names(variants)
+    for option, value, kind in (("--bits", bits, "bits"), ("--ratios", ratios, "step")):
+        if sweep is not None and value is not None and kind not in kinds:
+            raise typer.BadParameter(f"{option} belongs to the variant `{kind}`")
     if len({run.resolve() for run in runs}) < len(runs):
         raise typer.BadParameter("a run is named twice")
     from qpipe.launching.worker import quiet_libraries

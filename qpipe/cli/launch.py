@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -47,7 +48,8 @@ def launch(
         gpus, cpus = _as_before(directory, nodes, gpus, cpus, (saved or resolved).engine.cpu)
     prefer_cpu = (saved or resolved).engine.cpu
     where = topology.choose(gpus, cpus, nodes, rank, rendezvous, hostfile, prefer_cpu, dry_run)
-    if where.cpu and cpus is None and not prefer_cpu and (idle := topology.nvidia_devices()):
+    chosen = cpus is not None or prefer_cpu or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if where.cpu and not chosen and (idle := topology.nvidia_devices()):
         typer.echo(f"warning: this torch cannot use {', '.join(idle)}; `qpipe doctor` says more", err=True)
     final = prepare.with_device(resolved, where.cpu)
     prepare.check(final, where.processes * where.nodes)

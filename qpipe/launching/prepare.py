@@ -108,7 +108,7 @@ def launch(config: RunConfig, topology: Topology, env: dict[str, str], resume: b
         if main:
             check_directory(out, resume)
             rundir.clear_errors(out)
-        with rundir.results_aside(out) if main else nullcontext():
+        with rundir.results_aside(out, resume) if main else nullcontext():
             out.mkdir(parents=True, exist_ok=True)
             write_text(path, dump(config))
             start(topology, env, path, resume)

@@ -52,9 +52,11 @@ def nvidia_devices() -> list[str]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
-    result = subprocess.run(
-        [tool, "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=30
-    )
+    words = [tool, "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(words, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):  # such as a driver that hangs
+        return []
     return [line.strip() for line in result.stdout.splitlines() if line.strip()] if result.returncode == 0 else []
 
 

@@ -260,7 +260,7 @@ class Instruments:
         """Add the signals that are part of the model's output to those captured on the way to it.
 
         Raises:
-            ModelError: one was not captured in every layer.
+            ModelError: one was not captured in every layer, or the model gives no hidden states.
         """
         if "logits" in kinds:
             store["logits", 0] = output.logits

@@ -131,9 +131,9 @@ class QuantModule(nn.Module):
             again[self.weight.data_ptr()] = lambda: self.weight.detach()
         with made_again(again):
             weight = self.quantized_weight()
-        if self.autocasts and torch.is_autocast_enabled(weight.device.type):
-            weight = weight.to(torch.get_autocast_dtype(weight.device.type))  # autocast's own copy would be kept
         if quantizer is not None and next(quantizer.parameters(), None) is None and not quantizer.is_noisy():
+            if self.autocasts and torch.is_autocast_enabled(weight.device.type):
+                weight = weight.to(torch.get_autocast_dtype(weight.device.type))  # autocast's own copy would be kept
             dtype = weight.dtype
             again[weight.data_ptr()] = lambda: quantizer.quantize(self.weight.detach()).to(dtype)
         with made_again(again):

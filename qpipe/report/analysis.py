@@ -30,7 +30,7 @@ def read_parts(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
         return {}, []
     newest = max(every, key=lambda part: (Path(run_dir) / ANALYSIS_FOLDER / f"{part}.json").stat().st_mtime_ns)
     weights = {part: value.get("models", {}).get("student", {}).get("digest") for part, value in every.items()}
-    old = [part for part in every if weights[part] != weights[newest]]
+    old = [part for part in every if weights[part] != weights[newest] and None not in (weights[part], weights[newest])]
     return {part: value for part, value in every.items() if part not in old}, old
 
 

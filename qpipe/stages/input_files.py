@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from qpipe.files import sha256
 from qpipe.resuming import newest_progress
 from qpipe.stages.teacher_fit import TOKENIZER_FILES
 
+MORE = ("merges.txt", "added_tokens.json", "special_tokens_map.json")
+"""What a tokenizer has besides the files by which it is known."""
 LARGE = 2**28
 """Bytes from which on the files of an input are counted and measured, and not read."""
 
@@ -33,17 +35,21 @@ def input_files(config: RunConfig) -> dict[str, Any]:
     }
     found = {key: _summary(Path(locate(value))) for key, value in named.items() if value is not None}
     tokenizer = Path(locate(config.model.tokenizer or config.model.name))
-    return {**found, "model.tokenizer": _summary(tokenizer, TOKENIZER_FILES) if tokenizer.is_dir() else None}
+    # Those beside the model only: runs may lie below it, with tokenizers of their own.
+    files = {file for pattern in (*TOKENIZER_FILES, *MORE) for file in tokenizer.glob(pattern)}
+    return {**found, "model.tokenizer": _summarized(files, tokenizer)}
 
 
-def _summary(path: Path, patterns: Sequence[str] = ("*",)) -> dict[str, Any] | None:
-    found = {file for pattern in patterns for file in path.rglob(pattern)} if path.is_dir() else {path}
-    files = [file for file in found if file.is_file()]
+def _summary(path: Path) -> dict[str, Any] | None:
+    return _summarized(path.rglob("*"), path) if path.is_dir() else _summarized([path], path.parent)
+
+
+def _summarized(paths: Iterable[Path], base: Path) -> dict[str, Any] | None:
+    files = [path for path in paths if path.is_file()]
     if not files:
         return None
     size = sum(file.stat().st_size for file in files)
-    digest = None if size > LARGE else _digest(files, path if path.is_dir() else path.parent)
-    return {"files": len(files), "bytes": size, "sha256": digest}
+    return {"files": len(files), "bytes": size, "sha256": None if size > LARGE else _digest(files, base)}
 
 
 def content_hash(path: Path, below: bool = False) -> str | None:

@@ -31,7 +31,7 @@ def fit_to_texts(model: nn.Module, task: Task, data: TaskData, max_length: int) 
     """
     if not hasattr(data.tokenizer, "pad_token_id"):
         return
-    words, known = len(data.tokenizer), vocabulary(model)
+    words, known = tokens_in_texts(data.tokenizer), vocabulary(model)
     if known is not None and words > known:
         raise ConfigError(
             f"the tokenizer has {words} tokens and {type(model).__name__} embeddings of {known}; set model.tokenizer "
@@ -51,6 +51,19 @@ def fit_to_texts(model: nn.Module, task: Task, data: TaskData, max_length: int) 
 
 def _is_decoder(model: nn.Module) -> bool:
     return any(getattr(module, "is_causal", False) is True for module in model.modules())
+
+
+def tokens_in_texts(tokenizer: Any) -> int:
+    """One more than the largest id that texts can get.
+
+    Special tokens that are added for other uses do not count: Gemma's tokenizer has one for images, for which its text
+    models have no embedding.
+    """
+    roles = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+    used = {getattr(tokenizer, f"{role}_token_id", None) for role in roles}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    unused = {number for number, token in added.items() if token.special and number not in used}
+    return 1 + max((number for number in tokenizer.get_vocab().values() if number not in unused), default=-1)
 
 
 def vocabulary(model: Any) -> int | None:

@@ -232,22 +232,41 @@ def test_a_gpu_that_torch_cannot_use_is_named(cli, config_file, tmp_path, monkey
         assert "warning" not in cli(*words, *chosen).err
 
 
-@pytest.mark.parametrize("end", ["refused", "finished", "killed"])
+@pytest.mark.parametrize("end", ["refused", "killed", "finished", "exported"])
 def test_results_of_a_finished_run_stay_where_it_goes_on_in_vain(cli, started, monkeypatch, end):
+    """Its configuration, too; but not once another export has taken the place of the one that they are of."""
     write_json(started / "results.json", {"evaluation": {"accuracy": 0.75}})
+    (started / "export").mkdir()
+    before = (started / "config.yaml").read_text()
 
     def workers(*given):
         assert not (started / "results.json").exists()
+        assert "format: native" in (started / "config.yaml").read_text()
         if end == "refused":
             raise ConfigError("data.train has changed")
         if end == "killed":
             raise KeyboardInterrupt
+        if end == "exported":
+            (started / "new").mkdir()
+            (started / "export").rmdir()
+            (started / "new").rename(started / "export")
+            raise ConfigError("it does not verify")
         write_json(started / "results.json", {"evaluation": {"accuracy": 0.5}})
 
     monkeypatch.setattr("qpipe.launching.start.start", workers)
     cli("launch", "--resume", "--out", started, "--set", "export.format=native")
-    kept = json.loads((started / "results.json").read_text())["evaluation"]["accuracy"]
-    assert kept == (0.5 if end == "finished" else 0.75) and not (started / ".results.json").exists()
+    results = started / "results.json"
+    kept = json.loads(results.read_text())["evaluation"]["accuracy"] if results.exists() else None
+    assert kept == {"finished": 0.5, "exported": None}.get(end, 0.75)
+    assert ((started / "config.yaml").read_text() == before) == (end in ("refused", "killed"))
+    assert not (started / ".results.json").exists()
+
+
+def test_results_that_a_killed_launcher_put_aside_are_of_no_other_run(tmp_path):
+    write_json(tmp_path / ".results.json", {"evaluation": {"accuracy": 0.75}})
+    with pytest.raises(ConfigError), rundir.results_aside(tmp_path, resume=False):
+        raise ConfigError("refused")
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("change", ["seed=3", "train.max_steps=6", "quantization.preset=w2", "engine.zero=2"])

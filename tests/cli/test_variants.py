@@ -70,6 +70,8 @@ def test_plain_evaluation_of_several_runs(cli, pair):
         (["--open-ended"], "belong to --variants"),
         (["--bits", "2,4"], "belong to --variants"),
         (["--ratios", "0.9"], "belong to --variants"),
+        (["--variants", "step", "--bits", "4"], "--bits belongs to the variant `bits`"),
+        (["--variants", "bits,pow2", "--ratios", "0.9,1.1"], "--ratios belongs to the variant `step`"),
         (["--variants", "bits", "--open-ended"], "belong to the variant `step`"),
         (["--variants", "bits", "--bits", "two"], "such as 2,3,4"),
         (["--variants", "step", "--ratios", "1:2"], "FIRST:LAST:COUNT"),

@@ -8,7 +8,7 @@ import qpipe
 from qpipe import ConfigError
 from qpipe.config import ModelConfig
 from qpipe.data import text
-from qpipe.stages.texts import positions
+from qpipe.stages.texts import positions, tokens_in_texts, vocabulary
 from qpipe.testing import tiny_config, tiny_model
 
 
@@ -71,6 +71,16 @@ def test_a_tokenizer_that_knows_more_words_than_the_model_is_refused(tmp_path, a
         ConfigError, match=r"the tokenizer has \d+ tokens and Bert.* embeddings of \d+; set model.token"
     ):
         assembled(config.model_copy(update={"model": other}))
+
+
+def test_special_tokens_for_other_uses_need_no_embedding(tmp_path, assembled):
+    """As Gemma's tokenizer has one for images, which is in no text."""
+    config = tiny_config(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name)
+    tokenizer.add_tokens(["[IMAGE]"], special_tokens=True)
+    tokenizer.save_pretrained(config.model.name)
+    run = assembled(config)
+    assert len(run.data.tokenizer) == vocabulary(run.student) + 1 == tokens_in_texts(run.data.tokenizer) + 1
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])

@@ -52,6 +52,8 @@ class TernaryTwn(Plugin):
         Raises:
             SiteError: no rule makes a weight ternary, or later ones take all of them back.
         """
+        if run.trained:
+            return
         if not any(isinstance(quantizer, TernaryWeight) for quantizer in run.instruments.quantizers().values()):
             raise SiteError(
                 "plugin 'ternary-twn' is named, but no rule makes a weight ternary; set ternary-twn.rules=true, write "
