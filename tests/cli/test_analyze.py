@@ -206,8 +206,6 @@ def test_parts_measured_later_leave_the_comparison_of_others(finished, tmp_path)
         (("--parts", "layers"), "was trained without a teacher"),
         (("--parts", "layers", "--layer-map", "2,x"), "--layer-map '2,x' is no list of layers"),
         (("--parts", "noise", "--suggest", "plan.yaml"), "name the part `ablation` too"),
-        (("--bits", "8"), "belong to --suggest"),
-        (("--within", "0"), "belong to --suggest"),
         (("--parts", "noise", "--layer-map", "1,2"), "--layer-map is for layers and ranking, not for noise"),
         (("--parts", "layers", "--text", "good fun"), "--text is for ranking, not for layers: add --parts ranking"),
         (("--teacher", "runs/x"), "--teacher is for layers and ranking, not for ablation, outliers"),
@@ -215,3 +213,9 @@ def test_parts_measured_later_leave_the_comparison_of_others(finished, tmp_path)
 )
 def test_bad_requests_are_named(finished, words, message):
     assert message in str(call(finished, *words).exception)
+
+
+@pytest.mark.parametrize("option", [("--bits", "8"), ("--within", "0")])
+def test_what_only_a_suggestion_uses_is_refused_without_one(finished, option):
+    done = call(finished, *option)
+    assert done.exit_code == 2 and "--within and --bits belong to --suggest" in done.output
