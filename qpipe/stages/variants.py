@@ -185,9 +185,12 @@ def rebuilt(run: Run, names: Iterable[str], bits: int) -> Iterator[None]:
             place(run, name, quantizer)
             is_weight = entry.site.slot == "weight"
             weight = run.student.get_parameter(f"{entry.site.path}.weight").detach() if is_weight else None
-            first = weight is not None and options != entry.options and not learned and not quantizer.reparameterizes
+            first = options != entry.options and not learned and not quantizer.reparameterizes
             with torch.no_grad():
-                quantizer.initialize(weight) if first else quantizer.inherit(before, weight)
+                if weight is not None and first:
+                    quantizer.initialize(weight)
+                else:
+                    quantizer.inherit(before, weight)
         run.instruments.context.weights_changed()
         yield
     finally:
