@@ -87,7 +87,8 @@ def class_table(train: Split, column: str, labels: Sequence[Label] | None, task:
     """The names of the classes in the order of their ids.
 
     They come from `labels`; else from a `ClassLabel` column (see `name_integers`); else, for integers 0..n-1, they are
-    `LABEL_0`, ... as in transformers; else they are the sorted values of the training split.
+    `LABEL_0`, ... as in transformers; else they are the values of the training split, in the order of the task's own
+    names if they are among these, else sorted.
 
     Raises:
         ConfigError: `labels` repeats itself or does not fit the task.
@@ -116,16 +117,32 @@ def class_table(train: Split, column: str, labels: Sequence[Label] | None, task:
 
 def _found_classes(train: Split, column: str, task: Task) -> tuple[str, ...]:
     values = [v for v in _values(train, column) if not is_missing(v)]
-    if all(isinstance(v, int | float) and not isinstance(v, bool) and v == int(v) for v in values):
+    if all(_is_whole(v) for v in values):
         return _integer_classes({int(v) for v in values}, train, column, task)
     if all(isinstance(v, bool) for v in values):
         return ("False", "True")
     if any(isinstance(v, float) for v in values):
         raise DataError(
-            f"{train.source}: column {column!r} holds fractions such as {next(v for v in values if v != int(v))}, "
+            f"{train.source}: column {column!r} holds numbers such as {next(v for v in values if not _is_whole(v))}, "
             "which are no classes; use task: regression, or data.label_column"
         )
-    return tuple(sorted({str(v) for v in values}))
+    return _ordered({str(v) for v in values}, task.label_names)
+
+
+def _is_whole(value: Any) -> bool:
+    """True for an integer, or a float that is one; not for booleans, infinity or text."""
+    return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
+
+
+def _ordered(found: set[str], known: Sequence[str]) -> tuple[str, ...]:
+    """Class names as the data spell them: in the order of the task's, if they are some of these, else sorted.
+
+    A metric such as F1 is that of one class, which the order tells.
+    """
+    spelled = {name.casefold(): name for name in found}
+    if len(spelled) < len(found) or not spelled.keys() <= {name.casefold() for name in known}:
+        return tuple(sorted(found))
+    return tuple(spelled.get(name.casefold(), name) for name in known)
 
 
 def _integer_classes(present: set[int], train: Split, column: str, task: Task) -> tuple[str, ...]:
@@ -205,14 +222,16 @@ def encode_numbers(split: Split, column: str) -> np.ndarray[Any, Any]:
         row = int(split.rows[position])
         if is_missing(value):
             raise DataError(_missing(split, column, row))
-        if words or not isinstance(value, int | float) or not math.isfinite(value):
+        with np.errstate(over="ignore"):  # refused just below
+            number = np.float32(value if isinstance(value, int | float) else math.nan)
+        if words or not np.isfinite(number):
             position = words[0] if words else position
             raise DataError(
                 f"{split.source}, row {int(split.rows[position])} (from 0): label {values[position]!r} in column "
-                f"{column!r} is not a finite number, which regression needs; set data.label_column, or use a "
+                f"{column!r} is not a finite number in float32, which regression needs; set data.label_column, or use a "
                 "classification task"
             )
-        result[position] = value
+        result[position] = number
     return result
 
 

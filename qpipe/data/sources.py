@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def read_splits(config: DataConfig, task: Task) -> tuple[Split, Split | None]:
     """Read the training split, and the validation split if there is one.
 
     The validation split is `data.validation`; else the one that a hub data set or a folder has under the task's name
-    for it; else None, and the caller holds out a part of the training split.
+    for it, or as `validation`; else None, and the caller holds out a part of the training split.
 
     Raises:
         ConfigError: neither the configuration nor the task names data.
@@ -111,7 +112,8 @@ def read_splits(config: DataConfig, task: Task) -> tuple[Split, Split | None]:
     if config.validation is not None:
         named = _read(config.validation)
         return train, _pick(named, (validation_split, "validation", "dev", "test"), config.validation)
-    return train, _pick(found, (validation_split,), train_name) if validation_split in found else None
+    own = next((split for split in (validation_split, "validation") if split in found), None)
+    return train, None if own is None else _pick(found, (own,), train_name)
 
 
 def _split_name(found: Mapping[str, Split], wanted: Sequence[str]) -> str | None:
@@ -132,6 +134,7 @@ def _read(name: str) -> dict[str, Split]:
     if path.is_file():
         return {"": _split(_read_file(path), repr(name))}
     if path.is_dir():
+        refuse_pattern(path.resolve())
         loaded = _load(name, str(path))
     else:
         refuse_missing_file(name)
@@ -176,9 +179,10 @@ def quiet() -> Iterator[None]:
 def _read_file(path: Path) -> datasets.Dataset:
     builder, options = file_format(path)
     # `datasets` converts a file once, under a lock, into its own cache folder, and maps it into memory from there.
+    name = glob.escape(str(path.resolve()))  # it would read other files whose names match
     try:
         with quiet():
-            loaded = datasets.load_dataset(builder, data_files=str(path.resolve()), split="train", **options)
+            loaded = datasets.load_dataset(builder, data_files=name, split="train", **options)
     except Exception as error:  # readers raise whatever their parsers raise
         if path.stat().st_size == 0 or "corresponds to no data" in str(error):  # or a header without rows
             raise DataError(f"{str(path)!r} is empty: it has no rows; give a file with examples") from error
@@ -197,6 +201,19 @@ def refuse_missing_file(name: str) -> None:
     path = Path(name)
     if path.is_absolute() or any(suffix.lower() in FORMATS for suffix in path.suffixes):
         raise DataError(f"{name!r} does not exist; local paths are relative to {str(Path.cwd())!r}")
+
+
+def refuse_pattern(folder: Path) -> None:
+    """Refuse a folder that `datasets` would take for a pattern, and so read other folders whose names match.
+
+    Raises:
+        DataError: its path has one of `*?[`.
+    """
+    if glob.has_magic(str(folder)):
+        raise DataError(
+            f"the path of the folder {str(folder)!r} has one of the characters * ? [, which `datasets` takes for a "
+            "pattern; rename the folder, or name its files with data.train and data.validation"
+        )
 
 
 def _load(name: str, repository: str, configuration: str | None = None) -> datasets.DatasetDict:

@@ -160,9 +160,12 @@ def chunk(split: Split, column: str, tokenizer: Any, max_length: int) -> dataset
     is one. Rows of white space are skipped. `labels` equal `input_ids`, as transformers shifts them itself.
 
     Raises:
-        DataError: a text is missing or is no text, or there are fewer than `max_length` tokens in all.
+        DataError: a text is missing or is no text, all are white space, or there are fewer than `max_length` tokens in
+            all.
     """
     _texts(split, column)
+    if not any(text.strip() for text in split.data[column]):
+        raise DataError(f"{split.source} is empty: every text in column {column!r} is white space")
     end = tokenizer.eos_token_id
 
     def encode(batch: dict[str, list[str]]) -> dict[str, Any]:

@@ -158,6 +158,33 @@ def test_folder_with_splits(load: Load, csv: Csv, tmp_path: Path) -> None:
     assert (len(data.train), len(data.validation)) == (4, 1)
 
 
+def test_folder_with_a_validation_split_of_another_name_than_the_task_has(load: Load, csv: Csv, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    csv("premise,hypothesis,label", "good,film,0", "bad,film,2", "good,bad,1", name="set/train.csv")
+    csv("premise,hypothesis,label", "good,film,0", name="set/validation.csv")
+    data = load("mnli", train=str(tmp_path / "set"))
+    assert (len(data.train), len(data.validation)) == (3, 1)
+
+
+@pytest.mark.parametrize(("name", "like"), [("set[1]", "set1"), ("se?", "set"), ("s*", "set")])
+def test_paths_that_look_like_patterns(load: Load, csv: Csv, tmp_path: Path, name: str, like: str) -> None:
+    """They name one file, or none; others whose names match are never read."""
+    path, _ = csv(*ROWS, name=f"{name}.csv"), csv("text,label", "c,0", "c,1", name=f"{like}.csv")
+    assert tokens(load("classification", train=path, validation=path).train)[1] == [2, 8, 9, 3]
+    for folder in (name, like):
+        (tmp_path / folder).mkdir()
+        csv(*ROWS, name=f"{folder}/train.csv")
+    with pytest.raises(DataError, match=r"takes for a pattern; rename the folder"):
+        load("classification", train=str(tmp_path / name))
+    inside = str(tmp_path / name / "train.csv")
+    assert len(load("classification", train=inside, validation=inside).train) == 4
+
+
+def test_a_language_model_of_blank_lines(load: Load, csv: Csv) -> None:
+    with pytest.raises(DataError, match=r"is empty: every text in column 'text' is white space"):
+        load("causal-lm", train=csv(" ", "  ", name="blank.txt"), max_length=4)
+
+
 def test_language_model(load: Load, csv: Csv) -> None:
     path = csv("text", "a b c", " ", "good bad")
     data = load("causal-lm", train=path, validation=path, max_length=4)
@@ -267,9 +294,17 @@ def test_regression_label_that_is_text(load: Load, csv: Csv) -> None:
         load("regression", train=path, validation=path)
 
 
-def test_fractions_are_no_classes(load: Load, csv: Csv) -> None:
-    with pytest.raises(DataError, match=r"fractions such as 0.5.*task: regression"):
-        load("classification", train=csv("text,label", "good,0.5", "bad,0"))
+@pytest.mark.parametrize("number", ["1e300", "inf"])
+def test_regression_label_that_float32_cannot_hold(load: Load, csv: Csv, number: str) -> None:
+    path = csv("text,label", "good,4.5", f"bad,{number}")
+    with pytest.raises(DataError, match=r"row 1 \(from 0\): label (1e\+300|inf) .*not a finite number in float32"):
+        load("regression", train=path, validation=path)
+
+
+@pytest.mark.parametrize("number", ["0.5", "inf"])
+def test_fractions_are_no_classes(load: Load, csv: Csv, number: str) -> None:
+    with pytest.raises(DataError, match=rf"numbers such as {number}.*task: regression"):
+        load("classification", train=csv("text,label", f"good,{number}", "bad,0"))
 
 
 @pytest.mark.parametrize("rows", [("text,label",), ("text,label", "good,plot")])
@@ -382,6 +417,17 @@ def test_glue_tasks_name_integer_labels(load: Load, csv: Csv) -> None:
         load("mnli", train=path, validation=wrong)
     kept = load("mnli", train=wrong, validation=wrong, keep_labels=[0, 1, 2])
     assert list(kept.validation["labels"]) == [0, 2, 1]
+
+
+@pytest.mark.parametrize("spelling", [str, str.upper])
+def test_text_labels_have_the_order_of_the_task(load: Load, csv: Csv, spelling: Callable[[str], str]) -> None:
+    """F1 of MRPC is that of class 1, `equivalent`."""
+    no, yes = spelling("not_equivalent"), spelling("equivalent")
+    path = csv("sentence1,sentence2,label", f"good,film,{yes}", f"bad,film,{no}")
+    data = load("mrpc", train=path, validation=path)
+    assert data.label_names == (no, yes) and list(data.train["labels"]) == [1, 0]
+    other = csv("sentence1,sentence2,label", "good,film,yes", "bad,film,no", name="other.csv")
+    assert load("mrpc", train=other, validation=other).label_names == ("no", "yes"), "of which nothing is known"
 
 
 def test_labels_that_repeat(load: Load, csv: Csv) -> None:

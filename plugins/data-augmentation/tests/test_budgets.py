@@ -32,6 +32,7 @@ def test_other_epochs():
     """C is as many passes as O4; A is always one."""
     assert [BUDGETS[name].steps(320, 0.5, 32) for name in ("O", "O2", "O4", "A", "C")] == [5, 10, 20, 10, 20]
     assert BUDGETS["O"].steps(3, 0.5, 32) == 1
+    assert [BUDGETS["O"].steps(*case) for case in ((100, 2.3, 10), (90, 0.7, 1), (100, 0.57, 1))] == [23, 63, 57]
 
 
 def test_the_defaults_are_those_of_tinybert():

@@ -92,6 +92,14 @@ def test_rows_follow_their_examples(change, tmp_path):
     assert changed.train["input_ids"][:] == encoded
 
 
+def test_a_folder_below_the_home_directory(change, tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    change(folder="~/rows")
+    assert list((tmp_path / "home" / "rows").iterdir()) and not (tmp_path / "~").exists()
+
+
 def test_rows_are_made_once_and_by_what_decides_them(change, tmp_path, monkeypatch):
     first, _ = change(folder=str(tmp_path / "kept"))
 

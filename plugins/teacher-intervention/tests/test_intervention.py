@@ -235,6 +235,16 @@ def test_models_without_attention_are_refused(plugin, tmp_path):
             plugin().qpipe_model_prepared(make_run(tmp_path, student, teacher))
 
 
+@pytest.mark.parametrize("plugin", [OutputIntervention, MapIntervention])
+def test_projections_of_several_modules_are_refused(plugin, tmp_path):
+    """Such as the sums that a binary model splits them into: gradients have no one input to stop at."""
+    student = bert(0)
+    attention = student.bert.encoder.layer[0].attention.self
+    attention.query = torch.nn.Sequential(attention.query, torch.nn.Identity())
+    with pytest.raises(ModelError, match=r"no site bert.*query:input, .* parts made of several modules"):
+        plugin().qpipe_model_prepared(make_run(tmp_path, student))
+
+
 @pytest.mark.parametrize("layer_map", [[1], [1, 2, 3], [2, 1], [1, 1], [1, 4]])
 def test_a_map_of_layers_that_does_not_fit_is_refused(layer_map, tmp_path):
     run = make_run(tmp_path, teacher=bert(1, num_hidden_layers=3))

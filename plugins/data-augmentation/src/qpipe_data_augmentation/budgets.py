@@ -5,6 +5,7 @@ Kim et al., "Teacher Intervention" (EACL 2023), tables 2, 6 and 7; A and C are t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from qpipe import DataError
@@ -32,7 +33,8 @@ class Budget:
             epochs: `train.epochs`; 3 in the paper.
             batch_size: examples per optimizer step.
         """
-        return max(1, int(examples * (self.passes or self.factor * epochs) // batch_size))
+        seen = round(examples * (self.passes or self.factor * epochs), 6)  # 100 * 2.3 is 229.99999999999997
+        return max(1, math.floor(seen / batch_size))
 
 
 BUDGETS = {

@@ -73,7 +73,7 @@ class DataAugmentation(Plugin):
             model=model,
             hub=hub,
         )
-        folder = Path(self.options.folder or Path(config.out) / "augmented")
+        folder = Path(self.options.folder or Path(config.out) / "augmented").expanduser()
         blocks = augment(source, folder, engine)
         self._rows, new = blocks.folder.name, blocks.read()
         labels = text.labels[np.asarray(new[EXAMPLE])]

@@ -49,8 +49,8 @@ def require_one_map(kept: Sequence[int] | str | None, student: int, ratio: int) 
     if len(started) == student and max(started) <= even[-1] and started != even:
         choices = f"{started}, or {even}, to say which" if started == sorted(started) else f"{even}, if these are what"
         raise ModelError(
-            f"model.keep_layers starts the student from layers {started} of the teacher, and evenly spaced are {even}: "
-            f"set distillation.layer_map: {choices} it learns from"
+            f"model.keep_layers starts the student from layers {started} of its model, and evenly spaced are {even} of "
+            f"the teacher: set distillation.layer_map: {choices} it learns from"
         )
 
 

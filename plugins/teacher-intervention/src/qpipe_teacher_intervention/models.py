@@ -98,7 +98,8 @@ def require_compatible(run: Run, kinds: frozenset[Kind], norm: bool) -> None:
         norm: True if what enters the feed-forward networks is compared.
 
     Raises:
-        ModelError: teacher and student differ in width or heads, projections are fused, or a site is not known.
+        ModelError: teacher and student differ in width or heads, projections are fused or made of several modules, or a
+            site is not known.
     """
     name, student = _name(run.student), run.instruments.map
     require_equal(run, SHAPE)
@@ -106,6 +107,13 @@ def require_compatible(run: Run, kinds: frozenset[Kind], norm: bool) -> None:
         raise ModelError(
             f"{name} computes query, key and value in one projection; replacing the attention map stops gradients at "
             "query and key only, which needs separate ones: use ti-o, or a schedule without `map`"
+        )
+    inputs = [f"{path}:input" for paths in student.attention_inputs for path in paths]
+    lacking = [site for site in inputs if site not in run.instruments.sites]
+    if kinds and lacking:
+        raise ModelError(
+            f"{name} has no site {lacking[0]}, where teacher intervention stops gradients, as its projections are parts "
+            "made of several modules; leave teacher intervention out, or distil with the plugin distillation"
         )
     for found, model in ((run.instruments, run.student), (run.teacher_instruments, run.teacher)):
         if norm and (found is None or len(found.map.sites.get("ffn_input", ())) != len(found.map.attention)):
