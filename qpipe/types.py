@@ -373,6 +373,9 @@ class Exporter:
             weight takes in the file with its scales; None where that is what codes and scales need without padding.
         loads_with_transformers: the folder is a transformers model, so that only what one of transformers' auto classes
             makes can be written; known before training.
+        loading_problem: takes the student, the planned sites and the student's parameters and saved buffers by name,
+            and returns why what would be written could not be loaded, None if it can; called before training, after
+            `check` has found nothing.
     """
 
     name: str
@@ -381,6 +384,7 @@ class Exporter:
     summary: str = ""
     stored_bytes: Callable[[str, Any, torch.dtype], int] | None = None
     loads_with_transformers: bool = False
+    loading_problem: Callable[[Any, Any, Mapping[str, torch.Tensor]], str | None] | None = None
 
 
 @dataclass(frozen=True)

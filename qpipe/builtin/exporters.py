@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,12 @@ def _bytes_compressed(name: str, weight: Any, dtype: Any) -> int:
     from qpipe.export import schemes
 
     return sum(tensor.nbytes for tensor in schemes.weight_tensors(name, weight, dtype)[1].values())
+
+
+def _loading_compressed(model: Any, sites: Any, state: Mapping[str, Any]) -> str | None:
+    from qpipe.export import loading
+
+    return loading.loading_problem(model, sites, state)
 
 
 def _write_native(record: Any, directory: Path) -> None:
@@ -59,6 +65,7 @@ class Exporters(Plugin):
             "Linear and Embedding weights of 1 to 8 bits; loads in stock transformers",
             _bytes_compressed,
             loads_with_transformers=True,
+            loading_problem=_loading_compressed,
         )
         yield Exporter(
             "native",

@@ -65,7 +65,7 @@ class Models(Plugin):
         locate_model(spec.name, "model")
         try:
             model, missing = load(classes[task.kind], spec, overrides)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # the last: sizes that mismatch
             advice = "Give a folder, a hub name, or package:NAME/PATH"
             if isinstance(error, TypeError) and spec.config:  # transformers passes unknown keys to the constructor
                 advice = "model.config takes the keys of the model's configuration"

@@ -228,8 +228,8 @@ def encode_numbers(split: Split, column: str) -> np.ndarray[Any, Any]:
             position = words[0] if words else position
             raise DataError(
                 f"{split.source}, row {int(split.rows[position])} (from 0): label {values[position]!r} in column "
-                f"{column!r} is not a finite number in float32, which regression needs; set data.label_column, or use a "
-                "classification task"
+                f"{column!r} is not a finite number in float32, which regression needs; set data.label_column, or use "
+                "a classification task"
             )
         result[position] = number
     return result

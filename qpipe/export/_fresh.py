@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import traceback
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,15 +41,20 @@ def digest(value: torch.Tensor) -> str:
     return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def predict(model: Any, batches: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
-    """Predictions and references of the prepared batches, named `<batch>.<input>`."""
-    groups: dict[str, dict[str, torch.Tensor]] = {}
-    for name, value in batches.items():
-        batch, _, key = name.partition(".")
-        groups.setdefault(batch, {})[key] = value
+def prepared(folder: str) -> Iterator[dict[str, torch.Tensor]]:
+    """The prepared batches, which files in the folder hold as `<batch>.<input>`."""
+    for file in sorted(Path(folder).iterdir()):
+        groups: dict[str, dict[str, torch.Tensor]] = {}
+        for name, value in load_file(file).items():
+            batch, _, key = name.partition(".")
+            groups.setdefault(batch, {})[key] = value
+        yield from (groups[batch] for batch in sorted(groups))
+
+
+def predict(model: Any, batches: Iterable[dict[str, torch.Tensor]], kind: str) -> dict[str, torch.Tensor]:
+    """Predictions and references of the batches."""
     predictions, references = [], []
-    for batch in sorted(groups):
-        inputs = groups[batch]
+    for inputs in batches:
         labels = inputs.pop("labels")
         inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
         logits = model(**inputs).logits
@@ -108,13 +114,13 @@ def outputs_of(model: Any, reference: str, batches: str | None, kind: str) -> di
     Args:
         model: any that returns logits.
         reference: safetensors file with `inputs.<name>`.
-        batches: safetensors file, or None.
+        batches: folder of prepared batches, or None.
         kind: of the task.
     """
     inputs = {k.removeprefix("inputs."): v for k, v in load_file(reference).items() if k.startswith("inputs.")}
     with torch.inference_mode():
         logits = model(**inputs).logits  # compressed-tensors unpacks the weights before the first forward pass
-        return {"logits": logits.contiguous(), **(predict(model, load_file(batches), kind) if batches else {})}
+        return {"logits": logits.contiguous(), **(predict(model, prepared(batches), kind) if batches else {})}
 
 
 def run(model: Any, job: dict[str, Any]) -> None:

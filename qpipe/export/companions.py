@@ -20,7 +20,7 @@ from transformers.dynamic_module_utils import custom_object_save
 import qpipe
 from qpipe.errors import FormatError
 from qpipe.export.card import render
-from qpipe.export.folder import METADATA, REFERENCE, write_json
+from qpipe.export.folder import METADATA, REFERENCE, read_json, write_json
 from qpipe.export.record import ExportRecord, PackedWeight, decoded_sha256, tensor_sha256, zero_point_kind
 
 FORMAT_VERSION = 1
@@ -149,6 +149,23 @@ def save_config(record: ExportRecord, folder: Path) -> None:
     if has_code(record.model):
         custom_object_save(record.model, folder, config=config)
     config.save_pretrained(folder)
+    keep_labels(config, folder)
+
+
+def keep_labels(config: Any, folder: Path) -> None:
+    """Write the labels into a saved configuration where transformers left them out and would read others.
+
+    It leaves out two labels without names, and a class of another default (BART: three) then takes that.
+
+    Args:
+        config: of the model.
+        folder: has its `config.json`.
+    """
+    path = folder / "config.json"
+    saved = read_json(path)
+    if getattr(config, "id2label", None) and type(config).from_dict(dict(saved)).num_labels != config.num_labels:
+        saved |= {"id2label": {str(n): name for n, name in config.id2label.items()}, "label2id": dict(config.label2id)}
+        write_json(path, saved)
 
 
 def _cpu_model() -> str:

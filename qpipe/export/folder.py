@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from qpipe.errors import CheckpointError, FormatError
+from qpipe.files import existing_folder, is_full, require_writable_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,32 +139,40 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def _is_full(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(error, SafetensorError) and ("os error 28" in str(error) or "No space left" in str(error))
-
-
 def _size(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
-def _existing_parent(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
-
-
 def refuse_foreign(target: Path) -> None:
-    """Refuse to export into a folder that holds something else.
+    """Refuse to export into a folder that holds something else, or that cannot be written.
 
     Raises:
-        FormatError: `target` is a file, or a folder of other files.
+        FormatError: `target` is a file, or a folder with files that no export has written.
+        ConfigError: writing is not allowed there.
     """
+    target = target.resolve()
     if target.exists() and not target.is_dir():
         raise FormatError(f"{target} is a file; an export needs a folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / METADATA).is_file():
-        raise FormatError(f"{target} holds files that are no qpipe export; choose another folder, or empty this one")
+    if target.is_dir() and any(target.iterdir()):
+        if not (target / METADATA).is_file():
+            raise FormatError(f"{target} holds files that are no qpipe export; name another folder, or empty this one")
+        own = _listed(target)
+        foreign = [name for name in model_files(target) if name not in own]
+        if foreign:
+            raise FormatError(
+                f"{target} holds an earlier export, which would be replaced, and beside it {len(foreign)} other files, "
+                f"such as {foreign[0]}; move these elsewhere, or choose another folder"
+            )
+    require_writable_folder(target.parent, "export folder")
+
+
+def _listed(folder: Path) -> set[str]:
+    """Names in the `SHA256SUMS` of a folder; none where it is missing or damaged."""
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return set()
+    return {line.partition("  ")[2] for line in lines}
 
 
 @contextmanager
@@ -173,7 +180,7 @@ def whole_folder(target: Path, needed: int) -> Iterator[Path]:
     """A folder to fill that becomes `target` at the end, and vanishes if anything fails before.
 
     The files are written beside `target` and renamed, so a killed export leaves no half export. An earlier export at
-    `target` is replaced; anything else there is left alone.
+    `target` is replaced; a folder with anything else is refused. A link stays one: what it points to is filled.
 
     Args:
         target: the folder wanted; its parents are made.
@@ -181,20 +188,21 @@ def whole_folder(target: Path, needed: int) -> Iterator[Path]:
 
     Raises:
         FormatError: `target` holds something other than an export.
+        ConfigError: writing is not allowed there.
         CheckpointError: the disk is too small or full; nothing is left behind.
     """
-    target = target.absolute()
+    target = target.resolve()
     refuse_foreign(target)
-    free = shutil.disk_usage(_existing_parent(target)).free
+    free = shutil.disk_usage(existing_folder(target)).free
     if free < needed + SLACK:
         raise CheckpointError(
             f"exporting to {target} needs about {_size(needed + SLACK)}, and {_size(free)} are free there; "
             "make room, or export to another disk"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _clear_remains(target)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_remains(target)
         partial.mkdir()
         yield partial
         share_files(partial)
@@ -202,8 +210,8 @@ def whole_folder(target: Path, needed: int) -> Iterator[Path]:
         _swap(partial, target)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if _is_full(error):
-            free = shutil.disk_usage(_existing_parent(target)).free
+        if is_full(error):
+            free = shutil.disk_usage(existing_folder(target)).free
             raise CheckpointError(
                 f"the disk filled up while exporting to {target}: about {_size(needed + SLACK)} are needed, "
                 f"{_size(free)} are free now that the unfinished files are gone; make room, or export elsewhere"

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import math
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qpipe.config import resolve
 from qpipe.errors import QpipeError
+from qpipe.files import is_disk_problem
 
 if TYPE_CHECKING:
+    from qpipe.data.loading import TaskData
     from qpipe.types import Metric
 
 RELATIVE_TOLERANCE = 0.005
 """Batches of another size or machine round otherwise; a wrong weight moves a metric further."""
+
+PART = 2**28
+"""Bytes of validation batches that are in memory at a time: pixels of a whole split can be tens of gigabytes."""
 
 FLIPS = 3
 """Examples whose prediction may change where all of a model is computed with other rounding; else one."""
@@ -29,7 +37,7 @@ class Prepared:
     """Validation batches on disk, or the reason why there are none.
 
     Attributes:
-        batches: safetensors file with `<batch>.<input>`, or None.
+        batches: folder of safetensors files with `<batch>.<input>`, or None.
         kind: of the task.
         metrics: of the task.
         decode: `TaskData.decode`.
@@ -44,11 +52,11 @@ class Prepared:
 
 
 def prepare(about: Mapping[str, Any], target: Path, trust_remote_code: bool = False) -> Prepared:
-    """Write the validation batches of the recorded run to `target`.
+    """Write the validation batches of the recorded run into the folder `target`.
 
     Args:
         about: contents of `qpipe.json`; needs `config` and `metrics`.
-        target: safetensors file to write.
+        target: folder to make.
         trust_remote_code: let the tokenizer or configuration named in `about` run code of its own, if the run did.
     """
     if not isinstance(about.get("config"), Mapping) or not about.get("metrics"):
@@ -64,14 +72,36 @@ def prepare(about: Mapping[str, Any], target: Path, trust_remote_code: bool = Fa
         data = load_data(config, task)
     except (QpipeError, OSError, ImportError) as error:
         return Prepared(reason=f"the data of the run cannot be loaded here: {error}")
+    try:
+        write_batches(data, config.train.eval_batch_size, target)
+    except (OSError, SafetensorError) as error:
+        if not is_disk_problem(error):
+            raise
+        shutil.rmtree(target, ignore_errors=True)
+        return Prepared(
+            reason=f"the validation data cannot be written to {tempfile.gettempdir()} ({error}); set TMPDIR to a "
+            "folder with more room"
+        )
+    return Prepared(target, task.kind, task.metrics, data.decode)
+
+
+def write_batches(data: TaskData, size: int, folder: Path) -> None:
+    """Write the validation split in batches, in files of about `PART` bytes.
+
+    Args:
+        data: of the run.
+        size: examples in each batch.
+        folder: to make.
+    """
+    folder.mkdir()
     rows: Any = data.validation
-    size = config.train.eval_batch_size
-    found: dict[str, Tensor] = {}
+    part: dict[str, Tensor] = {}
     for number, start in enumerate(range(0, len(rows), size)):
         batch = data.collate([rows[i] for i in range(start, min(start + size, len(rows)))])
-        found |= {f"{number:06d}.{key}": value.contiguous() for key, value in batch.items()}
-    save_file(found, target)
-    return Prepared(target, task.kind, task.metrics, data.decode)
+        part |= {f"{number:06d}.{key}": value.contiguous() for key, value in batch.items()}
+        if start + size >= len(rows) or sum(value.nbytes for value in part.values()) >= PART:
+            save_file(part, folder / f"part-{number:06d}.safetensors")
+            part = {}
 
 
 def compare_metrics(

@@ -171,7 +171,7 @@ def _runs_without_qpipe(about: Mapping[str, Any]) -> bool:
 def _metric_source(about: Mapping[str, Any], folder: Path, wanted: bool, trusted: bool) -> Prepared:
     if not wanted:
         return Prepared(reason="not asked for")
-    return prepare(about, folder / "batches.safetensors", trusted)
+    return prepare(about, folder / "batches", trusted)
 
 
 def _job(case: _Case) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from qpipe.data.loading import TaskData, find_task, load_data
 from qpipe.engine import connect
 from qpipe.engine.base import Engine
 from qpipe.engine.tracking import require_installed
-from qpipe.errors import CheckpointError, ConfigError
+from qpipe.errors import CheckpointError, ConfigError, FormatError
 from qpipe.export.folder import refuse_foreign
 from qpipe.export.inspect import sizes
 from qpipe.export.verify import verify
@@ -160,7 +160,7 @@ def refuse_used(config: RunConfig, engine: Engine, resume: bool) -> None:
 
     Raises:
         ConfigError: the run directory holds one, and it is not to be resumed, or was started with values that decide
-            the result and are others now.
+            the result and are others now; or its folder `export` holds other files, which would be replaced.
     """
     problem, out = None, Path(config.out)
     if engine.rank == 0:
@@ -171,7 +171,8 @@ def refuse_used(config: RunConfig, engine: Engine, resume: bool) -> None:
                 refuse_changed_files(out, config)
             else:
                 require_unused(out)
-        except (ConfigError, OSError, ValueError) as error:  # the other processes wait for the answer
+            refuse_foreign(out / "export")
+        except (ConfigError, FormatError, OSError, ValueError) as error:  # the other processes wait for the answer
             problem = str(error)
     problem = engine.broadcast_object(problem)
     if problem:
@@ -277,20 +278,23 @@ def conclude(run: Run, seconds: dict[str, float]) -> None:
     run.engine.leave()  # verification is process 0's work, and may take longer than the others could wait
     if run.engine.rank != 0:
         return
+    run.results["seconds"] = seconds
+    doubtful = run.out / UNVERIFIED
+    kept = f"what was measured is kept in {doubtful}"
     if folder is not None:
+        write_json(doubtful, run.results)  # `results.json` would say that the run is complete
         with timed(seconds, "verify"):
             # A program that this process has just written is no stranger's code.
-            result = verify(folder, trust_remote_code=run.config.model.trust_remote_code, run_program=True)
+            try:
+                result = verify(folder, trust_remote_code=run.config.model.trust_remote_code, run_program=True)
+            except OSError as error:  # such as a full disk of temporary files
+                raise CheckpointError(f"the export could not be verified: {error}; {kept}") from error
         run.results["reloaded"] = result.metrics
         run.results["verified"] = result.passed
         run.results["size"] = sizes(folder)
-    run.results["seconds"] = seconds
-    doubtful = run.out / UNVERIFIED
-    if folder is not None and not result.passed:
-        write_json(doubtful, run.results)  # `results.json` would say that the run is complete
-        raise CheckpointError(
-            "\n".join(["the export does not verify:", *result.lines(), f"what was measured is kept in {doubtful}"])
-        )
+        if not result.passed:
+            write_json(doubtful, run.results)
+            raise CheckpointError("\n".join(["the export does not verify:", *result.lines(), kept]))
     write_json(run.out / "results.json", run.results)
     doubtful.unlink(missing_ok=True)
 

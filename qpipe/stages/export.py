@@ -17,6 +17,7 @@ from qpipe.quant.tensor import QTensor
 from qpipe.report.statistics import weight_statistics
 from qpipe.run import Run
 from qpipe.stages.calibrate import inference, inputs_of, to_device
+from qpipe.stages.casting import own_types
 from qpipe.stages.gather import model_tensors, ties
 from qpipe.stages.prepare import checked_lattice, find_exporter, require_describable
 from qpipe.types import Json
@@ -56,10 +57,11 @@ def build_record(run: Run) -> tuple[ExportRecord, list[dict[str, Json]]]:
     weights, statistics = packed_weights(run)
     tied = ties(run.student)
     tensors: dict[str, Tensor] = {}
+    own = own_types(run.student, run.engine.dtype)
     for name, tensor in model_tensors(run):
         if run.engine.rank == 0 and name not in weights and name not in tied:
             value = tensor.to("cpu", copy=True)
-            tensors[name] = value.to(run.engine.dtype) if value.is_floating_point() else value
+            tensors[name] = value.to(own.get(name, run.engine.dtype)) if value.is_floating_point() else value
     record = ExportRecord(
         model=run.student,
         dtype=run.engine.dtype,
@@ -155,7 +157,8 @@ def find_licence(model: str) -> Path | None:
     folder = Path(locate(model))
     if not folder.is_dir():
         return None
-    return next((p for p in sorted(folder.iterdir()) if p.name.upper().startswith(("LICENSE", "LICENCE"))), None)
+    named = (path for path in sorted(folder.iterdir()) if path.name.upper().startswith(("LICENSE", "LICENCE")))
+    return next((path for path in named if path.is_file()), None)  # REUSE has a folder LICENSES
 
 
 def reference(run: Run) -> dict[str, Tensor]:

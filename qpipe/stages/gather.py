@@ -21,16 +21,20 @@ def internal_prefixes(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name in added)
 
 
+def own_state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of a model by name, as this process has them, without what qpipe added."""
+    prefixes = internal_prefixes(model)
+    state = model.state_dict(keep_vars=True)
+    return {n: t for n, t in state.items() if isinstance(t, Tensor) and not n.startswith(prefixes)}
+
+
 def model_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and persistent buffer of the student by name, whole, without what qpipe added.
 
     A collective operation: all processes iterate together. Tensors stay on their device; do not keep references to
     parameters beyond one step of the iteration.
     """
-    prefixes = internal_prefixes(run.student)
-    for name, tensor in run.student.state_dict(keep_vars=True).items():
-        if name.startswith(prefixes) or not isinstance(tensor, Tensor):
-            continue
+    for name, tensor in own_state(run.student).items():
         if isinstance(tensor, nn.Parameter):
             with run.engine.gathered([tensor]) as (whole,):
                 yield name, whole.detach()
@@ -44,20 +48,17 @@ def share_buffers(run: Run) -> None:
     Batch normalization counts on each process what that process saw; only one set of statistics is saved and exported,
     so the same one must be evaluated.
     """
-    prefixes = internal_prefixes(run.student)
-    for name, buffer in run.student.state_dict(keep_vars=True).items():
-        if isinstance(buffer, nn.Parameter) or name.startswith(prefixes) or not isinstance(buffer, Tensor):
-            continue
-        run.engine.broadcast_tensor(buffer)
+    for buffer in own_state(run.student).values():
+        if not isinstance(buffer, nn.Parameter):
+            run.engine.broadcast_tensor(buffer)
 
 
 def ties(model: nn.Module) -> dict[str, str]:
     """Names of tied parameters: every later name of a Parameter -> its first name. Without what qpipe added."""
     first: dict[int, str] = {}
     result = {}
-    prefixes = internal_prefixes(model)
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, nn.Parameter) and not name.startswith(prefixes):
+    for name, tensor in own_state(model).items():
+        if isinstance(tensor, nn.Parameter):
             owner = first.setdefault(id(tensor), name)
             if owner != name:
                 result[name] = owner

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qpipe.config import RunConfig
+from qpipe.data.images import PROCESSOR_FILES
 from qpipe.data.locate import locate
 from qpipe.errors import ConfigError
 from qpipe.files import sha256
@@ -36,7 +37,7 @@ def input_files(config: RunConfig) -> dict[str, Any]:
     found = {key: _summary(Path(locate(value))) for key, value in named.items() if value is not None}
     tokenizer = Path(locate(config.model.tokenizer or config.model.name))
     # Those beside the model only: runs may lie below it, with tokenizers of their own.
-    files = {file for pattern in (*TOKENIZER_FILES, *MORE) for file in tokenizer.glob(pattern)}
+    files = {file for pattern in (*TOKENIZER_FILES, *MORE, *PROCESSOR_FILES) for file in tokenizer.glob(pattern)}
     return {**found, "model.tokenizer": _summarized(files, tokenizer)}
 
 

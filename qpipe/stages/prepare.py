@@ -26,8 +26,8 @@ from qpipe.quant.quantizer import Quantizer
 from qpipe.quant.tensor import QTensor
 from qpipe.run import Run
 from qpipe.stages.build import instrument
-from qpipe.stages.casting import cast, float32_buffers
-from qpipe.stages.gather import STORED
+from qpipe.stages.casting import cast, own_buffers
+from qpipe.stages.gather import STORED, own_state
 from qpipe.stages.param_groups import parameter_groups
 from qpipe.stages.phases import make_phases
 from qpipe.stages.recomputing import recompute
@@ -254,7 +254,8 @@ def refuse_unexportable(run: Run, name: str | None = None) -> None:
 
     Raises:
         ConfigError: no exporter has that name.
-        FormatError: it cannot; says why, for each kind of site. Or no exporter could.
+        FormatError: it cannot; says why, for each kind of site. Or no exporter could, or what it would write could not
+            be loaded.
     """
     exporter = find_exporter(run, name)
     if exporter.loads_with_transformers:
@@ -270,6 +271,10 @@ def refuse_unexportable(run: Run, name: str | None = None) -> None:
     reasons = list(exporter.check(planned))
     if reasons:
         raise FormatError(f"export.format {exporter.name!r} cannot hold this plan: " + "; ".join(reasons[:5]))
+    if exporter.loading_problem is not None:
+        problem = exporter.loading_problem(run.student, planned, own_state(run.student))
+        if problem:
+            raise FormatError(f"export.format {exporter.name!r}: {problem}")
 
 
 def require_describable(site: str, quantizer: Quantizer) -> AffineActivation:
@@ -401,7 +406,7 @@ def wrap(run: Run) -> None:
     hook = run.host.hook
     optimizer = hook.qpipe_optimizer(run=run, groups=parameter_groups(run))
     run.scheduler = hook.qpipe_scheduler(run=run, optimizer=optimizer)
-    with float32_buffers(run.student):
+    with own_buffers(run.student, run.engine.dtype):
         blocks = [run.student.get_submodule(path) for path in run.instruments.map.blocks]
         run.engine.wrap(run.student, optimizer, run.scheduler, train, blocks)
     run.instruments.context.partitioned = run.engine.partitioned

@@ -17,6 +17,7 @@ from qpipe.quant.compiled import use_compiled
 from qpipe.quant.modules import QuantModule
 from qpipe.quant.quantizer import Visit
 from qpipe.run import Run
+from qpipe.stages.bypass import bypasses_noted
 from qpipe.stages.calibrate import calibration_batches, inference, inputs_of
 
 logger = logging.getLogger("qpipe.stages")
@@ -27,7 +28,8 @@ def self_check(run: Run) -> None:
 
     Raises:
         TrainingError: a planned site, a module with a penalty on its weight or an output head with a quantized one
-            never ran, or quantization changes no output on some rank (unless the weights were rounded before).
+            never ran, a quantized weight is used outside its module too, or quantization changes no output on some rank
+            (unless the weights were rounded before).
     """
     penalized = [m for m in run.student.modules() if isinstance(m, QuantModule) and m.qpipe.weight_losses]
     if not run.plan.sites and not penalized:
@@ -51,9 +53,11 @@ def self_check(run: Run) -> None:
             return
         context.enabled = False
         try:
-            plain = _logits(run, batch)
+            with bypasses_noted(run.student) as bypassed:
+                plain = _logits(run, batch)
         finally:
             context.enabled = True
+    refuse_bypassed(run, bypassed)
     idle = sorted(set(run.plan.sites) - visited.keys())
     changed = float((quantized.float() - plain.float()).abs().max())
     found = run.engine.gather_objects((changed, idle, quantized_elements(run, visited)))
@@ -100,6 +104,25 @@ def quantized_head(run: Run) -> QuantModule | None:
     find = getattr(run.student, "get_output_embeddings", lambda: None)
     head = find()
     return head if isinstance(head, QuantModule) and head.hosted("weight") is not None else None
+
+
+def refuse_bypassed(run: Run, bypassed: Mapping[str, str]) -> None:
+    """Refuse weights that the model also computes with outside the modules that quantize them.
+
+    Args:
+        run: with the student.
+        bypassed: path of the module and name of the function, of each.
+
+    Raises:
+        TrainingError: there are any.
+    """
+    if bypassed:
+        path, function = next(iter(bypassed.items()))
+        raise TrainingError(
+            f"{type(run.student).__name__} computes with the weight of {path} outside that module too (in {function}), "
+            "where it would not be quantized, and the export would hold another model; leave that weight in full "
+            "precision (quantizer: none)"
+        )
 
 
 def refuse_unused(modules: Sequence[QuantModule]) -> None:

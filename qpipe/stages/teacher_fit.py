@@ -112,6 +112,11 @@ def label_names(model: str, trust_remote_code: bool, revision: str | None = None
     return tuple(str(labels[key]) for key in sorted(labels))
 
 
+def has_processor(folder: Path) -> bool:
+    """Whether a folder has an image processor."""
+    return any((folder / file).is_file() for file in PROCESSOR_FILES)
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder has a tokenizer's files."""
     return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
@@ -162,7 +167,7 @@ def compare_tokenizers(ours: Any, theirs: Any, teacher: str, rows: Sequence[Sequ
 
 def load_own_processor(teacher: str) -> Any:
     """The image processor in the teacher's folder, None if it has none."""
-    if not any((Path(teacher) / file).is_file() for file in PROCESSOR_FILES):
+    if not has_processor(Path(teacher)):
         return None
     try:
         return AutoImageProcessor.from_pretrained(teacher)

@@ -13,7 +13,7 @@ from qpipe.errors import ConfigError
 from qpipe.run import Run, Step
 from qpipe.stages import checkpoint
 from qpipe.stages.calibrate import inputs_of
-from qpipe.stages.casting import float32_buffers
+from qpipe.stages.casting import own_buffers
 from qpipe.stages.signal_cache import SignalCache, model_digest
 from qpipe.types import SignalKind, Signals
 
@@ -33,7 +33,7 @@ def hold_teacher(run: Run) -> None:
     dtype = resolve_precision(run.config.engine, run.engine.device) if configured == "auto" else _dtype(configured)
     paths = () if run.teacher_instruments is None else run.teacher_instruments.map.blocks
     blocks = [run.teacher.get_submodule(path) for path in paths]
-    with float32_buffers(run.teacher):
+    with own_buffers(run.teacher, dtype):
         run.teacher.to(dtype)
         if run.config.teacher.cache is not None:
             run.teacher_cache = open_cache(run, run.config.teacher.cache)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from qpipe.config import RunConfig, resolve
 from qpipe.engine.accelerate import AccelerateEngine
 from qpipe.errors import CheckpointError, ConfigError
+from qpipe.export.companions import keep_labels
 from qpipe.export.folder import share_files
 from qpipe.files import disk_errors, write_json
 from qpipe.host import load_plugins
@@ -21,7 +24,7 @@ from qpipe.stages.build import build
 from qpipe.stages.casting import cast
 from qpipe.stages.gather import float_state, quantizer_state
 from qpipe.stages.prepare import prepare
-from qpipe.stages.teacher_fit import has_tokenizer
+from qpipe.stages.teacher_fit import has_processor, has_tokenizer
 
 QUANTIZERS = "quantizers.safetensors"
 DETAILS = "qpipe_model.json"
@@ -36,19 +39,31 @@ def save_float(run: Run, folder: Path) -> None:
     state, stored = float_state(run)
     quantizers = quantizer_state(run) | stored
     if run.engine.rank == 0:
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        with disk_errors(folder.parent):
-            shutil.rmtree(temporary, ignore_errors=True)
+        with disk_errors(folder.parent), replacing(folder) as temporary:
             run.student.save_pretrained(temporary, state_dict=state)  # type: ignore[operator]
+            keep_labels(run.student.config, temporary)
             if run.data.tokenizer is not None:
                 run.data.tokenizer.save_pretrained(temporary)
             if quantizers:
                 save_file(quantizers, temporary / QUANTIZERS)
             share_files(temporary)
             write_json(temporary / DETAILS, {"dtype": str(run.engine.dtype).removeprefix("torch.")})
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
     run.engine.barrier()
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """The path of a folder to make, which takes the place of `folder` at the end, and vanishes if anything fails."""
+    folder = folder.resolve()  # a link stays one
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 DEPTH = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "layer_types")
@@ -71,7 +86,7 @@ def restore(run_dir: Path) -> Run:
     changes: dict[str, Any] = {"name": str(folder), "revision": None, "keep_layers": None, "weights": "pretrained"}
     if config.model.keep_layers is not None:  # how many there are, the saved configuration knows
         changes["config"] = {key: value for key, value in config.model.config.items() if key not in DEPTH}
-    if has_tokenizer(folder):
+    if has_tokenizer(folder) or has_processor(folder):
         changes["tokenizer"] = None  # the run has kept the one that it was trained with
     trained = config.model.model_copy(update=changes)
     run = build(config.model_copy(update={"model": trained}), load_plugins(config.plugins), engine)

@@ -10,7 +10,8 @@ from collections import namedtuple
 import pytest
 from safetensors import SafetensorError
 
-from qpipe.errors import CheckpointError, FormatError
+from qpipe import files
+from qpipe.errors import CheckpointError, ConfigError, FormatError
 from qpipe.export import compressed, folder, native
 from qpipe.export.inspect import describe
 from qpipe.export.verify import verify
@@ -78,6 +79,48 @@ def test_other_files_are_left_alone(records, tmp_path):
     with pytest.raises(FormatError, match="no qpipe export"):
         compressed.write(records["vit"], tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_files_beside_an_earlier_export_are_left_alone(records, tmp_path):
+    """The whole folder would be replaced."""
+    target = tmp_path / "out"
+    compressed.write(records["vit"], target)
+    (target / ".git").mkdir()
+    (target / ".git" / "HEAD").write_text("ref")
+    with pytest.raises(FormatError, match=r"earlier export.*beside it 1 other files, such as .git/HEAD"):
+        compressed.write(records["vit"], target)
+    assert (target / ".git" / "HEAD").read_text() == "ref"
+    shutil.rmtree(target / ".git")
+    (target / "SHA256SUMS").unlink()
+    with pytest.raises(FormatError, match="other files"):
+        compressed.write(records["vit"], target)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_a_link(records, tmp_path, there):
+    """What it points to is filled, more than once, on the disk where that lies."""
+    elsewhere, link = tmp_path / "elsewhere", tmp_path / "link"
+    if there:
+        elsewhere.mkdir()
+    link.symlink_to(elsewhere)
+    for _ in range(2):
+        compressed.write(records["vit"], link)
+        assert link.is_symlink() and (elsewhere / "qpipe.json").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"elsewhere", "link"}
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(records, tmp_path, monkeypatch):
+    def refuse(**where):
+        raise OSError(errno.EROFS, "Read-only file system", str(where["dir"]))
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ConfigError, match=r"export folder .* cannot be written: .*Read-only file system"):
+        compressed.write(records["vit"], tmp_path / "deep" / "out")
+    monkeypatch.undo()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file is a file, not a folder"):
+        folder.refuse_foreign(tmp_path / "file" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("name", ["vit", "native-vit", "llama"])

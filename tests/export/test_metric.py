@@ -9,12 +9,13 @@ from dataclasses import replace
 import export_builders as builders
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import BertTokenizerFast
 
 from qpipe.config import resolve
 from qpipe.data.loading import load_data
 from qpipe.data.metrics import accuracy
-from qpipe.export import compressed
+from qpipe.export import _fresh, compressed, metric
 from qpipe.export.verify import verify_all
 from qpipe.types import Metric, Task
 
@@ -83,3 +84,25 @@ def test_metric_is_checked(config, tmp_path):
     assert any(
         "metric: not checked: the data of the run" in line and "gone.csv" in line for line in results["gone"].lines()
     )
+
+
+def test_the_batches_are_written_in_parts(config, tmp_path, monkeypatch):
+    """So that a whole split of images is never in memory; each file holds whole batches, in their order."""
+    monkeypatch.setattr(metric, "PART", 1)
+    prepared = metric.prepare({"config": config.model_dump(mode="json"), "metrics": {"accuracy": 1.0}}, tmp_path / "b")
+    assert len(list((tmp_path / "b").iterdir())) == 4, "50 examples in batches of 16"
+    found = torch.cat([batch["labels"] for batch in _fresh.prepared(str(prepared.batches))])
+    assert found.tolist() == [i % 3 for i in range(20, 70)]
+
+
+def test_no_room_for_the_batches(config, tmp_path, monkeypatch):
+    """The other checks still count, and say why the metric is none of them."""
+
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(metric, "save_file", full)
+    prepared = metric.prepare({"config": config.model_dump(mode="json"), "metrics": {"accuracy": 1.0}}, tmp_path / "b")
+    assert prepared.batches is None and "set TMPDIR to a folder with more room" in prepared.reason
+    assert not (tmp_path / "b").exists()

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file
 
 import qpipe
-from qpipe import FormatError, SiteError
+from qpipe import ConfigError, FormatError, SiteError
 from qpipe.analysis.analyze import Request, analyze
 from qpipe.config import resolve
 from qpipe.export.inspect import sizes, stored_bytes
@@ -169,6 +170,24 @@ def test_a_model_of_an_unknown_family_says_what_to_write(tmp_path):
     plain = resolve({**config.model_dump(mode="json"), "quantization": {"rules": rules}})
     # Linear layers of two blocks; the relative embedding is none of them.
     assert len(plan_run(plain).plan.sites) == 12
+
+
+def test_images_are_prepared_as_they_were(tmp_path, monkeypatch):
+    """A finished run keeps its image processor, and one that goes on notices another."""
+    monkeypatch.setattr(EXECUTE, "verify", no_verification)
+    config = config_of("vit", tmp_path)
+    processor = hf.ViTImageProcessorPil(image_mean=[0.1] * 3, image_std=[0.5] * 3, size={"height": 16, "width": 16})
+    processor.save_pretrained(tmp_path / "processor")
+    config = config.model_copy(
+        update={"model": config.model.model_copy(update={"tokenizer": str(tmp_path / "processor")})}
+    )
+    run = qpipe.execute(config)
+    processor.image_mean = [0.5] * 3
+    processor.save_pretrained(tmp_path / "processor")
+    before, after = (r.data.collate([r.data.validation[0]])["pixel_values"] for r in (run, restore(run.out)))
+    assert torch.equal(before, after)
+    with pytest.raises(ConfigError, match=r"model.tokenizer .*processor.* has changed since the checkpoint"):
+        qpipe.execute(config, resume=True)
 
 
 def test_images_meet_the_weights_that_data_initialise(tmp_path):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import qpipe
 from qpipe import CheckpointError, ConfigError, FormatError
@@ -75,6 +76,57 @@ def test_a_folder_of_something_else_is_refused_before_anything_is_loaded(finishe
     monkeypatch.setattr(importlib.import_module("qpipe.stages.execute"), "restore", lambda _: pytest.fail("loaded"))
     with pytest.raises(FormatError, match="holds files that are no qpipe export"):
         export_run(finished.out, None, tmp_path / "mine")
+
+
+def test_a_resumed_run_does_not_replace_an_export_that_has_more_in_it(finished, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "run")
+    (out / "export" / "my_evaluation.csv").write_text("years of work")
+    config = finished.config.model_copy(update={"out": str(out)})
+    with pytest.raises(ConfigError, match=r"beside it 1 other files, such as my_evaluation.csv"):
+        qpipe.execute(config, resume=True)
+    assert (out / "export" / "my_evaluation.csv").read_text() == "years of work"
+
+
+def test_a_run_directory_whose_model_is_a_link(tmp_path, fast):
+    """To a disk with more room."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").symlink_to(tmp_path / "large")
+    config = tiny_config(tmp_path, train__max_steps=1)
+    run = qpipe.execute(config)
+    assert (run.out / "model").is_symlink() and (tmp_path / "large" / "config.json").is_file()
+
+
+def test_a_disk_that_fills_up_while_the_model_is_written(tmp_path, fast, monkeypatch):
+    def full(*words, **more):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("qpipe.stages.trained.save_file", full)
+    learned = [{"site": "{block}.*:weight", "quantizer": "lsq"}]  # whose steps are saved too
+    with pytest.raises(CheckpointError, match=r"cannot write to .*run: .* MiB are free there"):
+        qpipe.execute(tiny_config(tmp_path, train__max_steps=1, quantization__rules=learned))
+    assert not (tmp_path / "run" / ".model.tmp").exists()
+
+
+def test_what_was_measured_is_kept_where_verification_has_no_room(tmp_path, monkeypatch):
+    def full(*words, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(EXECUTE, "verify", full)
+    with pytest.raises(CheckpointError, match=r"could not be verified: .*No space left.*kept in .*results-unverified"):
+        qpipe.execute(tiny_config(tmp_path, train__max_steps=1))
+    kept = json.loads((tmp_path / "run" / "results-unverified.json").read_text())
+    assert kept["evaluation"] and not (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_licence_is_a_file(tmp_path, fast):
+    """REUSE has a folder of that name; a link may lead nowhere."""
+    config = tiny_config(tmp_path, train__max_steps=1)
+    (tmp_path / "model" / "LICENSES").mkdir()
+    (tmp_path / "model" / "LICENCE").symlink_to(tmp_path / "nowhere")
+    assert not (qpipe.execute(config).out / "export" / "LICENSE").exists()
+    (tmp_path / "model" / "license.txt").write_text("MIT")
+    again = qpipe.execute(config.model_copy(update={"out": str(tmp_path / "again")}))
+    assert (again.out / "export" / "LICENSE").read_text() == "MIT"
 
 
 def test_unknown_format_suggests_the_nearest(finished, tmp_path):

@@ -56,6 +56,29 @@ def test_a_head_for_other_labels_is_made_anew(tmp_path, assembled):
     assert assembled(config).student.config.num_labels == 2
 
 
+def test_two_labels_without_names_where_the_family_has_three(tmp_path):
+    """transformers writes no labels of BART then, and would read three of them."""
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 3}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64}
+    config = tiny_config(
+        tmp_path,
+        task="classification",
+        data__train=str(tmp_path / "numbers.csv"),
+        quantization__preset=None,
+        quantization__rules=[{"site": "*fc1:weight", "quantizer": "uniform"}],
+        train__max_steps=1,
+    )
+    (tmp_path / "numbers.csv").write_text("text,label\n" + "the movie was good,1\nthe movie was bad,0\n" * 40)
+    model = hf.BartForSequenceClassification(hf.BartConfig(vocab_size=len(VOCABULARY), **sizes, **heads, **ids))
+    model.save_pretrained(tmp_path / "model")
+    run = qpipe.execute(config)
+    assert run.results["verified"]
+    for folder in (run.out / "model", run.out / "export"):
+        assert hf.AutoConfig.from_pretrained(folder).num_labels == 2
+    assert restore(run.out).student.config.num_labels == 2
+
+
 def test_layers_that_the_checkpoint_has_not_are_named(tmp_path, assembled, warnings):
     assembled(tiny_config(tmp_path, model__config={"num_hidden_layers": 3}))
     assert any("has no weights for 16 parameters of the model itself, such as bert.encoder.layer.2." in text

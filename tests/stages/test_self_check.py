@@ -167,3 +167,58 @@ def test_a_head_that_uses_a_tied_weight_without_being_called_is_refused(tmp_path
     run = assembled(config)
     with pytest.raises(TrainingError, match="MobileBert.* computes with the weight of .*decoder without calling"):
         self_check(run)
+
+
+class Reads(Plugin):
+    """A model whose forward pass does something with the table of its embedding besides looking up rows."""
+
+    @hookimpl
+    def qpipe_load_model(self, spec, task, num_labels, strict):
+        model = Models().qpipe_load_model(spec, task, num_labels, strict)
+        words, forward = model.bert.embeddings.word_embeddings, model.forward
+
+        def reading(**inputs):
+            output = forward(**inputs)
+            output.logits = self.use(output.logits, words.weight)
+            return output
+
+        model.forward = reading
+        return model
+
+
+def in_one_tensor(parameters):
+    """Make them parts of one tensor, as DeepSpeed does."""
+    given = list(parameters)
+    whole = torch.cat([parameter.data.flatten() for parameter in given])
+    for parameter, part in zip(given, whole.split([p.numel() for p in given]), strict=True):
+        parameter.data = part.view_as(parameter)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize(
+    ("reading", "function"),
+    [
+        (lambda logits, table: logits + (logits @ table.t()[:2]).sum(-1, keepdim=True), "matmul"),
+        (lambda logits, table: logits + torch.cat([table[:2], table[:2]]).sum(), "cat"),
+        (lambda logits, table: logits.to(table.dtype) + torch.zeros_like(table).sum() * table.shape[0], None),
+    ],
+)
+def test_a_weight_that_is_also_used_outside_its_module_is_refused(
+    reading, function, flat, tmp_path, assembled, monkeypatch
+):
+    """There it would be trained in full precision, and exported quantized."""
+    monkeypatch.setattr(Reads, "use", staticmethod(reading), raising=False)
+    rules = [
+        {"site": "{embedding}:weight", "quantizer": "uniform"},
+        {"site": "{block}.*:weight", "quantizer": "uniform"},
+    ]
+    config = tiny_config(tmp_path, quantization__preset=None, quantization__rules=rules)
+    run = assembled(config, Reads())
+    if flat:
+        in_one_tensor(run.student.parameters())
+    if function is None:
+        self_check(run)
+        return
+    message = f"computes with the weight of bert.embeddings.word_embeddings outside that module too .in {function}"
+    with pytest.raises(TrainingError, match=message):
+        self_check(run)

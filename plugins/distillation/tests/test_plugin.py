@@ -254,7 +254,9 @@ def test_a_student_that_starts_from_other_layers_than_it_would_learn_from(tmp_pa
     changes = {"model__name": str(tmp_path / "deep"), "teacher__name": str(tmp_path / "other"), "train__max_steps": 1}
     options = {"hidden": "mse", "logits": "mse"}
     config = tiny_config(tmp_path, {"distillation": options}, model__keep_layers=[0, 2], **changes)
-    with pytest.raises(ModelError, match=r"from layers \[1, 3\] of its model, .* set distillation.layer_map: \[1, 3\], or \[2, 4\]"):
+    with pytest.raises(
+        ModelError, match=r"from layers \[1, 3\] of its model, .* set distillation.layer_map: \[1, 3\], or \[2, 4\]"
+    ):
         qpipe.execute(config)
     with pytest.raises(ModelError, match=r"from layers \[4, 2\] .* set distillation.layer_map: \[2, 4\], if these are"):
         qpipe.execute(tiny_config(tmp_path, {"distillation": options}, model__keep_layers=[3, 1], **changes))

@@ -112,8 +112,8 @@ def require_compatible(run: Run, kinds: frozenset[Kind], norm: bool) -> None:
     lacking = [site for site in inputs if site not in run.instruments.sites]
     if kinds and lacking:
         raise ModelError(
-            f"{name} has no site {lacking[0]}, where teacher intervention stops gradients, as its projections are parts "
-            "made of several modules; leave teacher intervention out, or distil with the plugin distillation"
+            f"{name} has no site {lacking[0]}, where teacher intervention stops gradients, as its projections are "
+            "parts made of several modules; leave teacher intervention out, or distil with the plugin distillation"
         )
     for found, model in ((run.instruments, run.student), (run.teacher_instruments, run.teacher)):
         if norm and (found is None or len(found.map.sites.get("ffn_input", ())) != len(found.map.attention)):
