@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, get_args
 
@@ -10,17 +12,18 @@ from pydantic import BaseModel, ValidationError
 
 from qpipe.discovery import installed
 from qpipe.errors import suggest
+from qpipe.problems import Problem, found
 
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
     """One line per problem: which key, what was given, what is allowed."""
-    return "; ".join(_line(problem, model) for problem in error.errors())
+    return "; ".join(_line(problem, model) for problem in found(error, model))
 
 
-def _line(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
-    place, given = problem["loc"], problem.get("input")
+def _line(problem: Problem, model: type[BaseModel]) -> str:
+    place, given = problem.place, problem.given
     key = ".".join(str(part) for part in place)
-    match problem["type"]:
+    match problem.kind:
         case "extra_forbidden":
             return f"{key} is not an option{_hint(place, model, given)}"
         case "missing":
@@ -30,13 +33,21 @@ def _line(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
             if given is None:
                 return f"{key} is empty; give it keys, or leave it out"
             section = _section_at(model, place)
-            return f"{key} is a section; in place of {given!r} write {{{_first(section)}: {given}}}"
+            return f"{key} is a section; in place of {given!r} write {{{_first(section)}: {_yaml(given)}}}"
         case "tuple_type" if (section := _section_at(model, place[:-1])) and place[-1] in section.model_fields:
-            return f"{key} is a list; in place of {given!r} write [{given}]"
+            if given is None:
+                return f"{key} is empty; give it a list, or leave it out"
+            return f"{key} is a list; in place of {given!r} write [{_yaml(given)}]"
         case "value_error":  # raised by a check of several keys, whose message names them
-            text = str(problem["msg"]).removeprefix("Value error, ")
+            text = problem.message.removeprefix("Value error, ")
             return f"{key}: {text}" if key else text
-    return f"{key} = {given!r}: {problem['msg']}"
+    return f"{key} = {given!r}: {problem.message}"
+
+
+def _yaml(value: Any) -> str:
+    """A value as it can be written within a list or a mapping on one line: patterns need quotes there."""
+    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w./-]*", value)
+    return value if plain else json.dumps(value, default=str, ensure_ascii=False)
 
 
 def _hint(place: Sequence[str | int], model: type[BaseModel], given: Any) -> str:
@@ -45,7 +56,7 @@ def _hint(place: Sequence[str | int], model: type[BaseModel], given: Any) -> str
     if "plugins" in fields and name in installed():
         return f", but a plugin that is installed: add --plugins {name}"
     if {"options", "quantizer"} <= set(fields) and not get_close_matches(name, fields, 1, 0.7):  # not a slip of the pen
-        return f"; options of a quantizer go into `options`: write options: {{{name}: {given}}}"
+        return f"; options of a quantizer go into `options`: write options: {{{name}: {_yaml(given)}}}"
     return suggest(name, fields) or f"; allowed: {', '.join(fields) or 'no options'}"
 
 

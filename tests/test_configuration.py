@@ -1,9 +1,12 @@
 """What a configuration file may not say, found while it is read."""
 
 import pytest
+from pydantic import ValidationError
 
+from qpipe import LossWeight, Options
 from qpipe.config import read_yaml, resolve
 from qpipe.errors import ConfigError
+from qpipe.validation import describe
 
 
 @pytest.mark.parametrize(
@@ -37,6 +40,17 @@ def test_a_merged_mapping_may_be_overridden():
         ({"seed": -1}, "seed"),
         ({"data": {"labels": 5}}, r"data.labels is a list; in place of 5 write \[5\]"),
         ({"data": {"text_columns": "review"}}, r"data.text_columns is a list; in place of 'review' write \[review\]"),
+        ({"data": {"text_columns": "*.q"}}, r"in place of '\*.q' write \[\"\*.q\"\]"),  # else an alias of YAML
+        ({"data": {"text_columns": "{x}"}}, r"write \[\"\{x\}\"\]"),  # else a mapping
+        ({"train": {"trackers": None}}, "train.trackers is empty; give it a list, or leave it out"),
+        ({"plugins": {"kure": False}}, r"plugins.kure = False is no mapping.* leave kure out .* write kure: \{\}"),
+        ({"plugins": {"kure": []}}, r"plugins.kure = \[\] is no mapping"),
+        ({"model": {"name": "m", "keep_layers": [-1]}}, "model.keep_layers.0 = -1: Input should be greater than or"),
+        (
+            {"model": {"name": "m", "keep_layers": "odd"}},
+            "model.keep_layers = 'odd': allowed: 'every-other', or a list",
+        ),
+        ({"data": {"labels": [1.5]}}, "data.labels.0 = 1.5: allowed: string, or integer"),
         ({"model": "org/bert"}, r"model is a section; in place of 'org/bert' write \{name: org/bert\}"),
         ({"quantization": "w4a8"}, r"in place of 'w4a8' write \{preset: w4a8\}"),
         ({"data": None}, "data is empty; give it keys, or leave it out"),
@@ -61,6 +75,51 @@ def test_values(source, message):
         resolve({"model": {"name": "m"}, **source})
 
 
+class Weighted(Options):
+    """As options of plugins have them."""
+
+    loss: LossWeight = 1.0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (-1, "loss = -1: Input should be greater than or equal to 0"),
+        ("x", "loss = 'x': allowed: number, or a section"),
+        (
+            {"schedule": "linear", "initial": 1, "final": 0, "start": 0.5, "stop": 0.2},
+            "loss: start 0.5 must come before",
+        ),
+        (
+            {"schedule": "linear", "initial": 1, "final": 0, "strt": 0.5},
+            "loss.strt is not an option; did you mean 'start'",
+        ),
+        ({"schedule": "linear", "initial": "a", "final": 0}, "loss.initial = 'a': Input should be a valid number"),
+    ],
+)
+def test_a_value_of_several_forms_is_told_what_is_wrong_with_the_one_that_was_meant(given, message):
+    with pytest.raises(ValidationError) as caught:
+        Weighted(loss=given)
+    text = describe(caught.value, Weighted)
+    assert text.startswith(message) and "constrained" not in text and ";" not in text.replace("; did", "")
+
+
+def test_plugins_that_are_named_without_options():
+    assert resolve({"model": {"name": "m"}, "plugins": {"kure": None}}).plugins == {"kure": {}}
+    assert resolve({"model": {"name": "m"}, "plugins": {"kure": {}}}, ["plugins=null"]).plugins == {}
+
+
+def test_files_that_are_no_text_in_utf8(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes("task: caf\xe9".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin.yaml cannot be read as text in UTF-8"):
+        resolve(tmp_path / "latin.yaml")
+    plan = {"model": {"name": "m"}, "quantization": {"plan": str(tmp_path / "plan.yaml")}}
+    for rules in ("5", "{site: x}"):
+        (tmp_path / "plan.yaml").write_text(f"quantization: {{rules: {rules}}}")
+        with pytest.raises(ConfigError, match=r"plan.yaml: quantization.rules is a list of rules"):
+            resolve(plan)
+
+
 def test_a_configuration_needs_a_model():
     with pytest.raises(ConfigError, match=r"model is missing; write model: \{name: ...\}"):
         resolve({"task": "sst2"})
@@ -73,10 +132,14 @@ def test_a_configuration_needs_a_model():
         ("seed.x=1", "seed is a value, not a section"),
         ("quantization.rules.3.site=a", "'3' is no index of a list of 1"),
         ("quantization.rules.x.site=a", "'x' is no index of a list"),
+        ("data.text_columns.0.x=1", "data.text_columns.0 is a value, not a section"),
+        ("data.keep_labels.0.x=1", "data.keep_labels.0 is a value, not a section"),
+        ("plugins.kure=false", "plugins.kure = False is no mapping of options"),
     ],
 )
 def test_overrides(override, message):
     source = {"model": {"name": "m"}, "seed": 1, "quantization": {"rules": [{"site": "a"}]}}
+    source |= {"data": {"text_columns": ["a"], "keep_labels": [None]}}
     with pytest.raises(ConfigError, match=f"(?i){message}"):
         resolve(source, [override])
 

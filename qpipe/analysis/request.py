@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
@@ -80,19 +80,9 @@ class Request:
             raise ConfigError(
                 f"a landscape has an odd number of points, 3 or more, to meet the model; not {self.points}"
             )
-        for key in ("layer_map", "teacher", "text"):
-            self._check_used(key)
+        require_used(self.parts, [key for key in ("layer_map", "teacher", "text") if getattr(self, key) is not None])
         if self.layer_map is not None:
             self._check_map(self.layer_map)
-
-    def _check_used(self, key: str) -> None:
-        using = [part for part, settings in SETTINGS.items() if key in settings]
-        if getattr(self, key) is not None and not set(self.parts).intersection(using):
-            option = f"--{key.replace('_', '-')}"
-            raise ConfigError(
-                f"{option} is for {' and '.join(using)}, not for {', '.join(self.parts)}: add --parts {using[0]}, or "
-                f"leave {option} out"
-            )
 
     def _check_map(self, layers: Sequence[int]) -> None:
         if any(below >= above for below, above in pairwise(layers)):
@@ -114,3 +104,24 @@ class Request:
             "examples" if key == "few" else key: list(value) if isinstance(value, tuple) else value
             for key, value in found.items()
         }
+
+
+def require_used(parts: Sequence[str], keys: Iterable[str]) -> None:
+    """Refuse settings that none of the parts uses.
+
+    Args:
+        parts: any of `SETTINGS`.
+        keys: names of settings that were given.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for key in keys:
+        names = {key, "few"} if key == "examples" else {key}
+        using = [part for part, settings in SETTINGS.items() if names.intersection(settings)]
+        if not set(parts).intersection(using):
+            option = f"--{key.replace('_', '-')}"
+            raise ConfigError(
+                f"{option} is for {' and '.join(using)}, not for {', '.join(parts)}: add --parts {using[0]}, or "
+                f"leave {option} out"
+            )

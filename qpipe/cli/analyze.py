@@ -36,8 +36,10 @@ Parts = Annotated[
     ),
 ]
 By = Annotated[
-    Literal["role", "kind", "block", "site"],
-    typer.Option(help="Groups of the ablation: sites of a role, a name with any block, a block, or each."),
+    Literal["role", "kind", "block", "site"] | None,
+    typer.Option(
+        help="Groups of the ablation: sites of a role, a name with any block, a block, or each.", show_default="role"
+    ),
 ]
 Sites = Annotated[
     list[str] | None,
@@ -55,7 +57,9 @@ Examples = Annotated[
         help="Examples that ablation and layers (default: all), hessian and landscape (default: 256) evaluate.",
     ),
 ]
-Sequences = Annotated[int, typer.Option(min=1, help="Validation examples whose activations are looked at.")]
+Sequences = Annotated[
+    int | None, typer.Option(min=1, help="Validation examples whose activations are looked at.", show_default="10")
+]
 Suggest = Annotated[
     Path | None, typer.Option(help="Write a plan with more bits for the groups that hurt, chosen by the ablation.")
 ]
@@ -82,16 +86,30 @@ LayerMap = Annotated[
     ),
 ]
 Text = Annotated[str | None, typer.Option(help="Sentence whose attention maps ranking shows. Default: an example.")]
-Eigenvalues = Annotated[int, typer.Option(min=1, help="Eigenvalues of the Hessian of each batch.")]
+Eigenvalues = Annotated[
+    int | None, typer.Option(min=1, help="Eigenvalues of the Hessian of each batch.", show_default="3")
+]
 NormWeight = Annotated[
-    float,
-    typer.Option(min=0, help="Factor of the sum of norms in the Hessian's loss; 0.01 in public code."),
+    float | None,
+    typer.Option(
+        min=0, help="Factor of the sum of norms in the Hessian's loss; 0.01 in public code.", show_default="0"
+    ),
 ]
-Points = Annotated[int, typer.Option(min=3, help="Points of the landscape along each direction; odd.")]
+Points = Annotated[
+    int | None, typer.Option(min=3, help="Points of the landscape along each direction; odd.", show_default="11")
+]
 Filters = Annotated[
-    Literal["rows", "columns"], typer.Option(help="What of each weight the landscape's directions are scaled to.")
+    Literal["rows", "columns"] | None,
+    typer.Option(help="What of each weight the landscape's directions are scaled to.", show_default="rows"),
 ]
-Out = Annotated[Path, typer.Option(help="Where results about a model go; those about a run go into it.")]
+DEFAULT_OUT = "runs/analysis"
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where results about a model go; those about a run go into it. Default: `out` of CONFIG or of --set, "
+        f"else {DEFAULT_OUT}."
+    ),
+]
 
 
 def analyze(
@@ -99,21 +117,21 @@ def analyze(
     plugins: PluginsOption = "",
     set_: SetOption = None,
     parts: Parts = None,
-    by: By = "role",
+    by: By = None,
     sites: Sites = None,
     examples: Examples = None,
-    sequences: Sequences = 10,
+    sequences: Sequences = None,
     suggest: Suggest = None,
     within: Within = None,
     bits: Bits = None,
     teacher: Teacher = None,
     layer_map: LayerMap = None,
     text: Text = None,
-    eigenvalues: Eigenvalues = 3,
-    norm_weight: NormWeight = 0.0,
-    points: Points = 11,
-    filters: Filters = "rows",
-    out: Out = Path("runs/analysis"),
+    eigenvalues: Eigenvalues = None,
+    norm_weight: NormWeight = None,
+    points: Points = None,
+    filters: Filters = None,
+    out: Out = None,
     again: Annotated[bool, typer.Option("--again", help="Measure anew what was measured before.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -126,19 +144,25 @@ def analyze(
     for `qpipe report`; goes on where it was interrupted.
     """
     _check_suggest(suggest, within, bits, sources)
-    wanted = split_names(parts or (COMPARED if len(sources) > 1 and _is_run(sources[1]) else ALL))
+    wanted = split_names(parts or (COMPARED if len(sources) > 1 and _is_run(sources[1]) else ALL), "--parts")
     inputs = _inputs(sources, set_ or [], split_names(plugins), out)
     from qpipe.launching.worker import quiet_libraries
 
     quiet_libraries()
     from qpipe.analysis.analyze import Request, analyze_runs
     from qpipe.analysis.load import check, source_of
+    from qpipe.analysis.request import require_used
 
-    allowed = (WITHIN if within is None else within) if suggest is not None else None
-    request = Request(
-        tuple(wanted), by, tuple(sites or ()), examples, sequences, allowed, bits or BITS, teacher, text, eigenvalues,
-        norm_weight, points, filters, _layers(layer_map),
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "by": by, "sites": tuple(sites or ()), "examples": examples, "sequences": sequences, "teacher": teacher,
+        "text": text, "eigenvalues": eigenvalues, "norm_weight": norm_weight, "points": points, "filters": filters,
+        "layer_map": _layers(layer_map),
+    }  # fmt: skip
+    given = {key: value for key, value in options.items() if value not in (None, ())}
+    if suggest is not None:
+        given |= {"within": WITHIN if within is None else within, "bits": bits or BITS}
+    request = Request(tuple(wanted), **given)
+    require_used(request.parts, given)
     check(inputs, request)
     found = analyze_runs(list(map(source_of, inputs)), request, again, lambda line: typer.echo(line, err=True), _track)
     if suggest is not None:
@@ -155,6 +179,10 @@ def analyze(
 
 
 def _check_suggest(suggest: Path | None, within: float | None, bits: int | None, sources: list[str]) -> None:
+    from qpipe.files import require_writable
+
+    if suggest is not None:
+        require_writable(suggest, "--suggest")
     if suggest is not None and len(sources) > 1 and _is_run(sources[1]):
         raise typer.BadParameter("--suggest makes a plan for one run; name one")
     if suggest is None and (within is not None or bits is not None):
@@ -189,7 +217,7 @@ def _is_run(source: str) -> bool:
     return (Path(source) / CONFIG_NAME).is_file()
 
 
-def _inputs(sources: list[str], overrides: list[str], plugins: list[str], out: Path) -> list[Path | RunConfig]:
+def _inputs(sources: list[str], overrides: list[str], plugins: list[str], out: Path | None) -> list[Path | RunConfig]:
     from qpipe.errors import ConfigError
     from qpipe.launching import prepare
     from qpipe.launching.quantize import configuration
@@ -201,7 +229,7 @@ def _inputs(sources: list[str], overrides: list[str], plugins: list[str], out: P
                 f"{first} is no run directory: name runs only, or one model and at most a configuration file; "
                 f"`qpipe quantize {first}` makes a run of a model"
             )
-        resolved = configuration(first, Path(rest[0]) if rest else None, overrides, plugins, out)
+        resolved = configuration(first, Path(rest[0]) if rest else None, overrides, plugins, out, DEFAULT_OUT)
         prepare.check(resolved)
         return [resolved]
     other = next((source for source in rest if not _is_run(source)), None)

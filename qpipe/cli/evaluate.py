@@ -63,7 +63,7 @@ def evaluate(
         raise typer.BadParameter(
             "--bits, --ratios, --figure, --sites, --activations and --open-ended belong to --variants"
         )
-    kinds = split_names(variants)
+    kinds = split_names(variants, "--variants")
     for option, value, kind in (("--bits", bits, "bits"), ("--ratios", ratios, "step")):
         if sweep is not None and value is not None and kind not in kinds:
             raise typer.BadParameter(f"{option} belongs to the variant `{kind}`")
@@ -102,12 +102,14 @@ def _plain(runs: list[Path], as_json: bool) -> None:
 
 
 def _variants(runs: list[Path], sweep: Sweep, figure: Path, as_json: bool) -> None:
+    from qpipe.files import require_writable
     from qpipe.report.curves import label, require_format, save_curves
     from qpipe.report.inputs import VariantPoint, Variants
     from qpipe.report.robustness import table
     from qpipe.stages.sweep import check_sweep, sweep_run
 
     require_format(figure)
+    require_writable(figure, "--figure")
     for run in runs[1:]:  # each is loaded once more; the first is checked when it is loaded to be evaluated
         check_sweep(run, sweep)
     found: dict[str, Any] = {}
@@ -138,7 +140,7 @@ def _sweep(
 ) -> Sweep:
     from qpipe.stages.sweep import Sweep
 
-    kinds, widths, steps = tuple(split_names(variants)), parse_bits(bits), parse_ratios(ratios)
+    kinds, widths, steps = tuple(split_names(variants, "--variants")), parse_bits(bits), parse_ratios(ratios)
     return Sweep(kinds, widths, steps, tuple(sites or ()), activations, open_ended)
 
 

@@ -11,7 +11,10 @@ ConfigArgument = Annotated[
     Path | None,
     typer.Argument(metavar="CONFIG", help="YAML configuration. Default: the built-in recipe.", show_default=False),
 ]
-PluginsOption = Annotated[str, typer.Option("--plugins", "-p", help="Plugins by name, with commas, in calling order.")]
+PluginsOption = Annotated[
+    str,
+    typer.Option("--plugins", "-p", help="Plugins by name, with commas, in calling order, after those of CONFIG."),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a configuration key; can be repeated."),
@@ -20,8 +23,12 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def split_names(text: str) -> list[str]:
+def split_names(text: str, option: str = "--plugins") -> list[str]:
     """`"a, b"` as `["a", "b"]`.
+
+    Args:
+        text: names with commas.
+        option: that they were given to.
 
     Raises:
         BadParameter: a name is given twice.
@@ -29,5 +36,5 @@ def split_names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise typer.BadParameter(f"--plugins names {twice!r} twice")
+        raise typer.BadParameter(f"{option} names {twice!r} twice")
     return names

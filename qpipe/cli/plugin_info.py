@@ -79,11 +79,23 @@ def describe(info: PluginInfo) -> dict[str, Any]:
         "distribution": info.distribution,
         "version": info.version,
         "target": info.target,
-        "summary": (inspect.getdoc(factory) or "").partition("\n\n")[0].replace("\n", " "),
+        "summary": inspect.cleandoc(factory.__doc__ or "").partition("\n\n")[0].replace("\n", " "),
         "hooks": [hook for hook in HOOKS if hasattr(cls, hook)],
         "needs_teacher": bool(cls and cls.needs_teacher),
+        "quantizers": quantizers(info, factory),
         "options": options_model(info, factory).model_json_schema(),
     }
+
+
+def quantizers(info: PluginInfo, factory: Any) -> list[tuple[str, str, str]]:
+    """Name, slots and summary of each quantizer that a plugin offers; none where its options are required."""
+    model = options_model(info, factory)
+    if any(field.is_required() for field in model.model_fields.values()):
+        return []
+    host = Host()
+    host.register(info.name, factory(model()), info.version)
+    kinds = [kind for _, call in host.implementations("qpipe_quantizers") for kind in call() or ()]
+    return [(kind.name, ", ".join(sorted(kind.slots)), kind.summary) for kind in kinds]
 
 
 def check(info: PluginInfo) -> list[str]:

@@ -43,17 +43,21 @@ def show(name: Annotated[str, typer.Argument(help="Plugin name.")], as_json: Jso
     typer.echo("hooks: " + (", ".join(description["hooks"]) or "none"))
     if description["needs_teacher"]:
         typer.echo("needs a teacher")
-    rows = [_option_row(name, key, value) for key, value in description["options"].get("properties", {}).items()]
+    if description["quantizers"]:
+        print_table(("quantizer", "at", "what it does"), description["quantizers"])
+    schema = description["options"]
+    required = schema.get("required", ())
+    rows = [_option_row(name, key, value, key in required) for key, value in schema.get("properties", {}).items()]
     if rows:
         print_table(("option", "type", "default", "description"), rows)
     else:
         typer.echo("no options")
 
 
-def _option_row(plugin: str, key: str, schema: dict[str, Any]) -> tuple[str, str, str, str]:
+def _option_row(plugin: str, key: str, schema: dict[str, Any], required: bool) -> tuple[str, str, str, str]:
     import json
 
-    default = json.dumps(schema["default"]) if "default" in schema else "required"
+    default = "required" if required else json.dumps(schema["default"]) if "default" in schema else "made anew"
     return f"{plugin}.{key}", _type(schema), default, schema.get("description", "")
 
 
@@ -96,7 +100,9 @@ def new(
 ) -> None:
     """Write a working plugin to start from: package, test and README."""
     from qpipe.cli.scaffold import render
+    from qpipe.files import require_writable_folder
 
+    require_writable_folder(directory, "--dir")
     folder = render(name, directory)
     typer.echo(f"wrote {folder}")
     typer.echo(f"next:  pip install -e {folder} && pytest {folder} && qpipe launch --plugins {name}")

@@ -10,7 +10,7 @@ from typing import Any
 from qpipe.config import resolve
 from qpipe.errors import ConfigError
 from qpipe.launching import failures
-from qpipe.rundir import CHECKPOINTS_NAME, CONFIG_NAME
+from qpipe.rundir import CHECKPOINTS_NAME, CONFIG_NAME, RESULTS_NAME
 
 
 def summarize(out: Path) -> dict[str, dict[str, Any]]:
@@ -96,4 +96,8 @@ def _readable(key: str, value: Any) -> Any:
 
 def _failure(out: Path) -> dict[str, Any]:
     failure = failures.first(out)
+    results = out / RESULTS_NAME
+    # A later start that was no launch, which removes these, may have come to its end.
+    if failure and results.is_file() and results.stat().st_mtime > failure.time:
+        return {}
     return {"rank": failure.rank, "error": failure.type, "message": failure.message} if failure else {}

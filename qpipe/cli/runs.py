@@ -51,8 +51,11 @@ def report(
     out: Annotated[Path | None, typer.Option(help="File to write. Default: RUN/report.html.")] = None,
 ) -> None:
     """Print the result of a run, and write a self-contained HTML report of it."""
+    from qpipe.files import require_writable
     from qpipe.report import results_table, write_report
 
+    if out is not None:
+        require_writable(out, "--out")
     path = write_report(run, out)
     if (run / "results.json").is_file():
         console().print(results_table(run))

@@ -34,9 +34,12 @@ class Request:
 
 def inspect_sensitivity(request: Request, plugins: Sequence[str], overrides: Sequence[str], as_json: bool) -> None:
     """Measure, choose where there is a budget, print, and write the plan where it is asked for."""
+    from qpipe.files import require_writable
     from qpipe.launching.worker import quiet_libraries
 
     widths = parse_bits(request.bits)
+    if request.out is not None:
+        require_writable(request.out, "--out")
     quiet_libraries()
     from qpipe.config import resolve
     from qpipe.stages.budget import parse_budget, require_possible

@@ -15,7 +15,7 @@ from qpipe.config.sections import (
     TeacherConfig,
     TrainConfig,
 )
-from qpipe.config.yaml_text import read_yaml, yaml_text
+from qpipe.config.yaml_text import read_yaml, read_yaml_file, yaml_text
 
 __all__ = [
     "INDIFFERENT",
@@ -33,6 +33,7 @@ __all__ = [
     "default_recipe",
     "dump",
     "read_yaml",
+    "read_yaml_file",
     "resolve",
     "yaml_text",
 ]

@@ -22,7 +22,7 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
         if not equals or not path:
             raise ConfigError(f"--set {override!r}: write key=value, such as train.learning_rate=1e-4")
         keys = path.strip().split(".")
-        if keys[0] not in RunConfig.model_fields and keys[0] in result.get("plugins", {}):
+        if keys[0] not in RunConfig.model_fields and keys[0] in (result.get("plugins") or {}):
             keys = ["plugins", *keys]
         _set(result, keys, parse_value(text), override)
     return result
@@ -38,10 +38,10 @@ def _set(target: Any, keys: list[str], value: Any, override: str) -> None:
     for position, key in enumerate(keys[:-1]):
         if isinstance(target, list):
             target = _item(target, key, override)
-            continue
-        if target.get(key) is None:
-            target[key] = {}
-        target = target[key]
+        else:
+            if target.get(key) is None:
+                target[key] = {}
+            target = target[key]
         if not isinstance(target, dict | list):
             raise ConfigError(f"--set {override!r}: {'.'.join(keys[: position + 1])} is a value, not a section")
     if isinstance(target, list):

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from qpipe.config.overrides import apply_overrides
 from qpipe.config.sections import RunConfig
-from qpipe.config.yaml_text import read_yaml, yaml_text
+from qpipe.config.yaml_text import read_yaml, read_yaml_file, yaml_text
 from qpipe.errors import ConfigError
 from qpipe.validation import describe
 
@@ -39,12 +39,12 @@ def resolve(
         path = Path(source)
         if not path.is_file():
             raise ConfigError(f"configuration {str(path)!r} does not exist; give a YAML file, or none for the default")
-        data = read_yaml(path.read_text(), str(path))
+        data = read_yaml_file(path)
     data["plugins"] = {**_plugins(data.get("plugins"))}
     for name in plugins:
         data["plugins"].setdefault(name, {})
-    data["plugins"] = {k: v or {} for k, v in data["plugins"].items()}
     data = with_plan(apply_overrides(data, overrides))
+    data["plugins"] = _plugins(data["plugins"])
     try:
         return RunConfig(**data)
     except ValidationError as error:
@@ -52,13 +52,20 @@ def resolve(
 
 
 def _plugins(section: Any) -> Mapping[str, Any]:
-    """The section `plugins` as a mapping.
+    """The section `plugins` as a mapping from names to options.
 
     Raises:
-        ConfigError: it is none, such as a list of names.
+        ConfigError: it is none, such as a list of names, or options are something else.
     """
     if section is None or isinstance(section, Mapping):
-        return section or {}
+        found = {name: {} if options is None else options for name, options in (section or {}).items()}
+        wrong = next((name for name, options in found.items() if not isinstance(options, Mapping)), None)
+        if wrong is not None:
+            raise ConfigError(
+                f"configuration: plugins.{wrong} = {found[wrong]!r} is no mapping of options: leave {wrong} out to do "
+                f"without it, or write {wrong}: {{}} for its defaults"
+            )
+        return found
     names = section if isinstance(section, list | tuple) else str(section).split(",")
     written = ", ".join(f"{name}: {{}}" for name in names)
     raise ConfigError(f"configuration: plugins maps names to options; in place of {section!r} write {{{written}}}")
@@ -78,11 +85,15 @@ def with_plan(data: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"quantization.plan {str(path)!r} does not exist; `qpipe inspect sensitivity --out` writes one"
         )
-    found = read_yaml(path.read_text(), str(path))
+    found = read_yaml_file(path)
     inner = found.get("quantization")
     if list(found) != ["quantization"] or not isinstance(inner, dict) or list(inner) != ["rules"]:
         raise ConfigError(f"{path} must hold `quantization: {{rules: [...]}}` and nothing else")
-    rules = [*(section.get("rules") or ()), *(inner["rules"] or ())]
+    more, own = inner["rules"] or (), section.get("rules") or ()
+    for where, given in ((str(path), more), ("configuration", own)):
+        if not isinstance(given, list | tuple):
+            raise ConfigError(f"{where}: quantization.rules is a list of rules, such as [{{site: ...}}], not {given!r}")
+    rules = [*own, *more]
     return {**data, "quantization": {**section, "rules": rules, "plan": None}}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -68,6 +69,19 @@ def read_yaml(text: str, source: str) -> dict[str, Any]:
             f"{source}: key {odd!r} is no text; YAML reads on, off, yes, no and numbers so: put it in quotes"
         )
     return value
+
+
+def read_yaml_file(path: Path) -> dict[str, Any]:
+    """Parse a YAML file in UTF-8.
+
+    Raises:
+        ConfigError: it cannot be read, is not YAML, or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as text in UTF-8: {error}") from error
+    return read_yaml(text, str(path))
 
 
 def parse_value(text: str) -> Any:

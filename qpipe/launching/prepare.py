@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qpipe import rundir
 from qpipe.config import RunConfig, default_recipe, dump, resolve
+from qpipe.config.overrides import apply_overrides
 from qpipe.errors import ConfigError
 from qpipe.launching.topology import Topology
 from qpipe.quant.presets import preset_rules
@@ -34,7 +35,8 @@ def configuration(
     if not resume:
         config = resolve(source, overrides, plugins)
         return (_with_out(config, out) if out is not None else config), None
-    directory = out or Path(resolve(source, overrides, plugins).out if source else str(default_recipe().get("out", "")))
+    named = resolve(source, overrides, plugins).out if source else apply_overrides(default_recipe(), overrides)["out"]
+    directory = out or Path(str(named))
     saved = _saved_path(directory, node_rank)
     if source is None and saved is None:
         raise ConfigError(

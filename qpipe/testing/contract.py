@@ -70,7 +70,7 @@ def check_plugin(
     info = find_plugin(plugin, name)
     given = dict(options or {})
     check_loads(plugin, info, given)
-    check_quantizers(info, given)
+    check_quantizers(info, given, changes.get("quantization__rules", ()))
     with tempfile.TemporaryDirectory(prefix="qpipe-contract-") as scratch:
         folder = Path(scratch)
         config = config_for(folder, info, given, changes)
@@ -117,17 +117,30 @@ def check_loads(plugin: Any, info: PluginInfo, options: Mapping[str, Any]) -> No
     load_plugins({info.name: options}, {info.name: info})
 
 
-def check_quantizers(info: PluginInfo, options: Mapping[str, Any]) -> None:
-    """Every weight quantizer it offers keeps the quantizer contract."""
+def check_quantizers(info: PluginInfo, options: Mapping[str, Any], rules: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Every weight quantizer it offers keeps the quantizer contract, with its default options.
+
+    One that has none takes those of the first rule that names it.
+    """
     host = load_plugins({info.name: options}, {info.name: info})
     for plugin, call in host.implementations("qpipe_quantizers"):
-        for kind in call() if plugin == info.name else ():
+        for kind in (call() or ()) if plugin == info.name else ():
             if "weight" in kind.slots:
-                check_quantizer(partial(_with_defaults, kind))
+                check_quantizer(partial(_build, kind, _options_of(kind, rules)))
 
 
-def _with_defaults(kind: QuantizerKind) -> Quantizer:
-    return kind.build(kind.options())
+def _options_of(kind: QuantizerKind, rules: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    required = [key for key, field in kind.options.model_fields.items() if field.is_required()]
+    found = next((rule.get("options", {}) for rule in rules if rule.get("quantizer") == kind.name), None)
+    assert not required or found is not None, (
+        f"quantizer {kind.name!r} needs options ({', '.join(required)}): call check_plugin with quantization__rules, "
+        "one of them for it"
+    )
+    return found or {} if required else {}
+
+
+def _build(kind: QuantizerKind, options: Mapping[str, Any]) -> Quantizer:
+    return kind.build(kind.options(**options))
 
 
 def offers(info: PluginInfo, options: Mapping[str, Any]) -> dict[str, set[str]]:
@@ -135,7 +148,7 @@ def offers(info: PluginInfo, options: Mapping[str, Any]) -> dict[str, set[str]]:
     host = load_plugins({info.name: options}, {info.name: info})
     return {
         hook: {item.name for name, call in host.implementations(hook) if name == info.name for item in call() or ()}
-        for hook in ("qpipe_quantizers", "qpipe_exporters", "qpipe_tasks")
+        for hook in ("qpipe_quantizers", "qpipe_exporters", "qpipe_tasks", "qpipe_range_estimators")
     }
 
 
@@ -185,7 +198,7 @@ def check_absent(folder: Path, plugin: Any, offered: Mapping[str, set[str]], cha
         del possible["export__format"]
     if "quantization__rules" in possible:
         rules = [dict(rule) for rule in possible["quantization__rules"]]
-        possible["quantization__rules"] = [r for r in rules if r.get("quantizer") not in offered["qpipe_quantizers"]]
+        possible["quantization__rules"] = [rule for rule in rules if not _needs(rule, offered)]
     config = tiny_config(folder, {}, **possible)
     here = config.model_copy(update={"out": str(folder / "imported")})
     qpipe.execute(here)
@@ -193,6 +206,12 @@ def check_absent(folder: Path, plugin: Any, offered: Mapping[str, set[str]], cha
     package = plugin.__module__.partition(".")[0]
     fresh = call_apart("qpipe.testing.contract:weights_without", [{}], 600, {"config": there, "package": package})
     assert fresh == weights_hash(folder / "imported"), "importing the plugin changes other runs"
+
+
+def _needs(rule: Mapping[str, Any], offered: Mapping[str, set[str]]) -> bool:
+    """Whether a rule names a quantizer or a range estimator that is offered."""
+    named = {value for value in (rule.get("options") or {}).values() if isinstance(value, str)}
+    return rule.get("quantizer") in offered["qpipe_quantizers"] or bool(named & offered["qpipe_range_estimators"])
 
 
 def check_zero3(folder: Path, config: RunConfig) -> None:

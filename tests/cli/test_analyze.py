@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 import qpipe
 from qpipe.cli import app
-from qpipe.cli.analyze import _outcome, _print_sites
+from qpipe.cli.analyze import _inputs, _outcome, _print_sites
 from qpipe.config import resolve
 from qpipe.report.convergence import read_runs
 from qpipe.stages.trained import restore
@@ -183,9 +184,8 @@ def test_parts_measured_later_leave_the_comparison_of_others(finished, tmp_path)
     runs = [tmp_path / name for name in ("plain", "distilled", "taught")]
     for copy in runs:
         shutil.copytree(finished, copy, ignore=shutil.ignore_patterns("analysis", "export"))
-    words = ("--teacher", finished.parent / "teacher", "--sequences", "1", "--examples", "2")
-    for chosen, parts in ((runs, "curves,layers"), (runs[1:], "ranking")):
-        done = call(*chosen, *words, "--parts", parts)
+    for chosen, parts, option in ((runs, "curves,layers", "--examples"), (runs[1:], "ranking", "--sequences")):
+        done = call(*chosen, "--teacher", finished.parent / "teacher", option, "2", "--parts", parts)
         assert done.exit_code == 0, done.output
     shown, left_out = read_runs(runs[1])
     assert {name: set(found) for name, found in shown.items()} == {
@@ -208,11 +208,27 @@ def test_parts_measured_later_leave_the_comparison_of_others(finished, tmp_path)
         (("--parts", "noise", "--suggest", "plan.yaml"), "name the part `ablation` too"),
         (("--parts", "noise", "--layer-map", "1,2"), "--layer-map is for layers and ranking, not for noise"),
         (("--parts", "layers", "--text", "good fun"), "--text is for ranking, not for layers: add --parts ranking"),
+        (("--parts", "outliers", "--eigenvalues", "7"), "--eigenvalues is for hessian, not for outliers: add --parts"),
+        (("--parts", "outliers", "--examples", "4"), "--examples is for ablation and layers and hessian and landscape"),
+        (("--parts", "layers", "--by", "role"), "--by is for ablation, not for layers"),
+        (("--parts", "noise", "--filters", "rows"), "--filters is for landscape"),
+        (("--suggest", "."), "--suggest . is a folder; name a file"),
         (("--teacher", "runs/x"), "--teacher is for layers and ranking, not for ablation, outliers"),
     ],
 )
 def test_bad_requests_are_named(finished, words, message):
     assert message in str(call(finished, *words).exception)
+
+
+def test_a_part_named_twice(finished):
+    done = call(finished, "--parts", "layers,layers")
+    assert done.exit_code == 2 and "--parts names 'layers' twice" in done.output
+
+
+def test_results_about_a_model_go_where_an_override_says():
+    assert _inputs(["some/model"], ["out=runs/set"], [], None)[0].out == "runs/set"
+    assert _inputs(["some/model"], ["out=runs/set"], [], Path("given"))[0].out == "given"
+    assert _inputs(["some/model"], [], [], None)[0].out == "runs/analysis"
 
 
 @pytest.mark.parametrize("option", [("--bits", "8"), ("--within", "0")])

@@ -1,5 +1,7 @@
 import json
+import os
 import sys
+import time
 import types
 from types import SimpleNamespace
 
@@ -131,6 +133,17 @@ def test_run_summary(cli, config_file, tmp_path):
     assert summary["results"] == {"student.accuracy": 0.75}
     assert summary["failure"] == {"rank": 1, "error": "ValueError", "message": "odd"}
     assert "student.accuracy  0.75" in cli("inspect", "run", run).out
+
+
+def test_a_failure_before_the_results_is_over(cli, config_file, tmp_path):
+    """`qpipe train` and other launchers leave the note of an earlier start."""
+    (tmp_path / "config.yaml").write_text(config_file.read_text())
+    failures.record(tmp_path, 0, ValueError("odd"))
+    assert "failure" in json.loads(cli("inspect", "run", tmp_path, "--json").out)
+    (tmp_path / "results.json").write_text('{"student": {"accuracy": 0.75}}')
+    later = time.time() + 60
+    os.utime(tmp_path / "results.json", (later, later))
+    assert "failure" not in json.loads(cli("inspect", "run", tmp_path, "--json").out)
 
 
 def test_run_summary_of_something_else(cli, tmp_path):

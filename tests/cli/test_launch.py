@@ -203,6 +203,18 @@ def test_resume_takes_the_saved_configuration_and_says_what_changed(cli, config_
     assert cli("launch", "--resume", "--out", out, "--dry-run").err == ""
 
 
+def test_resume_of_the_directory_that_an_override_names(cli, config_file, tmp_path, monkeypatch):
+    """Not of the built-in recipe's, which may be there too."""
+    monkeypatch.chdir(tmp_path)
+    for out in ("runs/default", "runs/x"):
+        Path(out).mkdir(parents=True)
+        config, _ = prepare.configuration(config_file, [], [], Path(out), False, 0)
+        Path(out, "config.yaml").write_text(prepare.dump(prepare.with_device(config, True)))
+    result = cli("launch", "--resume", "--set", "out=runs/x", "--dry-run")
+    assert result.code == 0 and "runs/x/config.yaml --resume" in result.out and "default" not in result.out
+    assert "runs/default/config.yaml --resume" in cli("launch", "--resume", "--dry-run").out
+
+
 @pytest.fixture
 def started(config_file, tmp_path):
     """A run directory with a checkpoint of step 5, made by 3 CPU processes."""

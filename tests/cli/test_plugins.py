@@ -7,7 +7,10 @@ import tomllib
 import pytest
 
 from qpipe.cli import scaffold
+from qpipe.discovery import installed
 from qpipe.errors import ConfigError, PluginError
+from qpipe.testing import contract
+from qpipe.testing.contract import check_quantizers
 
 GOOD = '''
 import qpipe
@@ -60,6 +63,84 @@ def test_show(cli, installed_plugin):
     assert "good.needed integer required" in lines
     described = json.loads(cli("plugins", "show", "good", "--json").out)
     assert described["hooks"] == ["qpipe_losses"] and described["options"]["required"] == ["needed"]
+
+
+NEEDY = """
+from collections.abc import Iterable
+
+from pydantic import Field
+
+from qpipe import Options, Plugin, QTensor, Quantizer, QuantizerKind, hookimpl
+import torch
+
+made = []
+
+
+class Grid(Quantizer):
+    def encode(self, value):
+        return QTensor(torch.zeros_like(value), torch.ones(1, 1), torch.zeros(1), 8)
+
+    def quantize(self, value, out=None):
+        return torch.zeros_like(value) if out is None else out.zero_()
+
+
+class GridOptions(Options):
+    bits: int
+
+
+def grid(options):
+    made.append(options.bits)
+    return Grid()
+
+
+class NeedyOptions(Options):
+    kinds: list[str] = Field(default_factory=list)
+    offers: bool = True
+
+
+class Needy(Plugin):
+    Options = NeedyOptions
+
+    @hookimpl
+    def qpipe_quantizers(self):
+        if not self.options.offers:
+            return None
+        return [QuantizerKind("grid", grid, GridOptions, frozenset({"weight"}), "a grid")]
+"""
+
+
+def test_show_of_quantizers_and_of_what_is_not_said(cli, installed_plugin):
+    """Not the description of the base class; nor is an option required whose default is made anew."""
+    installed_plugin("needy", "needy_mod:Needy", NEEDY)
+    result = cli("plugins", "show", "needy")
+    lines = [" ".join(line.split()) for line in result.out.splitlines()]
+    assert "grid weight a grid" in lines and "needy.kinds array made anew" in lines
+    assert "Base class" not in result.out
+
+
+def test_quantizers_that_need_options_are_checked_with_those_of_a_rule(installed_plugin, monkeypatch):
+    installed_plugin("needy", "needy_mod:Needy", NEEDY)
+    info = installed()["needy"]
+    with pytest.raises(AssertionError, match=r"quantizer 'grid' needs options \(bits\): .* quantization__rules"):
+        check_quantizers(info, {})
+    monkeypatch.setattr(contract, "check_quantizer", lambda build: build())
+    check_quantizers(info, {}, [{"site": "x", "quantizer": "grid", "options": {"bits": 3}}])
+    assert sys.modules["needy_mod"].made == [3]
+    check_quantizers(info, {"offers": False})
+
+
+def test_rules_that_need_a_plugin():
+    """A run without it has none of them."""
+    offered = {"qpipe_quantizers": {"grid"}, "qpipe_range_estimators": {"half"}}
+    own = [{"quantizer": "grid"}, {"quantizer": "uniform-activation", "options": {"range": "half"}}]
+    others = [{"quantizer": "uniform", "options": {"bits": 4}}, {"quantizer": "none"}]
+    assert [contract._needs(rule, offered) for rule in [*own, *others]] == [True, True, False, False]
+
+
+def test_a_new_plugin_where_it_cannot_be_written(cli, tmp_path):
+    (tmp_path / "file").touch()
+    result = cli("plugins", "new", "my-penalty", "--dir", tmp_path / "file")
+    assert result.code == 1 and "is a file, not a folder" in result.err
 
 
 def test_show_of_an_unknown_name_suggests(cli, installed_plugin):

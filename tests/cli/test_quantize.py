@@ -78,8 +78,18 @@ def test_a_recipe_that_left_layers_out_describes_the_model_it_made(tmp_path):
 
 
 def test_an_override_cannot_name_another_model(tmp_path):
-    with pytest.raises(ConfigError, match="the model to quantize is 'some/hub-model', the first argument"):
+    with pytest.raises(ConfigError, match="the one to quantize is 'some/hub-model', the first argument"):
         configuration("some/hub-model", None, ["seed=1", "model.name=other"], [], None)
+    with pytest.raises(ConfigError, match="names the model 'other'"):
+        configuration("some/hub-model", None, ["model={name: other}"], [], None)
+
+
+def test_the_revision_is_that_of_the_model_that_the_recipe_names(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("{model: {name: some/hub, revision: v2}, task: rte}")
+    assert configuration("some/hub", recipe, [], [], None).model.revision == "v2"
+    assert configuration("some/other", recipe, [], [], None).model.revision is None
+    assert configuration(str(made_by_a_run(tmp_path / "mine")), recipe, [], [], None).model.revision is None
 
 
 def test_the_models_own_run_is_not_written_to(tmp_path):

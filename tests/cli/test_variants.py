@@ -76,6 +76,8 @@ def test_plain_evaluation_of_several_runs(cli, pair):
         (["--variants", "bits", "--bits", "two"], "such as 2,3,4"),
         (["--variants", "step", "--ratios", "1:2"], "FIRST:LAST:COUNT"),
         (["--variants", "step", "--ratios", "0.7:1.3:1"], "make no curve"),
+        (["--variants", "bits,bits"], "--variants names 'bits' twice"),
+        (["--variants", "bits", "--figure", __file__ + "/x.svg"], "is a file, not a folder"),
         (["--variants", "stepp"], "did you mean 'step'"),
         (["--variants", "bits", "--figure", "x.gif"], "written as .svg, .png, .pdf, not '.gif'"),
     ],
@@ -158,6 +160,8 @@ def test_an_impossible_budget_fails_before_anything_is_measured(cli, run):
     ("arguments", "message"),
     [
         (["--out", "x.yaml"], "give a --budget too"),
+        (["--budget", "6bit", "--out", "."], "--out . is a folder; name a file"),
+        (["--budget", "6bit", "--out", "/proc/x.yaml"], "--out /proc/x.yaml cannot be written"),
         (["--set", "seed=1"], "a run keeps its own"),
         (["--budget", "3"], "write bits per weight, such as 3.2bit"),
         (["--format", "nativ"], "export format 'nativ' is unknown; did you mean 'native'"),

@@ -42,8 +42,8 @@ class TernaryTwn(Plugin):
         for pattern in self.options.sites:
             yield Rule(pattern, NAME, options)
         if self.options.embedding:
-            options.pop("group_size", None)
-            yield Rule("{embedding}:weight", NAME, {**options, "granularity": "channel"})
+            own = {key: value for key, value in options.items() if key != "group_size"}
+            yield Rule("{embedding}:weight", NAME, {**own, "granularity": "channel"})
 
     @hookimpl
     def qpipe_model_prepared(self, run: Run) -> None:
