@@ -29,6 +29,7 @@ FOUNDATION = {
     "host",
     "hookspecs",
     "plugin",
+    "problems",
     "resuming",
     "run",
     "rundir",

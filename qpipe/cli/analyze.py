@@ -12,6 +12,7 @@ from qpipe.cli.options import JsonOption, PluginsOption, SetOption, split_names
 from qpipe.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
+    from qpipe.analysis.request import Request
     from qpipe.config import RunConfig
 
 T = TypeVar("T")
@@ -149,20 +150,15 @@ def analyze(
     from qpipe.launching.worker import quiet_libraries
 
     quiet_libraries()
-    from qpipe.analysis.analyze import Request, analyze_runs
+    from qpipe.analysis.analyze import analyze_runs
     from qpipe.analysis.load import check, source_of
-    from qpipe.analysis.request import require_used
 
-    options: dict[str, Any] = {
-        "by": by, "sites": tuple(sites or ()), "examples": examples, "sequences": sequences, "teacher": teacher,
-        "text": text, "eigenvalues": eigenvalues, "norm_weight": norm_weight, "points": points, "filters": filters,
-        "layer_map": _layers(layer_map),
-    }  # fmt: skip
-    given = {key: value for key, value in options.items() if value not in (None, ())}
-    if suggest is not None:
-        given |= {"within": WITHIN if within is None else within, "bits": bits or BITS}
-    request = Request(tuple(wanted), **given)
-    require_used(request.parts, given)
+    planned = {} if suggest is None else {"within": WITHIN if within is None else within, "bits": bits or BITS}
+    request = _request(
+        wanted, by=by, sites=tuple(sites or ()), examples=examples, sequences=sequences, teacher=teacher, text=text,
+        eigenvalues=eigenvalues, norm_weight=norm_weight, points=points, filters=filters,
+        layer_map=_layers(layer_map), **planned,
+    )  # fmt: skip
     check(inputs, request)
     found = analyze_runs(list(map(source_of, inputs)), request, again, lambda line: typer.echo(line, err=True), _track)
     if suggest is not None:
@@ -176,6 +172,16 @@ def analyze(
         typer.echo(f"suggested: {_outcome(ablation['suggestion'])}")
         typer.echo(f"plan: {suggest}; use it with --set quantization.plan={suggest}")
     typer.echo(f"next: qpipe report {next(iter(found))}")
+
+
+def _request(parts: list[str], **options: Any) -> Request:
+    """What to measure; options that were not given have the defaults of `Request`."""
+    from qpipe.analysis.request import Request, require_used
+
+    given = {key: value for key, value in options.items() if value not in (None, ())}
+    request = Request(tuple(parts), **given)
+    require_used(parts, given)
+    return request
 
 
 def _check_suggest(suggest: Path | None, within: float | None, bits: int | None, sources: list[str]) -> None:

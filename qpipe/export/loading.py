@@ -46,7 +46,7 @@ def loading_problem(model: nn.Module, sites: Iterable[PlannedSite], state: Mappi
     schemes = {path: Scheme(STORED_AS[kind], BITS, "channel", None, True) for path, kind in kinds.items()}
     quantized.quantization_config = quantization_config(schemes, model)
     problem = _attempt(cls, quantized, packed, kinds)
-    if problem is None or _attempt(cls, config, plain, {}) is not None:  # a class that cannot do without values
+    if problem is None or _attempt(cls, config, plain, kinds) is not None:  # packing is not what is in the way
         return None
     return (
         f"{cls.__name__} cannot be loaded by transformers with packed weights, so that nobody could use the export: "

@@ -43,11 +43,7 @@ def self_check(run: Run) -> None:
             quantized = _logits(run, batch)
         refuse_unused([module for module in penalized if module not in called])
         if head is not None and head not in called:
-            raise TrainingError(
-                f"{type(run.student).__name__} computes with the weight of {head.qpipe.path} without calling it, so "
-                "that it would not be quantized there, and the export would hold another model; leave that weight, or "
-                "the one that it is tied to, in full precision (quantizer: none)"
-            )
+            raise TrainingError(f"{_uses_weight_of(run, head.qpipe.path)} without calling it{OTHER_MODEL}")
         visited, context.visited = context.visited, None
         if not run.plan.sites:
             return
@@ -118,11 +114,17 @@ def refuse_bypassed(run: Run, bypassed: Mapping[str, str]) -> None:
     """
     if bypassed:
         path, function = next(iter(bypassed.items()))
-        raise TrainingError(
-            f"{type(run.student).__name__} computes with the weight of {path} outside that module too (in {function}), "
-            "where it would not be quantized, and the export would hold another model; leave that weight in full "
-            "precision (quantizer: none)"
-        )
+        raise TrainingError(f"{_uses_weight_of(run, path)} outside that module too (in {function}){OTHER_MODEL}")
+
+
+OTHER_MODEL = (
+    ", so that it would not be quantized there, and the export would hold another model; leave that weight, or the one "
+    "that it is tied to, in full precision (quantizer: none)"
+)
+
+
+def _uses_weight_of(run: Run, path: str) -> str:
+    return f"{type(run.student).__name__} computes with the weight of {path}"
 
 
 def refuse_unused(modules: Sequence[QuantModule]) -> None:
