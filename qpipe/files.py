@@ -100,8 +100,8 @@ def is_full(error: BaseException) -> bool:
 
 
 def existing_folder(path: Path) -> Path:
-    """The nearest of a path and its parents that is there."""
-    while not path.exists() and path != path.parent:
+    """The nearest of a path and its parents that is there, and can be seen."""
+    while not os.path.exists(path) and path != path.parent:  # where pathlib raises in a folder that one may not enter
         path = path.parent
     return path
 
@@ -116,7 +116,7 @@ def require_writable(path: Path, option: str) -> None:
     Raises:
         ConfigError: it is a folder, or a file cannot be made where it would be.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ConfigError(f"{option} {path} is a folder; name a file, such as {path / 'result'}{path.suffix}")
     _try_file_in(path.parent, f"{option} {path}")
 

@@ -76,7 +76,8 @@ def _problem(entry: Mapping[str, Any], model: type[BaseModel]) -> Problem:
         place.append(part)
         annotation = _inner(members[0], part)
     context = entry.get("ctx") or {}
-    message = f"{context['expected']}" if entry["type"] == "literal_error" and forms else str(entry["msg"])
+    at_top = forms is not None and forms[0] == tuple(place)
+    message = str(context["expected"]) if entry["type"] == "literal_error" and at_top else str(entry["msg"])
     return Problem(tuple(place), entry["type"], entry.get("input"), message, forms)
 
 

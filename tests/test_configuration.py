@@ -94,6 +94,7 @@ class Weighted(Options):
             {"schedule": "linear", "initial": 1, "final": 0, "strt": 0.5},
             "loss.strt is not an option; did you mean 'start'",
         ),
+        ({"schedule": "odd", "initial": 1, "final": 0}, "loss.schedule = 'odd': Input should be 'linear', 'cosine' or"),
         ({"schedule": "linear", "initial": "a", "final": 0}, "loss.initial = 'a': Input should be a valid number"),
     ],
 )

@@ -88,12 +88,13 @@ def describe(info: PluginInfo) -> dict[str, Any]:
 
 
 def quantizers(info: PluginInfo, factory: Any) -> list[tuple[str, str, str]]:
-    """Name, slots and summary of each quantizer that a plugin offers; none where its options are required."""
-    model = options_model(info, factory)
-    if any(field.is_required() for field in model.model_fields.values()):
+    """Name, slots and summary of each quantizer that a plugin offers; none where it cannot be made without options."""
+    try:
+        plugin = factory(options_model(info, factory)())
+    except Exception:  # whatever it checks, or reads, when it is made
         return []
     host = Host()
-    host.register(info.name, factory(model()), info.version)
+    host.register(info.name, plugin, info.version)
     kinds = [kind for _, call in host.implementations("qpipe_quantizers") for kind in call() or ()]
     return [(kind.name, ", ".join(sorted(kind.slots)), kind.summary) for kind in kinds]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,22 @@ def find_task(tasks: Mapping[str, Task], name: str) -> Task:
     if name not in tasks:
         raise ConfigError(f"no task is named {name!r}{suggest(name, tasks)}; tasks: {', '.join(sorted(tasks))}")
     return tasks[name]
+
+
+def load_in_order(config: RunConfig, task: Task, names: Sequence[str]) -> TaskData:
+    """`load_data` with the classes in the order in which a trained model has them.
+
+    Where nothing says the order, a later version may find another one in the same data.
+
+    Args:
+        config: of the run that trained the model.
+        task: of the run.
+        names: the model's classes in the order of their ids; none where it has no names.
+    """
+    data = load_data(config, task)
+    if data.label_names == tuple(names) or set(data.label_names) != set(names) or config.data.labels is not None:
+        return data
+    return load_data(config.model_copy(update={"data": config.data.model_copy(update={"labels": tuple(names)})}), task)
 
 
 def load_data(config: RunConfig, task: Task) -> TaskData:

@@ -163,7 +163,9 @@ def keep_labels(config: Any, folder: Path) -> None:
     """
     path = folder / "config.json"
     saved = read_json(path)
-    if getattr(config, "id2label", None) and type(config).from_dict(dict(saved)).num_labels != config.num_labels:
+    if not getattr(config, "id2label", None) or "id2label" in saved:
+        return
+    if type(config).from_pretrained(folder).num_labels != config.num_labels:
         saved |= {"id2label": {str(n): name for n, name in config.id2label.items()}, "label2id": dict(config.label2id)}
         write_json(path, saved)
 

@@ -151,6 +151,7 @@ def refuse_foreign(target: Path) -> None:
         ConfigError: writing is not allowed there.
     """
     target = target.resolve()
+    require_writable_folder(target.parent, "export folder")
     if target.exists() and not target.is_dir():
         raise FormatError(f"{target} is a file; an export needs a folder")
     if target.is_dir() and any(target.iterdir()):
@@ -163,7 +164,6 @@ def refuse_foreign(target: Path) -> None:
                 f"{target} holds an earlier export, which would be replaced, and beside it {len(foreign)} other files, "
                 f"such as {foreign[0]}; move these elsewhere, or choose another folder"
             )
-    require_writable_folder(target.parent, "export folder")
 
 
 def _listed(folder: Path) -> set[str]:

@@ -51,17 +51,20 @@ class Prepared:
     reason: str = ""
 
 
-def prepare(about: Mapping[str, Any], target: Path, trust_remote_code: bool = False) -> Prepared:
+def prepare(
+    about: Mapping[str, Any], target: Path, trust_remote_code: bool = False, labels: Sequence[str] = ()
+) -> Prepared:
     """Write the validation batches of the recorded run into the folder `target`.
 
     Args:
         about: contents of `qpipe.json`; needs `config` and `metrics`.
         target: folder to make.
+        labels: names of the classes, as the checkpoint's configuration has them.
         trust_remote_code: let the tokenizer or configuration named in `about` run code of its own, if the run did.
     """
     if not isinstance(about.get("config"), Mapping) or not about.get("metrics"):
         return Prepared(reason="qpipe.json records no run configuration with metrics")
-    from qpipe.data.loading import find_task, load_data
+    from qpipe.data.loading import find_task, load_in_order
     from qpipe.host import load_plugins
 
     try:
@@ -69,7 +72,7 @@ def prepare(about: Mapping[str, Any], target: Path, trust_remote_code: bool = Fa
         trusted = trust_remote_code and config.model.trust_remote_code  # what a file says of itself is no permission
         config = config.model_copy(update={"model": config.model.model_copy(update={"trust_remote_code": trusted})})
         task = find_task(load_plugins(config.plugins).collect("qpipe_tasks"), config.task)
-        data = load_data(config, task)
+        data = load_in_order(config, task, labels)
     except (QpipeError, OSError, ImportError) as error:
         return Prepared(reason=f"the data of the run cannot be loaded here: {error}")
     try:

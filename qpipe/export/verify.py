@@ -127,7 +127,7 @@ def verify_all(
             if about is not None:
                 folder = Path(scratch) / str(number)
                 folder.mkdir()
-                prepared = _metric_source(about, folder, check_metric, trust_remote_code)
+                prepared = _metric_source(result.directory, about, folder, check_metric, trust_remote_code)
                 outputs = folder / "outputs.safetensors"
                 runs = run_program and "program" in about
                 home = result.directory.resolve()
@@ -168,10 +168,11 @@ def _runs_without_qpipe(about: Mapping[str, Any]) -> bool:
     return about["format"] != "native" or not about["activations"]
 
 
-def _metric_source(about: Mapping[str, Any], folder: Path, wanted: bool, trusted: bool) -> Prepared:
+def _metric_source(directory: Path, about: Mapping[str, Any], folder: Path, wanted: bool, trusted: bool) -> Prepared:
     if not wanted:
         return Prepared(reason="not asked for")
-    return prepare(about, folder / "batches", trusted)
+    names = read_json(directory / "config.json").get("id2label") or {}
+    return prepare(about, folder / "batches", trusted, tuple(names[key] for key in sorted(names, key=int)))
 
 
 def _job(case: _Case) -> dict[str, Any]:

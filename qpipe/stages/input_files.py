@@ -37,8 +37,10 @@ def input_files(config: RunConfig) -> dict[str, Any]:
     found = {key: _summary(Path(locate(value))) for key, value in named.items() if value is not None}
     tokenizer = Path(locate(config.model.tokenizer or config.model.name))
     # Those beside the model only: runs may lie below it, with tokenizers of their own.
-    files = {file for pattern in (*TOKENIZER_FILES, *MORE, *PROCESSOR_FILES) for file in tokenizer.glob(pattern)}
-    return {**found, "model.tokenizer": _summarized(files, tokenizer)}
+    for key, patterns in (("model.tokenizer", (*TOKENIZER_FILES, *MORE)), ("model.processor", PROCESSOR_FILES)):
+        files = {file for pattern in patterns for file in tokenizer.glob(pattern)}
+        found[key] = _summarized(files, tokenizer)
+    return found
 
 
 def _summary(path: Path) -> dict[str, Any] | None:
@@ -83,7 +85,7 @@ def refuse_changed_files(out: Path, config: RunConfig) -> None:
     before = (newest_progress(out) or {}).get("inputs", {})
     now = input_files(config)
     values = config.model_dump()
-    values["model"]["tokenizer"] = config.model.tokenizer or config.model.name
+    values["model"]["tokenizer"] = values["model"]["processor"] = config.model.tokenizer or config.model.name
     changed = [
         f"{key} ({values[key.partition('.')[0]][key.partition('.')[2]]})"
         for key in now

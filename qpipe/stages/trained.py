@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qpipe.config import RunConfig, resolve
+from qpipe.data.loading import find_task, load_in_order
 from qpipe.engine.accelerate import AccelerateEngine
 from qpipe.errors import CheckpointError, ConfigError
 from qpipe.export.companions import keep_labels
@@ -24,7 +25,7 @@ from qpipe.stages.build import build
 from qpipe.stages.casting import cast
 from qpipe.stages.gather import float_state, quantizer_state
 from qpipe.stages.prepare import prepare
-from qpipe.stages.teacher_fit import has_processor, has_tokenizer
+from qpipe.stages.teacher_fit import has_processor, has_tokenizer, label_names
 
 QUANTIZERS = "quantizers.safetensors"
 DETAILS = "qpipe_model.json"
@@ -88,8 +89,11 @@ def restore(run_dir: Path) -> Run:
         changes["config"] = {key: value for key, value in config.model.config.items() if key not in DEPTH}
     if has_tokenizer(folder) or has_processor(folder):
         changes["tokenizer"] = None  # the run has kept the one that it was trained with
-    trained = config.model.model_copy(update=changes)
-    run = build(config.model_copy(update={"model": trained}), load_plugins(config.plugins), engine)
+    trained = config.model_copy(update={"model": config.model.model_copy(update=changes)})
+    host = load_plugins(config.plugins)
+    names = label_names(str(folder), config.model.trust_remote_code)
+    data = load_in_order(trained, find_task(host.collect("qpipe_tasks"), config.task), names)
+    run = build(trained, host, engine, data=data)
     run.config = config.model_copy(update={"out": str(run_dir)})
     run.trained = True
     prepare(run, trained=load_file(folder / QUANTIZERS) if (folder / QUANTIZERS).is_file() else {})

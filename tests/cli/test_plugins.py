@@ -118,6 +118,15 @@ def test_show_of_quantizers_and_of_what_is_not_said(cli, installed_plugin):
     assert "Base class" not in result.out
 
 
+def test_show_of_a_plugin_that_cannot_be_made_without_options(cli, installed_plugin):
+    code = NEEDY.replace(
+        "class Needy(Plugin):", "class Needy(Plugin):\n    def __init__(self, options):\n        open('absent')\n"
+    )
+    installed_plugin("needy", "needy_mod:Needy", code)
+    result = cli("plugins", "show", "needy")
+    assert result.code == 0 and "needy.kinds" in result.out
+
+
 def test_quantizers_that_need_options_are_checked_with_those_of_a_rule(installed_plugin, monkeypatch):
     installed_plugin("needy", "needy_mod:Needy", NEEDY)
     info = installed()["needy"]

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 import qpipe
 from qpipe import CheckpointError, ConfigError, Loss, Plugin, TrainingError, hookimpl
+from qpipe.builtin.models import Models
 from qpipe.config import resolve
 from qpipe.engine import connect
 from qpipe.engine.sharding import Shards
@@ -40,6 +41,33 @@ class Poison(Plugin):
 def nan_on_one_rank(config: dict[str, Any]) -> str:
     """The error that every rank has to raise."""
     EXECUTE.load_plugins = lambda options, **more: load_plugins(options, extra=[("test", Poison())])
+    try:
+        qpipe.execute(resolve(config))
+    except TrainingError as error:
+        return str(error)
+    return "no error"
+
+
+class Reads(Plugin):
+    """A model that also multiplies with the table of its embedding."""
+
+    @hookimpl
+    def qpipe_load_model(self, spec, task, num_labels, strict):
+        model: Any = Models().qpipe_load_model(spec, task, num_labels, strict)
+        words, forward = model.bert.embeddings.word_embeddings, model.forward
+
+        def reading(**inputs):
+            output = forward(**inputs)
+            output.logits = output.logits + (output.logits @ words.weight.t()[:2]).sum(-1, keepdim=True)
+            return output
+
+        model.forward = reading
+        return model
+
+
+def weight_read_outside(config: dict[str, Any]) -> str:
+    """The error that stops the training before its first step."""
+    EXECUTE.load_plugins = lambda options, **more: load_plugins(options, extra=[("test", Reads())])
     try:
         qpipe.execute(resolve(config))
     except TrainingError as error:

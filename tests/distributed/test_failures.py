@@ -31,6 +31,17 @@ def test_a_non_finite_loss_on_one_rank_stops_all(tmp_path, name, zero):
     assert "the loss is not finite at step 2 (rank 1; parts: poison); every module's output is finite" in message
 
 
+def test_a_weight_that_is_read_outside_its_module_is_seen_where_it_is_partitioned(tmp_path):
+    """DeepSpeed gathers it there too."""
+    settings = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    (tmp_path / "zero3.json").write_text(json.dumps(settings))
+    rules = [{"site": "{embedding}:weight", "quantizer": "uniform"}]
+    changes = {"quantization__rules": rules, "engine__config_file": str(tmp_path / "zero3.json")}
+    config = tiny_config(tmp_path, **engine("deepspeed", 3), **changes).model_dump(mode="json")
+    message = run_distributed("cases:weight_read_outside", timeout=LIMIT, config=config)
+    assert "computes with the weight of bert.embeddings.word_embeddings outside that module too (in matmul)" in message
+
+
 def test_a_run_directory_that_processes_do_not_share_is_refused_by_all(tmp_path):
     """As on machines without common storage: the checkpoints of each would lack what the others wrote."""
     config = tiny_config(tmp_path, **engine("accelerate")).model_dump(mode="json")

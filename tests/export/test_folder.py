@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
@@ -107,6 +109,27 @@ def test_a_link_stays_a_link(records, tmp_path, there):
         compressed.write(records["vit"], link)
         assert link.is_symlink() and (elsewhere / "qpipe.json").is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"elsewhere", "link"}
+
+
+def test_a_path_in_a_folder_that_one_may_not_enter(tmp_path, monkeypatch):
+    """pathlib raises there on some versions of Python."""
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    real = os.stat
+
+    def stat(path, **more):
+        if Path(path).parent == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, **more)
+
+    def refuse(**where):
+        raise PermissionError(errno.EACCES, "Permission denied", str(where["dir"]))
+
+    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    for call in (folder.refuse_foreign, lambda path: files.require_writable(path, "--out")):
+        with pytest.raises(ConfigError, match=r"cannot be written: .*Permission denied: .*closed"):
+            call(closed / "deep" / "out.yaml")
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_once(records, tmp_path, monkeypatch):

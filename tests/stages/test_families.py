@@ -186,7 +186,7 @@ def test_images_are_prepared_as_they_were(tmp_path, monkeypatch):
     processor.save_pretrained(tmp_path / "processor")
     before, after = (r.data.collate([r.data.validation[0]])["pixel_values"] for r in (run, restore(run.out)))
     assert torch.equal(before, after)
-    with pytest.raises(ConfigError, match=r"model.tokenizer .*processor.* has changed since the checkpoint"):
+    with pytest.raises(ConfigError, match=r"model.processor .*processor.* has changed since the checkpoint"):
         qpipe.execute(config, resume=True)
 
 

@@ -12,7 +12,9 @@ from safetensors import SafetensorError
 import qpipe
 from qpipe import CheckpointError, ConfigError, FormatError
 from qpipe.config import resolve
+from qpipe.export import _fresh
 from qpipe.export.inspect import describe, sizes
+from qpipe.export.metric import prepare
 from qpipe.export.verify import verify
 from qpipe.stages import evaluate_run, export_run
 from qpipe.stages.trained import restore
@@ -116,6 +118,27 @@ def test_what_was_measured_is_kept_where_verification_has_no_room(tmp_path, monk
         qpipe.execute(tiny_config(tmp_path, train__max_steps=1))
     kept = json.loads((tmp_path / "run" / "results-unverified.json").read_text())
     assert kept["evaluation"] and not (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_finished_run_keeps_the_order_of_its_classes(tmp_path):
+    """A run of before texts had the order of the task's names, which its configuration does not say."""
+    path = tmp_path / "pairs.csv"
+    rows = "the movie was good,the film,equivalent\nthe movie was bad,the film,not_equivalent\n"
+    path.write_text("sentence1,sentence2,label\n" + rows * 30)
+    labels = ["equivalent", "not_equivalent"]
+    data = {"data__train": str(path), "data__labels": labels}
+    run = qpipe.execute(tiny_config(tmp_path, task="mrpc", train__max_steps=2, **data))
+    text = (run.out / "config.yaml").read_text()
+    (run.out / "config.yaml").write_text(text.replace("labels:\n  - equivalent\n  - not_equivalent", "labels: null"))
+    assert resolve(run.out / "config.yaml").data.labels is None
+    assert restore(run.out).data.label_names == tuple(labels)
+    assert evaluate_run(run.out) == run.results["evaluation"]
+    about = json.loads((run.out / "export" / "qpipe.json").read_text())
+    about["config"]["data"]["labels"] = None
+    prepared = prepare(about, tmp_path / "batches", labels=labels)
+    first = next(iter(_fresh.prepared(str(prepared.batches))))["labels"]
+    original = [row["labels"] for row in run.data.validation]
+    assert first.tolist() == original[: len(first)]
 
 
 def test_a_licence_is_a_file(tmp_path, fast):

@@ -30,7 +30,7 @@ from qpipe.stages.recomputing import recompute
 from qpipe.stages.sizes import fixed_size
 from qpipe.stages.trained import restore
 from qpipe.testing import tiny_config, tiny_model
-from qpipe.testing.tiny import VOCABULARY
+from qpipe.testing.tiny import VOCABULARY, tiny_lines
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
@@ -77,6 +77,25 @@ def test_two_labels_without_names_where_the_family_has_three(tmp_path):
     for folder in (run.out / "model", run.out / "export"):
         assert hf.AutoConfig.from_pretrained(folder).num_labels == 2
     assert restore(run.out).student.config.num_labels == 2
+
+
+def test_a_configuration_that_holds_infinity(tmp_path, fast):
+    """As Mamba2's does, which transformers alone reads back."""
+    config = tiny_config(
+        tmp_path,
+        task="causal-lm",
+        data__train=str(tiny_lines(tmp_path / "lines.jsonl")),
+        quantization__preset=None,
+        quantization__rules=[{"site": "*in_proj:weight", "quantizer": "uniform"}],
+        train__max_steps=1,
+    )
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8}
+    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    hf.Mamba2ForCausalLM(hf.Mamba2Config(vocab_size=len(VOCABULARY), **sizes, **ids)).save_pretrained(
+        tmp_path / "model"
+    )
+    assert "Infinity" in (tmp_path / "model" / "config.json").read_text()
+    assert (qpipe.execute(config).out / "export" / "config.json").is_file()
 
 
 def test_layers_that_the_checkpoint_has_not_are_named(tmp_path, assembled, warnings):

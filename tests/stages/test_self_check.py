@@ -200,7 +200,11 @@ def in_one_tensor(parameters):
     [
         (lambda logits, table: logits + (logits @ table.t()[:2]).sum(-1, keepdim=True), "matmul"),
         (lambda logits, table: logits + torch.cat([table[:2], table[:2]]).sum(), "cat"),
+        (lambda logits, table: logits + torch.max(table, 0)[0].sum(), "max"),
         (lambda logits, table: logits.to(table.dtype) + torch.zeros_like(table).sum() * table.shape[0], None),
+        (lambda logits, table: logits.to(table).type_as(table) + table.new(1).zero_() * table.isfinite().all(), None),
+        (lambda logits, table: torch.vmap(lambda row: row + 1)(logits), None),  # as masks are made
+        (lambda logits, table: torch.compile(lambda x: x * 2, fullgraph=True)(logits), None),
     ],
 )
 def test_a_weight_that_is_also_used_outside_its_module_is_refused(
