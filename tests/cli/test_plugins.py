@@ -122,7 +122,7 @@ def test_show_of_a_plugin_that_cannot_be_made_without_options(cli, installed_plu
     code = NEEDY.replace(
         "class Needy(Plugin):", "class Needy(Plugin):\n    def __init__(self, options):\n        open('absent')\n"
     )
-    installed_plugin("needy", "needy_mod:Needy", code)
+    installed_plugin("needy", "closed_mod:Needy", code)
     result = cli("plugins", "show", "needy")
     assert result.code == 0 and "needy.kinds" in result.out
 

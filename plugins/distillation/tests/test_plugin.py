@@ -131,7 +131,7 @@ def test_presets_give_way_to_what_is_set():
 
 def test_every_other_layer_of_an_odd_number_is_not_evenly_spaced():
     """Of three layers the second is kept, and one layer learns from the last."""
-    with pytest.raises(ModelError, match=r"from layers \[2\] of the teacher, and evenly spaced are \[3\]"):
+    with pytest.raises(ModelError, match=r"from layers \[2\] of its model, and evenly spaced are \[3\] of the teacher"):
         require_one_map("every-other", 1, 3)
     require_one_map("every-other", 3, 2)
     require_one_map([1], 3, 2)
