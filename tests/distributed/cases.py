@@ -40,7 +40,12 @@ class Poison(Plugin):
 
 def nan_on_one_rank(config: dict[str, Any]) -> str:
     """The error that every rank has to raise."""
-    EXECUTE.load_plugins = lambda options, **more: load_plugins(options, extra=[("test", Poison())])
+    return training_error(config, Poison())
+
+
+def training_error(config: dict[str, Any], plugin: Plugin) -> str:
+    """What ends a run with a plugin."""
+    EXECUTE.load_plugins = lambda options, **more: load_plugins(options, extra=[("test", plugin)])
     try:
         qpipe.execute(resolve(config))
     except TrainingError as error:
@@ -67,12 +72,7 @@ class Reads(Plugin):
 
 def weight_read_outside(config: dict[str, Any]) -> str:
     """The error that stops the training before its first step."""
-    EXECUTE.load_plugins = lambda options, **more: load_plugins(options, extra=[("test", Reads())])
-    try:
-        qpipe.execute(resolve(config))
-    except TrainingError as error:
-        return str(error)
-    return "no error"
+    return training_error(config, Reads())
 
 
 def another_directory_on_one_rank(config: dict[str, Any]) -> str:
