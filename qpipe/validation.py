@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, get_args
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from qpipe.discovery import installed
@@ -46,8 +45,10 @@ def _line(problem: Problem, model: type[BaseModel]) -> str:
 
 def _yaml(value: Any) -> str:
     """A value as it can be written within a list or a mapping on one line: patterns need quotes there."""
-    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w./-]*", value)
-    return value if plain else json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        return yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10**6).strip()[1:-1]
+    except yaml.representer.RepresenterError:  # an object of Python, which no file can hold
+        return repr(value)
 
 
 def _hint(place: Sequence[str | int], model: type[BaseModel], given: Any) -> str:

@@ -40,8 +40,8 @@ def test_a_merged_mapping_may_be_overridden():
         ({"seed": -1}, "seed"),
         ({"data": {"labels": 5}}, r"data.labels is a list; in place of 5 write \[5\]"),
         ({"data": {"text_columns": "review"}}, r"data.text_columns is a list; in place of 'review' write \[review\]"),
-        ({"data": {"text_columns": "*.q"}}, r"in place of '\*.q' write \[\"\*.q\"\]"),  # else an alias of YAML
-        ({"data": {"text_columns": "{x}"}}, r"write \[\"\{x\}\"\]"),  # else a mapping
+        ({"data": {"text_columns": "*.q"}}, r"in place of '\*.q' write \['\*.q'\]"),  # else an alias of YAML
+        ({"data": {"text_columns": "{x}"}}, r"write \['\{x\}'\]"),  # else a mapping
         ({"train": {"trackers": None}}, "train.trackers is empty; give it a list, or leave it out"),
         ({"plugins": {"kure": False}}, r"plugins.kure = False is no mapping.* leave kure out .* write kure: \{\}"),
         ({"plugins": {"kure": []}}, r"plugins.kure = \[\] is no mapping"),

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from qpipe.export.companions import plain_class
@@ -22,7 +22,7 @@ BITS = 8
 """Of the weights that are tried; which modules have packed weights decides, not how many bits."""
 
 
-def loading_problem(model: nn.Module, sites: Iterable[PlannedSite], state: Mapping[str, Tensor]) -> str | None:
+def loading_problem(model: Any, sites: Iterable[PlannedSite], state: Mapping[str, Tensor]) -> str | None:
     """Why `from_pretrained` could not load the export of a model; None if it can.
 
     Some families read `weight` of every linear map while they load, and packed ones have none; of others transformers
@@ -39,7 +39,7 @@ def loading_problem(model: nn.Module, sites: Iterable[PlannedSite], state: Mappi
     for name, tensor in plain.items():
         path, _, local = name.rpartition(".")
         packed |= _stored(path, kinds[path], tensor) if local == "weight" and path in kinds else {name: tensor}
-    cls, config = plain_class(model), type(model.config).from_dict(model.config.to_dict())  # type: ignore[operator, union-attr]
+    cls, config = plain_class(model), type(model.config).from_dict(model.config.to_dict())
     if getattr(config, "tie_word_embeddings", False) and any(name not in packed for name in plain):
         config.tie_word_embeddings = False  # as in the export, where a packed weight is tied
     quantized = copy.deepcopy(config)
